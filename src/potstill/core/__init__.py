@@ -1,0 +1,1 @@
+"""Settings, records, the artifact store, errors and events; nothing here imports torch."""

@@ -1,0 +1,149 @@
+"""What a run tells: events for machines (JSONL), progress and plain lines for people."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+__all__ = ["Display", "Progress", "Reporter", "format_seconds", "read_events"]
+
+Display = Literal["bar", "plain", "quiet", "json"]
+_PLAIN_INTERVAL_S = 10.0
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as a person says it: 4.2 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress(Protocol):
+    """A counter with a rate and an estimated end."""
+
+    def advance(self, count: float = 1, **figures: object) -> None:
+        """Count work done; figures (loss=…, cost=…) are shown beside the bar."""
+
+
+class _PlainProgress:
+    def __init__(self, stream: IO[str] | None, description: str, total: float | None, unit: str) -> None:
+        self.stream, self.description, self.total, self.unit = stream, description, total, unit
+        self.done, self.started = 0.0, time.monotonic()
+        self.last_line = self.started
+        self.figures = ""
+
+    def advance(self, count: float = 1, **figures: object) -> None:
+        self.done += count
+        self.figures = "".join(f"  {name} {value}" for name, value in figures.items())
+        if time.monotonic() - self.last_line >= _PLAIN_INTERVAL_S:
+            self.line()
+
+    def line(self) -> None:
+        if self.stream is None:
+            return
+        self.last_line = time.monotonic()
+        rate = self.done / max(self.last_line - self.started, 1e-9)
+        text = f"  {self.description}: {self.done:g}"
+        if self.total:
+            text += f"/{self.total:g} {self.unit}"
+            if 0 < self.done < self.total:
+                text += f", {format_seconds((self.total - self.done) / rate)} left"
+        else:
+            text += f" {self.unit}"
+        print(f"{text}  ({rate:.3g} {self.unit}/s){self.figures}", file=self.stream, flush=True)
+
+
+class _BarProgress:
+    def __init__(self, bar: Any, task: Any) -> None:
+        self.bar, self.task = bar, task
+
+    def advance(self, count: float = 1, **figures: object) -> None:
+        text = "  ".join(f"{name} {value}" for name, value in figures.items())
+        self.bar.update(self.task, advance=count, figures=text)
+
+
+class Reporter:
+    """Writes events.jsonl (when given) and shows the run in one of four ways: bar, plain, quiet, json."""
+
+    def __init__(
+        self, display: Display = "plain", events_path: Path | None = None, stream: IO[str] | None = None
+    ) -> None:
+        self.display: Display = display
+        self.stream = stream if stream is not None else sys.stderr
+        self._events: IO[str] | None = None
+        if events_path is not None:
+            self._events = events_path.open("a", encoding="utf-8", newline="\n")
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._events is not None:
+            self._events.close()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one event; in json display it goes to standard output as well."""
+        if self._events is None and self.display != "json":
+            return
+        row = {"time": round(time.time(), 3), "event": kind, **fields}
+        line = json.dumps(row, ensure_ascii=False, default=str)
+        if self._events is not None:
+            self._events.write(line + "\n")
+            self._events.flush()
+        if self.display == "json":
+            print(line, flush=True)
+
+    def say(self, message: str) -> None:
+        """A line for people."""
+        if self.display in ("bar", "plain"):
+            print(message, file=self.stream, flush=True)
+
+    @contextmanager
+    def progress(self, description: str, total: float | None = None, unit: str = "rows") -> Iterator[Progress]:
+        """A progress display for one piece of work."""
+        if self.display != "bar":
+            plain = _PlainProgress(self.stream if self.display == "plain" else None, description, total, unit)
+            try:
+                yield plain
+            finally:
+                if plain.done:
+                    plain.line()
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+        from rich.progress import Task as RichTask
+        from rich.text import Text
+
+        class RateColumn(TextColumn):
+            def render(self, task: RichTask) -> Text:
+                return Text(f"{task.speed:.3g} {unit}/s" if task.speed else "", style="cyan")
+
+        with RichProgress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            RateColumn(""),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}", style="dim"),
+            console=Console(file=self.stream),
+        ) as bar:
+            yield _BarProgress(bar, bar.add_task(description, total=total, figures=""))
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """Every whole event of a file, oldest first; a line cut off by a kill is left out."""
+    events = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return events

@@ -1,0 +1,190 @@
+"""The artifact store: one folder a fingerprint, sealed by a manifest that is written last."""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from potstill.core.errors import StoreError
+from potstill.core.hashing import hash_file, hash_json
+
+__all__ = [
+    "MANIFEST_FILE",
+    "MODEL_CARD_FILE",
+    "SCRATCH_FOLDER",
+    "Artifact",
+    "Manifest",
+    "Store",
+    "default_store_root",
+    "write_atomically",
+]
+
+MANIFEST_FILE = "manifest.json"
+MODEL_CARD_FILE = "README.md"
+SCRATCH_FOLDER = "scratch"
+_RECORDED_PACKAGES = ("potstill", "torch", "transformers", "peft", "pyarrow", "xllamacpp", "reasoning-gym")
+
+
+class FileEntry(BaseModel):
+    """One payload file's SHA-256 and size."""
+
+    sha256: str
+    size_bytes: int
+
+
+class Manifest(BaseModel):
+    """What an artifact is, how it was made and what its files must hash to."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    kind: str
+    fingerprint: str
+    content: str
+    settings: dict[str, Any]
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    seed: int
+    tokenizer: str | None = None
+    model_identity: str | None = None
+    counts: dict[str, int] = Field(default_factory=dict)
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    extra: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, FileEntry]
+    versions: dict[str, str]
+    seconds: float
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed artifact: its folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def kind(self) -> str:
+        """The step kind that made it."""
+        return self.manifest.kind
+
+    def damage(self) -> str | None:
+        """What is wrong with the files on disk (missing, other size), or None."""
+        for name, entry in self.manifest.files.items():
+            file = self.folder / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if (size := file.stat().st_size) != entry.size_bytes:
+                return f"{name} has {size} bytes, not {entry.size_bytes}"
+        return None
+
+    @classmethod
+    def open(cls, folder: Path) -> "Artifact":
+        """Read a sealed artifact's manifest; StoreError where there is none."""
+        path = folder / MANIFEST_FILE
+        try:
+            return cls(folder, Manifest.model_validate_json(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise StoreError(
+                "not a finished artifact: it has no manifest.json",
+                where=str(folder),
+                expected="a folder that a potstill step has sealed",
+                mend="name a step of the recipe, a run's step folder, or run the step that makes it again",
+            ) from None
+        except ValidationError as error:
+            raise StoreError(f"unreadable manifest ({error.error_count()} faults)", where=str(path)) from error
+
+
+def default_store_root() -> Path:
+    """`POTSTILL_STORE`, else `~/.cache/potstill`."""
+    return Path(os.environ.get("POTSTILL_STORE") or Path.home() / ".cache" / "potstill")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a UTF-8 text file so that a reader sees the old one or the whole new one."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+class Store:
+    """Artifacts by fingerprint under one root folder, with a lock a fingerprint."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, kind: str, fingerprint: str) -> Path:
+        """Where an artifact lives, made or not."""
+        return self.root / "artifacts" / f"{kind}-{fingerprint[:24]}"
+
+    def find(self, kind: str, fingerprint: str) -> Artifact | None:
+        """The sealed, undamaged artifact of a fingerprint, or None."""
+        folder = self.folder(kind, fingerprint)
+        if not (folder / MANIFEST_FILE).is_file():
+            return None
+        artifact = Artifact.open(folder)
+        return artifact if artifact.manifest.fingerprint == fingerprint and artifact.damage() is None else None
+
+    @contextmanager
+    def lock(self, fingerprint: str, *, on_wait: Callable[[int | None], None]) -> Iterator[None]:
+        """Hold the one right to make a fingerprint; `on_wait` hears the holder's pid before a wait begins."""
+        from filelock import FileLock, Timeout
+
+        folder = self.root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock, owner = FileLock(folder / f"{fingerprint[:24]}.lock"), folder / f"{fingerprint[:24]}.pid"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            pid = owner.read_text(encoding="utf-8") if owner.exists() else ""
+            on_wait(int(pid) if pid.isdigit() else None)
+            lock.acquire()
+        try:
+            owner.write_text(str(os.getpid()), encoding="utf-8")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+    def prepare(self, kind: str, fingerprint: str, *, discard: bool = False) -> Path:
+        """The folder a step writes into; what an interrupted attempt left stays unless `discard`."""
+        folder = self.folder(kind, fingerprint)
+        # Without its manifest the artifact is unfinished, whatever happens from here on.
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        if discard and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def seal(self, folder: Path, **fields: Any) -> Artifact:
+        """Hash every payload file, then write the manifest by rename. The scratch folder is removed first.
+
+        The model card is a by-product of whichever run wrote it last and is no payload.
+        """
+        shutil.rmtree(folder / SCRATCH_FOLDER, ignore_errors=True)
+        files = {}
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.name not in (MANIFEST_FILE, MODEL_CARD_FILE):
+                entry = FileEntry(sha256=hash_file(path), size_bytes=path.stat().st_size)
+                files[path.relative_to(folder).as_posix()] = entry
+        content = hash_json({name: entry.sha256 for name, entry in files.items()})
+        manifest = Manifest(files=files, content=content, versions=_versions(), **fields)
+        write_atomically(folder / MANIFEST_FILE, json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False))
+        return Artifact(folder, manifest)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _RECORDED_PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions

@@ -1,0 +1,1 @@
+"""The graph of steps, its fingerprints, the runner and the run folder."""

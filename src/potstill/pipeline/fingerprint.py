@@ -1,0 +1,81 @@
+"""Fingerprints: what a step means, with the content of its inputs in the place of their names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from potstill.core.errors import RecipeError
+from potstill.core.hashing import hash_json
+from potstill.core.settings import ModelRef, Reference, Settings, meaning
+from potstill.core.store import MANIFEST_FILE, Artifact
+from potstill.models import TransformersModel
+from potstill.pipeline.graph import Graph, Node
+
+__all__ = ["Inputs", "MissingInput"]
+
+
+class MissingInput(Exception):
+    """An input step has not been made yet, so what depends on it has no fingerprint."""
+
+    def __init__(self, step: str) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+class Inputs:
+    """What a step's references lead to, given the artifacts made so far (by step name)."""
+
+    def __init__(self, graph: Graph, node: Node, made: Mapping[str, Artifact]) -> None:
+        self.graph, self.node, self.made = graph, node, made
+
+    def artifacts(self, reference: Reference) -> list[tuple[Artifact, str | None]]:
+        """The artifacts of a data reference, each with its view; MissingInput where one is not made yet."""
+        if reference.is_path:
+            return [(Artifact.open(Path(reference)), None)]
+        return [(self._made(step.name), reference.view) for step in self.graph.steps_named(reference, self.node)]
+
+    def model(self, reference: ModelRef) -> Settings:
+        """The settings of the model a reference names."""
+        if reference.is_path:
+            return TransformersModel(path=str(reference))
+        if reference.target in self.graph.models:
+            return self.graph.models[reference.target]
+        step = self.graph.steps_named(reference, self.node)[0]
+        return TransformersModel(path=str(self._made(step.name).folder))
+
+    def _made(self, step: str) -> Artifact:
+        if step not in self.made:
+            raise MissingInput(step)
+        return self.made[step]
+
+    def identify(self, reference: Reference) -> Any:
+        """What stands for a reference in a fingerprint: the content it leads to."""
+        if isinstance(reference, ModelRef):
+            settings = self.model(reference)
+            if not reference.is_path and reference.target not in self.graph.models:
+                manifest = self._made(self.graph.steps_named(reference, self.node)[0].name).manifest
+                return {"content": manifest.content, "identity": manifest.model_identity}
+            return meaning(settings)
+        if reference.is_path and not (Path(reference) / MANIFEST_FILE).is_file():
+            from potstill.data.sources import source_of_path
+
+            return meaning(source_of_path(reference))
+        return [[artifact.manifest.content, view] for artifact, view in self.artifacts(reference)]
+
+    def described(self) -> dict[str, Any]:
+        """Each reference and the artifacts behind it, for the manifest."""
+        found: dict[str, Any] = {}
+        for reference, steps in self.graph.needs_of(self.node):
+            if steps:
+                found[str(reference)] = {step.name: self._made(step.name).manifest.fingerprint for step in steps}
+            elif isinstance(reference, ModelRef):
+                found[str(reference)] = meaning(self.model(reference))
+        return found
+
+    def fingerprint(self, seed: int) -> str:
+        """The fingerprint of the step: kind, schema version, seed, settings and the content they lead to."""
+        settings = self.node.settings
+        version = getattr(type(settings), "schema_version", None)
+        if version is None:
+            raise RecipeError(f"steps of kind {self.node.kind} state no schema_version")
+        return hash_json([self.node.kind, version, seed, meaning(settings, self.identify)])

@@ -1,0 +1,157 @@
+"""Runs a graph step by step: reuses what is sealed, resumes what is half made, seals what it makes."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from potstill.core.errors import Interrupted, PotstillError, RecipeError
+from potstill.core.events import Reporter, format_seconds
+from potstill.core.settings import meaning
+from potstill.core.step import StepContext
+from potstill.core.store import Artifact, Store
+from potstill.pipeline.fingerprint import Inputs, MissingInput
+from potstill.pipeline.graph import Graph, Node, nearest
+from potstill.pipeline.kinds import step_function
+
+__all__ = ["RunOptions", "StepFailed", "run_graph"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Which steps to make again (`force`), and the only step to make, if any (`only`)."""
+
+    force: frozenset[str] = frozenset()
+    only: str | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+class StepFailed(PotstillError):
+    """A step failed; what earlier steps made is kept."""
+
+
+def _check_names(graph: Graph, options: RunOptions) -> None:
+    for name in (*options.force, *([options.only] if options.only else [])):
+        if name not in graph.nodes:
+            raise RecipeError(
+                f"there is no step {name!r}", where="command line", mend=nearest(name, graph.nodes)
+            )
+
+
+def run_graph(
+    graph: Graph,
+    seed: int,
+    store: Store,
+    reporter: Reporter,
+    options: RunOptions,
+    on_made: Callable[[str, Artifact], None] = lambda step, artifact: None,
+) -> dict[str, Artifact]:
+    """Make every step of a graph in order and return the artifacts by step name.
+
+    Raises Interrupted when `options.stop` is set between or inside steps, StepFailed when a step fails.
+    """
+    _check_names(graph, options)
+    wanted = graph.order if options.only is None else [
+        name for name in graph.order if name in graph.ancestors(options.only) | {options.only}
+    ]
+    made: dict[str, Artifact] = {}
+    for position, name in enumerate(wanted, start=1):
+        if options.stop.is_set():
+            raise Interrupted
+        node = graph.nodes[name]
+        inputs = Inputs(graph, node, made)
+        fingerprint = inputs.fingerprint(seed)
+        label = f"[{position}/{len(wanted)}] {name}"
+        found = None if name in options.force else store.find(node.kind, fingerprint)
+        if found is None and options.only is not None and name != options.only:
+            raise RecipeError(
+                f"{options.only!r} needs {name!r}, which has not been made", where="--only", mend="run without --only once"
+            )
+        if found is None:
+            with store.lock(fingerprint, on_wait=_waiter(reporter, label)):
+                found = None if name in options.force else store.find(node.kind, fingerprint)
+                if found is None:
+                    made[name] = _make(node, inputs, fingerprint, seed, store, reporter, options, label)
+        if found is not None:
+            made[name] = found
+            reporter.say(f"{label}: {node.kind} already made ({_counts(found)})")
+            reporter.event(
+                "step_reused", step=name, kind=node.kind, folder=str(found.folder), seconds=found.manifest.seconds
+            )
+        on_made(name, made[name])
+    return made
+
+
+def _waiter(reporter: Reporter, label: str) -> Callable[[int | None], None]:
+    def say(pid: int | None) -> None:
+        owner = f"process {pid}" if pid is not None else "another process"
+        reporter.say(f"{label}: {owner} is making this now; waiting for it")
+        reporter.event("step_waiting", pid=pid)
+
+    return say
+
+
+def _counts(artifact: Artifact) -> str:
+    counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in artifact.manifest.counts.items())
+    return counts or artifact.manifest.fingerprint[:12]
+
+
+def _make(
+    node: Node,
+    inputs: Inputs,
+    fingerprint: str,
+    seed: int,
+    store: Store,
+    reporter: Reporter,
+    options: RunOptions,
+    label: str,
+) -> Artifact:
+    folder = store.prepare(node.kind, fingerprint, discard=node.name in options.force)
+    reporter.say(f"{label}: {node.kind}")
+    reporter.event("step_started", step=node.name, kind=node.kind, fingerprint=fingerprint, folder=str(folder))
+    context = StepContext(
+        name=node.name,
+        kind=node.kind,
+        folder=folder,
+        seed=seed,
+        cache_folder=store.root,
+        reporter=reporter,
+        resolve_model=inputs.model,
+        resolve_data=inputs.artifacts,
+        stop=options.stop,
+    )
+    started = time.monotonic()
+    try:
+        result = step_function(node.kind)(node.settings, context)
+    except Interrupted:
+        reporter.event("step_interrupted", step=node.name, kind=node.kind)
+        raise
+    except PotstillError as error:
+        reporter.event("step_failed", step=node.name, kind=node.kind, error=str(error))
+        raise StepFailed(str(error), where=f"step {node.name}") from error
+    except MissingInput:
+        raise
+    except Exception as error:
+        reporter.event("step_failed", step=node.name, kind=node.kind, error=f"{type(error).__name__}: {error}")
+        raise
+    seconds = time.monotonic() - started
+    artifact = store.seal(
+        folder,
+        kind=node.kind,
+        fingerprint=fingerprint,
+        settings=meaning(node.settings),
+        inputs=inputs.described(),
+        seed=seed,
+        seconds=round(seconds, 3),
+        **vars(result),
+    )
+    reporter.say(f"{label}: done in {format_seconds(seconds)} ({_counts(artifact)})")
+    reporter.event(
+        "step_finished",
+        step=node.name,
+        kind=node.kind,
+        seconds=round(seconds, 3),
+        folder=str(folder),
+        counts=artifact.manifest.counts,
+    )
+    return artifact

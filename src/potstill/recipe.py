@@ -1,0 +1,375 @@
+"""Recipes: load a YAML file, extend it, override it, expand `each` and check every setting."""
+
+import copy
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from potstill.core.errors import PotstillError, RecipeError
+from potstill.core.settings import InputPath, Reference, Settings
+from potstill.core.yaml_lines import KeyPath, Origin, dump_yaml, parse_value, read_yaml
+from potstill.models import EMBEDDED, TransformersModel
+from potstill.pipeline.graph import Graph, Node, nearest
+from potstill.pipeline.kinds import STEP_KINDS, settings_class
+from potstill.teachers import AnyModel
+
+__all__ = ["Recipe", "json_schema", "load_recipe", "one_step_recipe", "shipped_recipes", "sweep_variants"]
+
+_TOP_KEYS = ("name", "description", "seed", "extends", "models", "steps", "variants")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: the graph to run and the mapping that makes the same graph again."""
+
+    name: str
+    seed: int
+    graph: Graph
+    resolved: Mapping[str, Any]
+    description: str = ""
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; running it makes the same artifacts."""
+        return dump_yaml(dict(self.resolved))
+
+
+@dataclass
+class _Raw:
+    """A merged recipe mapping, where each key was written, and the folders its paths are relative to."""
+
+    mapping: dict[str, Any]
+    origins: dict[KeyPath, Origin]
+    folders: list[Path] = field(default_factory=list)
+
+    def where(self, path: Sequence[str]) -> str:
+        """The nearest known place of a key: file and line, or the command line."""
+        for length in range(len(path), -1, -1):
+            if origin := self.origins.get(tuple(path[:length])):
+                return str(origin)
+        return "recipe"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with potstill, by name."""
+    package = Path(__file__).parent
+    folder = next(one for one in (package / "recipes", package.parents[1] / "recipes") if one.is_dir())
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _find(name: str, folder: Path) -> Path:
+    for candidate in (folder / name, Path(name)):
+        if candidate.is_file():
+            return candidate.resolve()
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    raise RecipeError(
+        f"there is no recipe {name!r}",
+        expected="a YAML file, or the name of a recipe that comes with potstill",
+        mend=nearest(name, shipped),
+    )
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, key by key; an explicit null removes a key."""
+    merged = dict(base)
+    for key, value in over.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def _read(name: str, folder: Path, chain: tuple[Path, ...] = ()) -> _Raw:
+    path = _find(name, folder)
+    if path in chain:
+        circle = " -> ".join(one.name for one in (*chain, path))
+        raise RecipeError(f"recipes extend each other in a circle: {circle}", where=str(path))
+    mapping, origins = read_yaml(path)
+    if "extends" not in mapping:
+        return _Raw(mapping, origins, [path.parent])
+    base = _read(str(mapping.pop("extends")), path.parent, (*chain, path))
+    return _Raw(_merge(base.mapping, mapping), {**base.origins, **origins}, [path.parent, *base.folders])
+
+
+def _override(raw: _Raw, assignment: str, source: str = "command line") -> None:
+    """Set one dotted key: `seed=3`, `steps.student.lr=1e-4`, or `student.lr=1e-4` for a step's key."""
+    dotted, equals, text = assignment.partition("=")
+    path = dotted.strip().split(".")
+    if not equals or not all(path):
+        raise RecipeError(
+            f"{assignment!r} is no override", where=source, expected="key=value, such as student.lr=1e-4"
+        )
+    if path[0] not in _TOP_KEYS:
+        path = ["steps", *path]
+        known = raw.mapping.get("steps") or {}
+        if len(path) == 2 or path[1] not in known:
+            raise RecipeError(
+                f"{assignment!r} names {path[1]!r}, which is neither a step nor a key of a recipe",
+                where=source,
+                expected="name=, seed=, models.<name>.<key>=, or <step>.<key>=",
+                mend=nearest(path[1], [*known, *_TOP_KEYS]),
+            )
+    target = raw.mapping
+    for key in path[:-1]:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise RecipeError(f"{dotted}: {key!r} holds a value, not a mapping", where=source)
+    target[path[-1]] = parse_value(text)
+    raw.origins[tuple(path)] = Origin(source)
+
+
+def _explain(error: ValidationError, raw: _Raw, prefix: KeyPath, root: type[BaseModel] | None) -> RecipeError:
+    """One message for all faults pydantic found, each with its place and the nearest valid key."""
+    messages = []
+    for fault in error.errors(include_url=False):
+        path = [*prefix, *(str(part) for part in fault["loc"])]
+        shown = ".".join(path)
+        if fault["type"] == "extra_forbidden":
+            known = _keys_at(root, fault["loc"][:-1])
+            hint = nearest(path[-1], known) if known else "remove it"
+            messages.append(f"{raw.where(path)}: unknown key {shown}\n  to mend:  {hint}")
+        elif fault["type"] == "missing":
+            messages.append(f"{raw.where(path)}: {shown} is missing")
+        else:
+            text = fault["msg"].removeprefix("Value error, ")
+            given = fault.get("input")
+            suffix = "" if isinstance(given, dict | list) else f", not {given!r}"
+            messages.append(f"{raw.where(path)}: {shown}: {text[:1].lower()}{text[1:]}{suffix}")
+    return RecipeError("\n".join(dict.fromkeys(messages)))
+
+
+def _keys_at(root: type[BaseModel] | None, loc: Iterable[Any]) -> list[str]:
+    """The valid keys of the settings class that a location inside `root` leads to."""
+    models = [root] if root else []
+    for part in loc:
+        followed = []
+        for model in models:
+            if part in model.model_fields:
+                followed += list(_settings_classes(model.model_fields[part].annotation))
+            else:
+                # A list index, or the tag that pydantic puts in for the chosen member of a union.
+                followed.append(model)
+        models = [one for one in followed if one.__name__ == part] or followed
+    return [key for model in models for key in model.model_fields]
+
+
+def _settings_classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _settings_classes(argument)
+    if hasattr(annotation, "__value__"):
+        yield from _settings_classes(annotation.__value__)
+
+
+def _validate(kind: type[Settings], value: Mapping[str, Any], raw: _Raw, path: KeyPath) -> Settings:
+    try:
+        return kind.model_validate(value, context={"folders": raw.folders})
+    except ValidationError as error:
+        raise _explain(error, raw, path, kind) from None
+    except RecipeError:
+        raise
+    except PotstillError as error:
+        raise RecipeError(str(error), where=raw.where(path)) from error
+
+
+def _check_mapping(raw: _Raw, key: str) -> dict[str, dict[str, Any]]:
+    found = raw.mapping.get(key) or {}
+    if not isinstance(found, dict):
+        raise RecipeError(f"{key}: is not a mapping", where=raw.where([key]), expected="names with settings below them")
+    for name, value in found.items():
+        where = raw.where([key, name])
+        if not _NAME.fullmatch(name):
+            raise RecipeError(
+                f"{name!r} cannot be a name", where=where, expected="letters, digits, '-', '_' and '.'"
+            )
+        if not isinstance(value, dict):
+            raise RecipeError(f"{key}.{name} is not a mapping", where=where, expected="settings such as {do: train, ...}")
+    return found
+
+
+def _expand(name: str, step: Mapping[str, Any], raw: _Raw) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """(instance name, values, settings) for every combination of `each`, or the step itself."""
+    each = step.get("each")
+    body = {key: value for key, value in step.items() if key != "each"}
+    if each is None:
+        yield name, {}, body
+        return
+    if not (isinstance(each, dict) and each and all(isinstance(one, list) and one for one in each.values())):
+        raise RecipeError(
+            f"steps.{name}.each is no mapping of names to lists",
+            where=raw.where(["steps", name, "each"]),
+            expected="each: {category: [math, science]}",
+        )
+    for combination in itertools.product(*each.values()):
+        values = {key: str(value) for key, value in zip(each, combination, strict=True)}
+        yield f"{name}[{','.join(values.values())}]", values, _substitute(body, values)
+
+
+def _substitute(value: Any, values: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _substitute(item, values) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, values) for item in value]
+    if isinstance(value, str):
+        return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), value)
+    return value
+
+
+def _nodes(raw: _Raw) -> dict[str, Node]:
+    nodes = {}
+    for name, step in _check_mapping(raw, "steps").items():
+        path = ("steps", name)
+        kind = step.get("do")
+        if kind not in STEP_KINDS:
+            raise RecipeError(
+                f"steps.{name} has no kind of step (do:)" if kind is None else f"steps.{name}.do: unknown kind {kind!r}",
+                where=raw.where([*path, "do"]),
+                expected=f"do: {' | '.join(STEP_KINDS)}",
+                mend=nearest(str(kind), STEP_KINDS) if kind is not None else None,
+            )
+        for instance, values, body in _expand(name, step, raw):
+            settings = _validate(settings_class(kind), body, raw, path)
+            nodes[instance] = Node(instance, name, kind, settings, values, raw.where(path))
+    return nodes
+
+
+def _with_resolved_paths(value: Any, settings: Any) -> Any:
+    """The raw mapping with every path that was found made absolute, so that it runs from anywhere."""
+    if isinstance(settings, InputPath | Reference):
+        return str(settings)
+    if isinstance(value, dict):
+        get = settings.get if isinstance(settings, dict) else lambda key: getattr(settings, key, None)
+        return {key: _with_resolved_paths(item, get(key)) for key, item in value.items()}
+    if isinstance(value, list) and isinstance(settings, list | tuple) and len(value) == len(settings):
+        return [_with_resolved_paths(item, one) for item, one in zip(value, settings, strict=True)]
+    return value
+
+
+def _build(raw: _Raw) -> Recipe:
+    mapping = raw.mapping
+    for key in mapping:
+        if key not in _TOP_KEYS:
+            raise RecipeError(f"unknown key {key}", where=raw.where([key]), mend=nearest(key, _TOP_KEYS))
+    name, seed = mapping.get("name", "run"), mapping.get("seed", 0)
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise RecipeError(
+            f"name: {name!r} cannot name a run", where=raw.where(["name"]), expected="letters, digits, '-', '_' and '.'"
+        )
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise RecipeError(f"seed: {seed!r} is no whole number", where=raw.where(["seed"]))
+    models: dict[str, Settings] = {}
+    adapter: TypeAdapter[Settings] = TypeAdapter(AnyModel)
+    for model, settings in _check_mapping(raw, "models").items():
+        try:
+            models[model] = adapter.validate_python(settings, context={"folders": raw.folders})
+        except ValidationError as error:
+            raise _explain(error, raw, ("models", model), None) from None
+    nodes = _nodes(raw)
+    if not nodes:
+        raise RecipeError("the recipe has no steps", where=raw.where(["steps"]), expected="steps: {name: {do: ...}}")
+    if both := sorted({node.base for node in nodes.values()} & set(models)):
+        raise RecipeError(
+            f"{both[0]!r} names both a model and a step", where=raw.where(["steps", both[0]]), mend="rename one of them"
+        )
+    embedded = {model: TransformersModel(path=model) for model in EMBEDDED}
+    graph = Graph(nodes, {**embedded, **models})
+    plain = {node.base: node.settings for node in nodes.values() if not node.values}
+    resolved = _with_resolved_paths(
+        {key: mapping[key] for key in _TOP_KEYS if key in mapping}, {"models": models, "steps": plain}
+    )
+    return Recipe(name, seed, graph, {"name": name, "seed": seed, **resolved}, str(mapping.get("description", "")))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), variant: str | None = None) -> Recipe:
+    """Load a recipe by file or shipped name, with a named variant and `key=value` overrides laid on it."""
+    raw = _read(name, Path.cwd())
+    if variant is not None:
+        variants = _check_mapping(raw, "variants")
+        if variant not in variants:
+            raise RecipeError(
+                f"the recipe has no variant {variant!r}", where=raw.where(["variants"]), mend=nearest(variant, variants)
+            )
+        raw.mapping = _merge(raw.mapping, variants[variant])
+        for path, origin in list(raw.origins.items()):
+            if path[:2] == ("variants", variant):
+                raw.origins[path[2:]] = origin
+    for assignment in overrides:
+        _override(raw, assignment)
+    return _build(raw)
+
+
+def one_step_recipe(kind: str, assignments: Sequence[str]) -> Recipe:
+    """The recipe behind `potstill <kind> key=value ...`: one step, named after its kind."""
+    raw = _Raw({"name": kind, "steps": {kind: {"do": kind}}}, {(): Origin("command line")}, [Path.cwd()])
+    for assignment in assignments:
+        key = assignment.partition("=")[0].partition(".")[0]
+        _override(raw, assignment if key in ("name", "seed") else f"steps.{kind}.{assignment}")
+    return _build(raw)
+
+
+def sweep_variants(name: str, sweeps: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]:
+    """One recipe a combination of sweeps, by label: `key=a,b` sweeps values, `a,b` sweeps named variants."""
+    axes: list[list[tuple[str, str | None, list[str]]]] = []
+    for sweep in sweeps:
+        key, equals, text = sweep.partition("=")
+        if equals:
+            values = parse_value(f"[{text}]")
+            short = key.rpartition(".")[2]
+            axes.append([(f"{short}={value}", None, [f"{key}={dump_yaml(value).splitlines()[0]}"]) for value in values])
+        else:
+            axes.append([(one.strip(), one.strip(), []) for one in sweep.split(",")])
+    recipes = {}
+    for combination in itertools.product(*axes):
+        label = ",".join(part[0] for part in combination)
+        variants = [part[1] for part in combination if part[1] is not None]
+        if len(variants) > 1:
+            raise RecipeError("one sweep over variants at a time", where="command line", expected="--sweep a,b")
+        extra = [assignment for part in combination for assignment in part[2]]
+        recipes[label] = load_recipe(name, [*overrides, *extra], variants[0] if variants else None)
+    return recipes
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, for editors."""
+    definitions: dict[str, Any] = {}
+
+    def schema(kind: Any) -> dict[str, Any]:
+        found = TypeAdapter(kind).json_schema(ref_template="#/$defs/{model}")
+        definitions.update(found.pop("$defs", {}))
+        return found
+
+    each = {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}}
+    steps = []
+    for kind in STEP_KINDS:
+        found = schema(settings_class(kind))
+        found["properties"] = {**found["properties"], "each": each}
+        steps.append(found)
+    recipe = {
+        "name": {"type": "string", "pattern": f"^{_NAME.pattern}$"},
+        "description": {"type": "string"},
+        "seed": {"type": "integer"},
+        "extends": {"type": "string"},
+        "models": {"type": "object", "additionalProperties": schema(AnyModel)},
+        "steps": {"type": "object", "additionalProperties": {"oneOf": steps}},
+        "variants": {"type": "object", "additionalProperties": {"type": "object"}},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "potstill recipe",
+        "type": "object",
+        "properties": recipe,
+        "additionalProperties": False,
+        "$defs": definitions,
+    }

@@ -1,0 +1,75 @@
+"""References lead to steps, models or paths; what leads nowhere is refused with the nearest name."""
+
+import pytest
+
+from potstill.core.errors import RecipeError
+from potstill.core.settings import DataRef, ModelRef, Settings
+from potstill.pipeline.graph import Graph, Node
+
+
+class Makes(Settings):
+    """Settings of a made-up step that needs data and a model."""
+
+    data: DataRef | None = None
+    model: ModelRef | None = None
+
+
+def node(name: str, kind: str, values: dict[str, str] | None = None, **needs: str) -> Node:
+    base = name.partition("[")[0]
+    return Node(name, base, kind, Makes.model_validate(needs), values or {}, f"r.yaml:{len(name)}")
+
+
+def graph(*nodes: Node, models: tuple[str, ...] = ()) -> Graph:
+    return Graph({one.name: one for one in nodes}, {name: Settings() for name in models})
+
+
+def test_steps_run_behind_what_they_need() -> None:
+    made = graph(node("exam", "evaluate", model="student"), node("student", "train", data="traces"), node("traces", "generate"))
+    assert made.order == ["traces", "student", "exam"]
+    assert made.ancestors("exam") == {"student", "traces"}
+
+
+def test_a_circle_is_named() -> None:
+    with pytest.raises(RecipeError, match="a -> b -> a"):
+        graph(node("a", "train", model="b"), node("b", "train", model="a"))
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ({"data": "trace"}, "did you mean 'traces'"),
+        ({"model": "studnet"}, "did you mean 'student'"),
+        ({"data": "traces:held"}, "did you mean 'held_out'"),
+        ({"data": "student"}, "wants prompts, traces or logits"),
+        ({"model": "traces"}, "wants a model"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_is_refused_with_a_hint(needs: dict[str, str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        graph(node("traces", "generate"), node("student", "train"), node("x", "train", **needs))
+
+
+def test_a_path_needs_no_step() -> None:
+    assert graph(node("x", "train", model="./somewhere", data="runs/a/traces")).needs == {"x": []}
+
+
+def test_steps_with_the_same_each_key_pair_up_and_others_get_all() -> None:
+    made = graph(
+        node("traces[math]", "generate", {"category": "math"}),
+        node("traces[science]", "generate", {"category": "science"}),
+        node("expert[math]", "train", {"category": "math"}, data="traces"),
+        node("expert[science]", "train", {"category": "science"}, data="traces"),
+        node("student", "train", data="traces"),
+        node("picked", "train", data="traces[science]"),
+    )
+    assert made.needs["expert[math]"] == ["traces[math]"]
+    assert made.needs["expert[science]"] == ["traces[science]"]
+    assert made.needs["student"] == ["traces[math]", "traces[science]"]
+    assert made.needs["picked"] == ["traces[science]"]
+
+
+def test_one_model_is_wanted_where_a_reference_means_several() -> None:
+    with pytest.raises(RecipeError, match="means several models"):
+        graph(
+            node("expert[a]", "train", {"k": "a"}), node("expert[b]", "train", {"k": "b"}), node("x", "train", model="expert")
+        )
