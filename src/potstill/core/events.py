@@ -76,24 +76,22 @@ class Reporter:
     ) -> None:
         self.display: Display = display
         self.stream = stream if stream is not None else sys.stderr
-        self._events: IO[str] | None = None
-        if events_path is not None:
-            self._events = events_path.open("a", encoding="utf-8", newline="\n")
+        # Unbuffered: an event is on its way to the disk when `event` returns, and a full disk is told at once.
+        self._events: IO[bytes] | None = None if events_path is None else events_path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Close the event file."""
         if self._events is not None:
             self._events.close()
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """Append one event; in json display it goes to standard output as well."""
         if self._events is None and self.display != "json":
             return
-        row = {"time": round(time.time(), 3), "event": kind, **fields}
+        row = {"time": round(time.time(), 3), "event": name, **fields}
         line = json.dumps(row, ensure_ascii=False, default=str)
         if self._events is not None:
-            self._events.write(line + "\n")
-            self._events.flush()
+            self._events.write(f"{line}\n".encode("utf-8", "replace"))
         if self.display == "json":
             print(line, flush=True)
 

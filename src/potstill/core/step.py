@@ -75,9 +75,9 @@ class StepContext:
         """A line for the person watching."""
         self.reporter.say(f"  {message}")
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """An event of this step for events.jsonl."""
-        self.reporter.event(kind, step=self.name, **fields)
+        self.reporter.event(name, step=self.name, **fields)
 
     def check_stop(self) -> None:
         """Raise Interrupted once the user has asked the run to stop."""

@@ -219,7 +219,7 @@ def _plan_train(planner: _Planner, node: Node, planned: PlannedStep) -> None:
 
 def _plan_evaluate(planner: _Planner, node: Node, planned: PlannedStep) -> None:
     settings: Any = node.settings
-    names = list(settings.models.values())
+    names = list(settings.roles.values())
     known = [found for one in names if (found := planner.parameters(node, one))]
     if known:
         planned.memory_gb = 2 * max(known) * _STORED_BYTES / _GB
@@ -229,7 +229,8 @@ def _plan_evaluate(planner: _Planner, node: Node, planned: PlannedStep) -> None:
 
 
 def _upstream_tokens(planner: _Planner, node: Node) -> int | None:
-    tokens = [planner.steps[name].tokens for name in planner.graph.needs[node.name] if planner.graph.nodes[name].kind in ("generate", "cache")]
+    makers = [name for name in planner.graph.needs[node.name] if planner.graph.nodes[name].kind in ("generate", "cache")]
+    tokens = [planner.steps[name].tokens for name in makers]
     return None if not tokens or None in tokens else sum(one or 0 for one in tokens)
 
 

@@ -1,6 +1,7 @@
 """One run of a recipe from start to report, and sweeps of several."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,9 +51,9 @@ def run_recipe(
     reporter = Reporter(display, folder / EVENTS_FILE)
     steps = _steps(recipe.graph)
     described: list[dict[str, Any]] = [{"name": name, "kind": kind, "needs": needs} for name, kind, needs in steps]
-    reporter.event("run_started", recipe=recipe.name, seed=recipe.seed, steps=described)
     outcome = "failed"
     try:
+        reporter.event("run_started", recipe=recipe.name, seed=recipe.seed, steps=described)
         run_graph(
             recipe.graph,
             recipe.seed,
@@ -66,10 +67,14 @@ def run_recipe(
         outcome = "interrupted"
         raise
     finally:
-        reporter.event(f"run_{outcome}")
-        reporter.close()
+        try:
+            reporter.event(f"run_{outcome}")
+        finally:
+            reporter.close()
         view = load_run(folder, steps)
-        write_report(view, folder / REPORT_FILE)
+        # What stopped the run is the news; a report that cannot be written then is not.
+        with nullcontext() if outcome == "finished" else suppress(OSError):
+            write_report(view, folder / REPORT_FILE)
     for step in view.steps:
         if step.kind in ("train", "init") and step.folder is not None:
             write_atomically(step.folder / MODEL_CARD_FILE, model_card(view, step))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from potstill.core.errors import Interrupted, PotstillError, RecipeError
 from potstill.core.events import Reporter, format_seconds
-from potstill.core.settings import meaning
+from potstill.core.settings import ModelRef, meaning, references
 from potstill.core.step import StepContext
 from potstill.core.store import Artifact, Store
 from potstill.pipeline.fingerprint import Inputs, MissingInput
@@ -38,6 +38,16 @@ def _check_names(graph: Graph, options: RunOptions) -> None:
             )
 
 
+def _check_inputs(graph: Graph, names: list[str]) -> None:
+    """Read what the steps read from outside, so that a late step's mistake shows before an early one is paid for."""
+    for name in names:
+        node = graph.nodes[name]
+        meaning(node.settings)
+        for _, reference in references(node.settings):
+            if isinstance(reference, ModelRef) and reference.target in graph.models:
+                meaning(graph.models[reference.target])
+
+
 def run_graph(
     graph: Graph,
     seed: int,
@@ -54,6 +64,7 @@ def run_graph(
     wanted = graph.order if options.only is None else [
         name for name in graph.order if name in graph.ancestors(options.only) | {options.only}
     ]
+    _check_inputs(graph, wanted)
     made: dict[str, Artifact] = {}
     for position, name in enumerate(wanted, start=1):
         if options.stop.is_set():

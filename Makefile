@@ -1,0 +1,53 @@
+# make quickstart, make test: each sets up .venv by itself, from python3, pip and make alone.
+#
+#   PYTHON       the Python to build .venv with, 3.11 to 3.13
+#   TORCH        what to install as torch; by exact version, so that it is the build that was asked for
+#   TORCH_INDEX  one more package index for torch alone: another CUDA, or CPU-only wheels
+#   PIP_FLAGS    flags for every pip install
+
+PYTHON      ?= python3
+TORCH       ?= torch==2.13.0
+TORCH_INDEX ?=
+PIP_FLAGS   ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+DONE := $(VENV)/installed
+
+.PHONY: quickstart test check format clean
+.DELETE_ON_ERROR:
+
+quickstart: $(DONE)
+	$(BIN)/potstill run quickstart
+
+test: $(DONE)
+	$(BIN)/python -m pytest
+
+check: $(DONE)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/architecture
+	$(MAKE) --no-print-directory test
+
+format: $(DONE)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first, because the packages that depend on it would otherwise choose a build of their own. Everything else
+# is pinned and installed without its dependencies: runtime.txt says why.
+$(DONE): requirements/runtime.txt requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	sys.exit(0 if (3, 11) <= v <= (3, 13) else "potstill needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % v)'
+	@echo "Setting up $(VENV): some minutes the first time (torch is large)."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint requirements/runtime.txt "$(TORCH)" setuptools
+	$(PIP) --no-deps --no-build-isolation --requirement requirements/runtime.txt --requirement requirements/dev.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,76 @@
+"""Which rows make which optimiser step and micro-batch, and how rows become tensors.
+
+Shapes: B rows, T tokens.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from potstill.core.hashing import derive_seed
+from potstill.data.chat import Rendered
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["collate", "epoch_plan", "micro_batches"]
+
+# Rows are sorted by length within groups of this many steps: enough that a step's rows are alike in length,
+# few enough that which rows meet in a step stays random.
+_STEPS_PER_BUCKET_GROUP = 32
+
+
+def epoch_plan(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """The optimiser steps of one epoch as lists of row numbers; each row appears once.
+
+    `lengths` are tokens a row, `batch` is rows a step. Rows of similar length share a step; which rows meet
+    and the order of the steps depend only on (seed, epoch). A last step with the remaining rows is kept.
+    """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; expected at least 1")
+    chance = random.Random(derive_seed(seed, "epoch", epoch))
+    order = list(range(len(lengths)))
+    chance.shuffle(order)
+    whole = len(order) - len(order) % batch
+    steps: list[list[int]] = []
+    for start in range(0, whole, batch * _STEPS_PER_BUCKET_GROUP):
+        group = order[start : min(start + batch * _STEPS_PER_BUCKET_GROUP, whole)]
+        group.sort(key=lengths.__getitem__)
+        steps.extend(group[first : first + batch] for first in range(0, len(group), batch))
+    chance.shuffle(steps)
+    return [*steps, order[whole:]] if whole < len(order) else steps
+
+
+def micro_batches(lengths: Sequence[int], rows: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """One step's rows in micro-batches of at most `max_tokens` tokens, padding counted; longest rows first.
+
+    A row that is longer than `max_tokens` is alone in its micro-batch.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for row in sorted(rows, key=lengths.__getitem__, reverse=True):
+        if room == 0:
+            batches.append([])
+            room = max(1, max_tokens // max(1, lengths[row]))
+        batches[-1].append(row)
+        room -= 1
+    return batches
+
+
+def collate(rows: Sequence[Rendered], pad_id: int) -> dict[str, "torch.Tensor"]:
+    """Right-padded tensors: input_ids BT and attention_mask BT (int64), loss_mask BT (bool).
+
+    Padding is known by length alone: pad_id may be a token that the rows hold as well.
+    """
+    import torch
+
+    width = max(len(row.ids) for row in rows)
+    input_ids_BT = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    attention_mask_BT = torch.zeros((len(rows), width), dtype=torch.int64)
+    loss_mask_BT = torch.zeros((len(rows), width), dtype=torch.bool)
+    for number, row in enumerate(rows):
+        length = len(row.ids)
+        input_ids_BT[number, :length] = torch.tensor(row.ids, dtype=torch.int64)
+        attention_mask_BT[number, :length] = 1
+        loss_mask_BT[number, :length] = torch.tensor(row.mask, dtype=torch.bool)
+    return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "loss_mask": loss_mask_BT}

@@ -1,0 +1,174 @@
+"""Settings of sources and mixtures, and how a setting declares its rows; nothing heavy is imported here."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo
+
+from potstill.core.errors import DataError
+from potstill.core.hashing import hash_bytes, hash_file
+from potstill.core.settings import DataRef, InputPath, Settings, execution, resolve_path
+from potstill.data.files import DATA_SUFFIXES, read_rows
+from potstill.data.shapes import Shape
+from potstill.data.tasks import TASK_PREFIX, check_task
+from potstill.data.templates import is_inline, template_text
+
+__all__ = ["Data", "FileSource", "HubSource", "Member", "Source", "TaskSource", "source_of_path"]
+
+Scalar = str | int | float | bool
+
+
+def _resolve_template(value: str, info: ValidationInfo) -> str:
+    return value if is_inline(value) else resolve_path(value, (info.context or {}).get("folders", ()))
+
+
+class _SourceSettings(Settings):
+    """What all sources can state."""
+
+    limit: int | None = Field(default=None, ge=1, description="take at most this many rows")
+    system: str | None = Field(default=None, description="the system message of every prompt")
+    template: Annotated[str, AfterValidator(_resolve_template)] | None = execution(
+        None,
+        description="the user message with {column} for a row's values: the text, or a text file's path",
+    )
+    where: dict[str, Scalar | list[Scalar]] = Field(
+        default={}, description="keep rows whose column equals a value, or one of a list of values"
+    )
+    held_out: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the prompts kept from training, chosen by the hash of the prompt",
+    )
+    shuffle: bool = Field(default=False, description="shuffle the rows, before `limit`, by the recipe's seed")
+    strict: bool = Field(default=False, description="stop at a malformed row instead of leaving it out")
+    weight: float | None = Field(
+        default=None, gt=0, description="share in a list of sources, relative to the others"
+    )
+
+    def content(self) -> Any:
+        """The hash of the template's text."""
+        return {"template": hash_bytes(template_text(self.template).encode())} if self.template else None
+
+    @property
+    def label(self) -> str:
+        """What messages call the source."""
+        raise NotImplementedError
+
+
+class FileSource(_SourceSettings):
+    """A data file: .jsonl, .json, .csv, .parquet, or .txt (a paragraph a row)."""
+
+    path: InputPath = execution(...)
+    shape: Shape = "auto"
+
+    def content(self) -> Any:
+        """Hashes of the file and the template; the ending decides how the file is read."""
+        path = Path(self.path)
+        read_rows(path)
+        return {**(super().content() or {}), "file": hash_file(path), "suffix": path.suffix.lower()}
+
+    @property
+    def label(self) -> str:
+        """The file's name."""
+        return Path(self.path).name
+
+
+class HubSource(_SourceSettings):
+    """A data set on the hub. Changes there are noticed only through a stated `revision`."""
+
+    dataset: str = Field(min_length=1)
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    shape: Shape = "auto"
+
+    @property
+    def label(self) -> str:
+        """Data set, configuration and split."""
+        return ":".join(filter(None, (self.dataset, self.config, self.split)))
+
+
+class TaskSource(_SourceSettings):
+    """Problems of a reasoning-gym task, made on the spot.
+
+    Without a stated seed the recipe's makes them: the same for all steps of a kind, others for each other
+    kind, so that what is evaluated on was not generated from.
+    """
+
+    task: str = Field(min_length=1)
+    size: int = Field(ge=1, description="how many problems")
+    parameters: dict[str, Any] = Field(default={})
+    seed: int | None = None
+
+    def content(self) -> Any:
+        """The library's version, since problems change with it, once it is known to have the task."""
+        from importlib import metadata
+
+        check_task(self.task, self.parameters, self.size)
+        return {**(super().content() or {}), "reasoning_gym": metadata.version("reasoning-gym")}
+
+    @property
+    def label(self) -> str:
+        """The task's name as records carry it."""
+        return f"{TASK_PREFIX}{self.task}"
+
+
+_KEYS = {"path": "FileSource", "dataset": "HubSource", "task": "TaskSource"}
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        kinds = [kind for key, kind in _KEYS.items() if key in value]
+        return kinds[0] if len(kinds) == 1 else None
+    if isinstance(value, str):
+        return "DataRef"
+    return type(value).__name__
+
+
+def _check_lone(value: Any) -> Any:
+    if isinstance(value, _SourceSettings) and value.weight is not None:
+        raise ValueError("weight has a meaning only in a list of sources")
+    return value
+
+
+_EXPECTED = (
+    "expected a step's name, a path with a '/', or a mapping with exactly one of path, dataset and task"
+)
+
+Source = Annotated[
+    Annotated[FileSource, Tag("FileSource")]
+    | Annotated[HubSource, Tag("HubSource")]
+    | Annotated[TaskSource, Tag("TaskSource")],
+    Discriminator(_kind, custom_error_type="source", custom_error_message=_EXPECTED),
+]
+Member = Annotated[
+    Annotated[DataRef, Tag("DataRef")]
+    | Annotated[FileSource, Tag("FileSource")]
+    | Annotated[HubSource, Tag("HubSource")]
+    | Annotated[TaskSource, Tag("TaskSource")],
+    Discriminator(_kind, custom_error_type="source", custom_error_message=_EXPECTED),
+]
+Data = Annotated[
+    Annotated[DataRef, Tag("DataRef")]
+    | Annotated[FileSource, Tag("FileSource")]
+    | Annotated[HubSource, Tag("HubSource")]
+    | Annotated[TaskSource, Tag("TaskSource")]
+    | Annotated[list[Member], Field(min_length=1), Tag("list")],
+    Discriminator(_kind, custom_error_type="source", custom_error_message=_EXPECTED),
+    AfterValidator(_check_lone),
+]
+"""How a settings field declares its rows: a reference, a source, or a list of these (a mixture)."""
+
+
+def source_of_path(path: str) -> FileSource:
+    """The source that a reference to a data file's path stands for. DataError when it is no data file."""
+    if Path(path).suffix.lower() not in DATA_SUFFIXES:
+        raise DataError(
+            "neither an artifact's folder nor a data file",
+            where=path,
+            expected=f"a folder with manifest.json, or a file ending in {', '.join(DATA_SUFFIXES)}",
+        )
+    return FileSource(path=InputPath(path))

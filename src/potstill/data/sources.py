@@ -1,0 +1,376 @@
+"""Where rows come from: `read` makes records of references, sources and mixtures."""
+
+import heapq
+import importlib
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from potstill.core.errors import DataError
+from potstill.core.events import Reporter
+from potstill.core.hashing import derive_seed
+from potstill.core.records import RECORDS_FILE, Record, count_records, prompt_identity, read_records
+from potstill.core.settings import DataRef, Reference
+from potstill.core.step import StepContext
+from potstill.data.chat import split_reasoning
+from potstill.data.files import PlacedRow, read_rows
+from potstill.data.shapes import BadRow, Example, Shape, describe_shapes, parse_row, recognise, scalar_columns
+from potstill.data.source_settings import (
+    Data,
+    FileSource,
+    HubSource,
+    Member,
+    Source,
+    TaskSource,
+    source_of_path,
+)
+from potstill.data.tasks import task_rows
+from potstill.data.templates import columns_of, fill, template_text
+
+__all__ = [
+    "Data",
+    "FileSource",
+    "HubSource",
+    "Source",
+    "TaskSource",
+    "count_rows",
+    "prompts",
+    "read",
+    "source_of_path",
+]
+
+_SHOWN_FAULTS = 3
+_HUB_SHUFFLE_ROWS = 10_000
+
+
+def read(data: Data, context: StepContext) -> Iterator[Record]:
+    """The records of a reference, a source or a mixture, in order and in constant memory (shuffling apart).
+
+    Says and records as an event how many rows each gave and left out. DataError when there is none, when a
+    column, file, task or shape is missing, and at a malformed row where the source is `strict`.
+    """
+    count = 0
+    for record in _mixed(data, context) if isinstance(data, list) else _read_one(data, context):
+        context.check_stop()
+        count += 1
+        yield record
+    if count == 0:
+        members = data if isinstance(data, list) else [data]
+        raise DataError(
+            "there are no rows", where=", ".join(map(_label, members)), expected="at least one row"
+        )
+
+
+def count_rows(data: Data, seed: int) -> int | None:
+    """How many rows `read` gives under a recipe's seed; None where only a run can tell (steps, the hub).
+
+    Files are read to the end, so that what is wrong with them is raised as in a run.
+    """
+    members = data if isinstance(data, list) else [data]
+    if isinstance(data, DataRef) and (records := Path(data) / RECORDS_FILE).is_file():
+        return count_records(records)
+    if isinstance(data, TaskSource) and not data.where:
+        return min(data.size, data.limit or data.size)
+    if any(
+        isinstance(one, HubSource) or (isinstance(one, DataRef) and not Path(one).is_file())
+        for one in members
+    ):
+        return None
+    context = StepContext(
+        name="count",
+        kind="count",
+        folder=Path(),
+        seed=seed,
+        cache_folder=Path(),
+        reporter=Reporter("quiet"),
+        resolve_model=_unresolved,
+        resolve_data=_unresolved,
+    )
+    return sum(1 for _ in read(data, context))
+
+
+def _unresolved(reference: Reference) -> NoReturn:
+    raise AssertionError(f"counting rows needs no {reference}")
+
+
+def prompts(records: Iterable[Record]) -> Iterator[Record]:
+    """Each prompt once, without the response and what was found out about it; plain text is no prompt."""
+    seen: set[str] = set()
+    for record in records:
+        if record.messages and record.prompt_id not in seen:
+            seen.add(record.prompt_id)
+            yield Record(
+                prompt_id=record.prompt_id,
+                messages=record.messages,
+                held_out=record.held_out,
+                reference=record.reference,
+                task=record.task,
+                meta=record.meta,
+            )
+
+
+def _label(member: Member) -> str:
+    return str(member) if isinstance(member, str) else member.label
+
+
+def _read_one(member: Member, context: StepContext) -> Iterator[Record]:
+    if not isinstance(member, DataRef):
+        return _read_source(member, context)
+    if member.is_path and not Path(member).is_dir():
+        return _read_source(source_of_path(member), context)
+    return _read_artifacts(member, context)
+
+
+def _read_artifacts(reference: DataRef, context: StepContext) -> Iterator[Record]:
+    found: list[Iterator[Record]] = []
+    for artifact, _ in context.artifacts(reference):
+        path = artifact.folder / RECORDS_FILE
+        if not path.is_file():
+            raise DataError(
+                f"an artifact of kind {artifact.kind!r} holds no records",
+                where=str(reference),
+                expected="prompts or traces",
+            )
+        found.append(read_records(path))
+    records = itertools.chain.from_iterable(found)
+    if reference.view == "prompts":
+        yield from prompts(records)
+    elif reference.view == "held_out":
+        none = True
+        for record in records:
+            if record.held_out:
+                none = False
+                yield record
+        if none:
+            raise DataError(
+                "no row is held out",
+                where=str(reference),
+                mend="state a share where the rows come from, such as held_out: 0.1",
+            )
+    else:
+        yield from records
+
+
+def _mixed(members: list[Member], context: StepContext) -> Iterator[Record]:
+    """The members' rows without repetitions: one member after the other, or interleaved by weight.
+
+    Rows with a response repeat another when all of the record does, prompts when the prompt does. By weight,
+    the member that is furthest behind its share is next, and the mixture ends when that one has no more rows,
+    so that the shares hold to the end.
+    """
+    weights = [getattr(member, "weight", None) for member in members]
+    streams = [_read_one(member, context) for member in members]
+    taken, repeated, seen = [0] * len(members), [0] * len(members), set[str]()
+
+    def fresh(number: int) -> Iterator[Record]:
+        for record in streams[number]:
+            key = record.prompt_id if record.response is None else record.id
+            if key in seen:
+                repeated[number] += 1
+                continue
+            seen.add(key)
+            taken[number] += 1
+            yield record
+
+    if all(weight is None for weight in weights):
+        for number in range(len(members)):
+            yield from fresh(number)
+    else:
+        share = [1.0 if weight is None else weight for weight in weights]
+        rows = [fresh(number) for number in range(len(members))]
+        while True:
+            number = min(range(len(members)), key=lambda one: (taken[one] + 1) / share[one])
+            record = next(rows[number], None)
+            if record is None:
+                break
+            yield record
+    parts = ", ".join(
+        f"{_label(member)} {count:,}" + (f" ({again:,} repeated)" if again else "")
+        for member, count, again in zip(members, taken, repeated, strict=True)
+    )
+    context.say(f"mixture of {sum(taken):,} rows: {parts}")
+    context.event("mixture", members=[*map(_label, members)], rows=taken, repeated=repeated)
+
+
+def _read_source(source: Source, context: StepContext) -> Iterator[Record]:
+    """One source's records; malformed rows are left out, told and counted."""
+    reading = _Reading(source, context)
+    records = reading.records()
+    if source.shuffle and not reading.shuffled_at_source:
+        chance = random.Random(derive_seed(context.seed, "shuffle", source.label))
+        keyed = ((chance.random(), number, record) for number, record in enumerate(records))
+        order = sorted(keyed) if source.limit is None else heapq.nsmallest(source.limit, keyed)
+        records = (record for _, _, record in order)
+    count = held_out = 0
+    for record in itertools.islice(records, source.limit):
+        count, held_out = count + 1, held_out + record.held_out
+        yield record
+    reading.finish(count, held_out)
+
+
+class _Reading:
+    """One pass over a source: its columns, its faults, and the records in between."""
+
+    def __init__(self, source: Source, context: StepContext) -> None:
+        self.source, self.context = source, context
+        self.shuffled_at_source = isinstance(source, HubSource) and source.streaming
+        self.template = None if source.template is None else template_text(source.template)
+        self.shape: Shape | None = None
+        self.columns: list[str] = []
+        self.matched = self.faults = 0
+        self.first_fault = ""
+
+    def records(self) -> Iterator[Record]:
+        """Records of the usable rows, in the source's order."""
+        for place, row in self._rows():
+            if isinstance(row, BadRow):
+                self._fault(place, row)
+                continue
+            self.columns = self.columns or [*row]
+            if not self._matches(row):
+                continue
+            self.matched += 1
+            try:
+                yield self._record(row)
+            except BadRow as bad:
+                self._fault(place, bad)
+            except DataError as error:
+                if error.where is not None:
+                    raise
+                raise DataError(error.what, where=place, expected=error.expected, mend=error.mend) from error
+
+    def finish(self, count: int, held_out: int) -> None:
+        """Say what was read; DataError when that is nothing."""
+        label, faults = self.source.label, self.faults
+        self.context.event("source", source=label, rows=count, held_out=held_out, left_out=faults)
+        parts = [f"{count:,} rows"]
+        if self.source.held_out:
+            parts.append(f"{held_out:,} of them held out")
+        if faults:
+            parts.append(f"{faults:,} malformed rows left out")
+        self.context.say(f"{label}: {', '.join(parts)}")
+        if count:
+            return
+        if faults:
+            raise DataError(f"none of its rows can be used; the first is {self.first_fault}", where=label)
+        if self.columns and self.source.where:
+            wanted = ", ".join(f"{column} = {value!r}" for column, value in self.source.where.items())
+            raise DataError(
+                f"no row has {wanted}",
+                where=label,
+                expected=f"a row that matches; its columns are {self._found()}",
+            )
+        raise DataError("there are no rows", where=label, expected="at least one row")
+
+    def _rows(self) -> Iterator[PlacedRow]:
+        source = self.source
+        if isinstance(source, FileSource):
+            return read_rows(Path(source.path))
+        if isinstance(source, HubSource):
+            return _hub_rows(source, derive_seed(self.context.seed, "shuffle", source.label))
+        seed = self.context.derive_seed("task", source.task) if source.seed is None else source.seed
+        rows = task_rows(source.task, source.parameters, source.size, seed)
+        return ((f"{source.label}, problem {number}", row) for number, row in enumerate(rows, start=1))
+
+    def _fault(self, place: str, bad: BadRow) -> None:
+        if self.source.strict:
+            raise DataError(
+                str(bad), where=place, mend="correct the row, or leave `strict` off to go on without it"
+            )
+        self.faults += 1
+        self.first_fault = self.first_fault or f"{place}: {bad}"
+        if self.faults <= _SHOWN_FAULTS:
+            self.context.event("row_left_out", source=self.source.label, place=place, reason=str(bad))
+            self.context.say(f"{place}: {bad}; left out")
+
+    def _matches(self, row: Mapping[str, Any]) -> bool:
+        for column, wanted in self.source.where.items():
+            value = str(row.get(column))
+            if column not in row or value not in map(str, wanted if isinstance(wanted, list) else [wanted]):
+                return False
+        return True
+
+    def _found(self) -> str:
+        return ", ".join(self.columns) or "none"
+
+    def _record(self, row: Mapping[str, Any]) -> Record:
+        example = self._example(row)
+        messages, system = example.messages, self.source.system
+        response = example.response
+        if self.template is not None:
+            asked = messages[-1]["content"] if messages else ""
+            filled = fill(self.template, {**({"prompt": asked} if asked else {}), **row})
+            messages = [*messages[:-1], {"role": "user", "content": filled}]
+            response = response if example.messages else None
+        if system is not None:
+            if not messages:
+                raise DataError(
+                    "`system` has no place in plain text",
+                    mend="leave it out, or make prompts with a `template`",
+                )
+            rest = messages[1:] if messages[0]["role"] == "system" else messages
+            messages = [{"role": "system", "content": system}, *rest]
+        prompt_id = prompt_identity(example.question)
+        share = derive_seed(self.context.seed, "held_out", prompt_id) / 2**63
+        reasoning, answer = (None, None) if response is None else split_reasoning(response)
+        return Record(
+            prompt_id=prompt_id,
+            messages=messages,
+            held_out=share < self.source.held_out,
+            response=response,
+            reasoning=reasoning,
+            answer=answer,
+            reference=example.reference,
+            task=example.task,
+            meta=example.meta,
+        )
+
+    def _example(self, row: Mapping[str, Any]) -> Example:
+        source = self.source
+        if isinstance(source, TaskSource):
+            question = str(row["question"])
+            messages = [{"role": "user", "content": question}]
+            return Example(question, messages, None, row["answer"], source.label, dict(row["meta"]))
+        if self.shape is None:
+            self.shape = recognise(row, source.shape)
+        if self.shape is None and self.template is not None:
+            used = {name: row.get(name) for name in columns_of(self.template)}
+            return Example(used, meta=scalar_columns(row))
+        if self.shape is None:
+            raise DataError(
+                f"the columns {self._found()} are not those of "
+                + ("a known shape" if source.shape == "auto" else f"the shape {source.shape!r}"),
+                where=source.label,
+                expected=describe_shapes(),
+                mend="rename the columns, or make prompts with a `template` such as 'Summarise: {column}'",
+            )
+        example = parse_row(row, self.shape)
+        spoken = {example.response, example.reference, *(message["content"] for message in example.messages)}
+        kept = {name: value for name, value in scalar_columns(row).items() if value not in spoken}
+        example.meta = {**kept, **example.meta}
+        return example
+
+
+def _hub_rows(source: HubSource, seed: int) -> Iterator[PlacedRow]:
+    datasets = importlib.import_module("datasets")  # without types, and slow to import
+    try:
+        rows = datasets.load_dataset(
+            source.dataset,
+            source.config,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
+        )
+    except Exception as error:
+        # Whatever goes wrong (name, network, access, configuration), the library's sentence says it best.
+        raise DataError(
+            f"the data set cannot be loaded: {error}",
+            where=source.label,
+            expected="a data set's name on the hub, its config and split",
+        ) from error
+    if source.streaming and source.shuffle:
+        rows = rows.shuffle(seed=seed % 2**32, buffer_size=_HUB_SHUFFLE_ROWS)
+    for number, row in enumerate(rows, start=1):
+        yield f"{source.label}, row {number}", row

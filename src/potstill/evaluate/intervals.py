@@ -1,0 +1,153 @@
+"""95 % intervals: of shares, of means over rows, and of differences between two models on equal prompts."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Estimate",
+    "bootstrap_ratio",
+    "bootstrap_ratio_difference",
+    "mcnemar_exact",
+    "paired_share_difference",
+    "wilson_interval",
+]
+
+Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
+RESAMPLES = 4000
+_RESAMPLE_CELLS = (
+    4_000_000  # counts drawn at once, so that memory stays bounded however many prompts there are
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with the ends of its 95 % interval, all in the figure's own unit."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        """The JSON form used in metrics: value, low, high."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def wilson_interval(successes: int, trials: int) -> Estimate:
+    """A share in 0..1 with Wilson's score interval (Wilson 1927), right for small counts and at 0 and 1."""
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(
+            f"{successes} of {trials} is no share; expected 0 <= successes <= trials and trials > 0"
+        )
+    share, z2 = successes / trials, Z_95**2
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    # At 0 and at all trials the bound is exact; rounding would leave it a hair off.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == trials else centre + half
+    return Estimate(share, low, high)
+
+
+def paired_share_difference(first: Sequence[bool], second: Sequence[bool]) -> Estimate:
+    """share(second) - share(first) over the same prompts, in -1..1.
+
+    Newcombe's hybrid score interval for paired shares (Statistics in Medicine 17, 1998, p. 2635, method 10):
+    the Wilson limits of each share, joined by the correlation of the pairs with his continuity correction. It
+    needs no resampling, so it is the same every time, and it keeps its coverage at shares near 0 and 1.
+    """
+    both, only_first, only_second, neither = _pairs(first, second)
+    trials = both + only_first + only_second + neither
+    one, two = wilson_interval(both + only_second, trials), wilson_interval(both + only_first, trials)
+    difference = one.value - two.value
+    margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    product: float = both * neither - only_first * only_second
+    if product > 0:
+        product = max(product - trials / 2, 0)
+    correlation = product / math.sqrt(margins) if margins else 0.0
+
+    def reach(ours: float, theirs: float) -> float:
+        return math.sqrt(max(ours**2 - 2 * correlation * ours * theirs + theirs**2, 0.0))
+
+    low = difference - reach(one.value - one.low, two.high - two.value)
+    high = difference + reach(one.high - one.value, two.value - two.low)
+    return Estimate(difference, low, high)
+
+
+def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """McNemar's exact two-sided p-value: the chance of discordant pairs that split at least so unevenly."""
+    _, only_first, only_second, _ = _pairs(first, second)
+    discordant = only_first + only_second
+    tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, tail / 2 ** (discordant - 1)) if discordant else 1.0
+
+
+def _pairs(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, int, int]:
+    """How many prompts both, only the first, only the second and neither got right."""
+    if len(first) != len(second) or not first:
+        raise ValueError(f"pairs need the same prompts on both sides, not {len(first)} and {len(second)}")
+    both = sum(a and b for a, b in zip(first, second, strict=True))
+    right_first, right_second = sum(map(bool, first)), sum(map(bool, second))
+    return both, right_first - both, right_second - both, len(first) - right_first - right_second + both
+
+
+def bootstrap_ratio(
+    numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[str], *, seed: int
+) -> Estimate:
+    """sum(numerators) / sum(denominators) with a percentile bootstrap interval over clusters.
+
+    One entry a row; rows of one cluster (the samples of one prompt) are drawn together, since they are not
+    independent. A mean per token is nats over tokens; a plain mean of rows has ones below.
+    """
+    tops, bottoms = _by_cluster(clusters, numerators, denominators)
+    draws = _resampled_sums(seed, tops, bottoms)
+    return _percentiles(sum(numerators) / sum(denominators), draws[:, 0] / draws[:, 1])
+
+
+def bootstrap_ratio_difference(
+    first: tuple[Sequence[float], Sequence[float]],
+    second: tuple[Sequence[float], Sequence[float]],
+    clusters: Sequence[str],
+    *,
+    seed: int,
+) -> Estimate:
+    """ratio(second) - ratio(first) on the same rows, each drawn for both at once (a paired bootstrap)."""
+    columns = _by_cluster(clusters, *first, *second)
+    draws = _resampled_sums(seed, *columns)
+    value = sum(second[0]) / sum(second[1]) - sum(first[0]) / sum(first[1])
+    return _percentiles(value, draws[:, 2] / draws[:, 3] - draws[:, 0] / draws[:, 1])
+
+
+def _by_cluster(clusters: Sequence[str], *columns: Sequence[float]) -> list["NDArray[np.float64]"]:
+    import numpy as np
+
+    number = {cluster: index for index, cluster in enumerate(dict.fromkeys(clusters))}
+    rows = np.array([number[cluster] for cluster in clusters])
+    sums = (np.bincount(rows, weights=np.asarray(column), minlength=len(number)) for column in columns)
+    return [one.astype(np.float64) for one in sums]
+
+
+def _resampled_sums(seed: int, *columns: "NDArray[np.float64]") -> "NDArray[np.float64]":
+    """RESAMPLES x columns: each column's sum over clusters drawn with replacement."""
+    import numpy as np
+
+    values = np.stack(columns, axis=1)
+    count = len(values)
+    generator, sums, left = np.random.default_rng(seed), [], RESAMPLES
+    while left:
+        size = min(left, max(1, _RESAMPLE_CELLS // count))
+        times_drawn = generator.multinomial(count, np.full(count, 1 / count), size=size)
+        sums.append(times_drawn @ values)
+        left -= size
+    return np.concatenate(sums)
+
+
+def _percentiles(value: float, draws: "NDArray[np.float64]") -> Estimate:
+    import numpy as np
+
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(value, float(low), float(high))

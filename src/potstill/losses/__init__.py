@@ -1,0 +1,1 @@
+"""Losses and token metrics as pure functions of logits, and the chunked head that feeds them."""

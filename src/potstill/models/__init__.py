@@ -1,0 +1,54 @@
+"""From a model's name to weights and tokenizer: embedded, GGUF, hub, local folder, adapter."""
+
+from potstill.models.embedded import (
+    EMBEDDED,
+    EmbeddedModel,
+    convert_gguf,
+    embedded_path,
+    fetch_embedded,
+    is_fetched,
+)
+from potstill.models.files import cached_file_hash
+from potstill.models.heads import OutputHead, hidden_states, output_head
+from potstill.models.loading import LoadedModel, choose_device, load, supports_bf16
+from potstill.models.size import parameter_count
+from potstill.models.source import TransformersModel, adapter_base, find_source, identity, parameter_count
+from potstill.models.tokenizers import (
+    DEFAULT_CHAT_TEMPLATE,
+    check_same_vocabulary,
+    load_tokenizer,
+    template_hash,
+    token_bytes,
+    tokenizer_hash,
+    vocabulary_size,
+)
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "EMBEDDED",
+    "EmbeddedModel",
+    "LoadedModel",
+    "OutputHead",
+    "TransformersModel",
+    "adapter_base",
+    "cached_file_hash",
+    "check_same_vocabulary",
+    "choose_device",
+    "convert_gguf",
+    "embedded_path",
+    "fetch_embedded",
+    "find_source",
+    "hidden_states",
+    "identity",
+    "is_fetched",
+    "load",
+    "load_tokenizer",
+    "output_head",
+    "parameter_count",
+    "parameter_count",
+    "supports_bf16",
+    "template_hash",
+    "token_bytes",
+    "tokenizer_hash",
+    "vocabulary_size",
+]

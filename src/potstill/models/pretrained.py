@@ -1,0 +1,93 @@
+"""Reading with transformers: silent on the terminal, and an error where it would only warn."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from potstill.core.errors import ModelError
+
+__all__ = ["quiet_transformers", "read_adapter", "read_pretrained", "read_weights"]
+
+_NUMBERED_LAYER = re.compile(r"\.\d+\.")
+_NAMES_SHOWN = 3
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' log lines and progress bars off the terminal; errors still raise."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_pretrained(read: Callable[..., Any], *arguments: Any, where: str, **options: Any) -> Any:
+    """Call a `from_pretrained`, with whatever it meets in a damaged or foreign file as a ModelError."""
+    try:
+        return read(*arguments, **options)
+    except Exception as error:  # readers of five formats, each with errors of its own
+        raise ModelError(
+            f"cannot be loaded ({type(error).__name__}: {error})",
+            where=where,
+            expected="a whole model of an architecture that transformers knows",
+            mend="copy or fetch the model again; --debug shows where the reading failed",
+        ) from error
+
+
+def read_weights(name: str, *, where: str, **options: Any) -> Any:
+    """A causal language model with every weight taken from its files.
+
+    `options` go to from_pretrained. Raises ModelError where transformers would fill in or drop some.
+    """
+    from transformers import AutoModelForCausalLM
+
+    read = AutoModelForCausalLM.from_pretrained
+    model, info = read_pretrained(read, name, where=where, output_loading_info=True, **options)
+    dropped = {key for key in info["unexpected_keys"] if _NUMBERED_LAYER.search(key)}
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    for what, names in (
+        ("weights are missing from the files and would be random", set(info["missing_keys"])),
+        ("weights have another shape than the configuration says", mismatched),
+        ("layers in the files have no place in the model and would be dropped", dropped),
+    ):
+        if names:
+            raise ModelError(
+                f"{len(names)} {what}: {_some(names)}",
+                where=where,
+                expected="weights and config.json of one model",
+                mend="copy or make the model folder again",
+            )
+    return model
+
+
+def read_adapter(base: Any, folder: str, *, trainable: bool) -> Any:
+    """A PEFT adapter over its loaded base. Raises ModelError for one that does not fit."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = read_pretrained(PeftModel.from_pretrained, base, folder, where=folder, is_trainable=trainable)
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message).lower():
+            raise ModelError(
+                f"does not fit its base: {warning.message}",
+                where=folder,
+                expected="one weight for each layer that adapter_config.json names",
+                mend="train the adapter again on this base",
+            )
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return model
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown}, …"

@@ -1,0 +1,156 @@
+"""The training part of a report: loss curves, a few facts, and how a pruned student's blocks were chosen."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from potstill.core.events import format_seconds
+from potstill.report.charts import bar_chart, line_chart
+from potstill.report.view import RunView, StepView
+
+__all__ = ["Curve", "curves_of", "importance_charts", "loss_comparison", "training_sections"]
+
+Curve = list[tuple[float, float]]
+"""(optimiser step, value) points in order."""
+
+_DRAWN_POINTS = 160
+_SHARE = "share of tokens"
+_PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Loss", "loss, nats per token", {"loss": "training", "held-out loss": "held-out"}),
+    (
+        "Its parts",
+        "nats per token",
+        {
+            "cross_entropy": "cross-entropy",
+            "held-out cross_entropy": "held-out cross-entropy",
+            "kl": "KL to the teacher",
+            "held-out kl": "held-out KL to the teacher",
+        },
+    ),
+    (
+        "Top-1 agreement with the teacher",
+        _SHARE,
+        {"agreement": "training", "held-out agreement": "held-out"},
+    ),
+)
+
+
+def curves_of(run: RunView, step: StepView) -> dict[str, Curve]:
+    """The curves that a train step recorded, by figure: "loss", "kl", "held-out loss" ...; empty without any.
+
+    An unfinished step has them in the run's events alone, where a resumed attempt may have repeated some
+    points.
+    """
+    if step.manifest is not None:
+        history: list[dict[str, Any]] = step.manifest.metrics.get("history", [])
+    else:
+        history = _unfinished_history(run, step)
+    found: dict[str, dict[float, float]] = {}
+    for point in history:
+        for key, value in point.items():
+            if (
+                key not in ("step", "optimiser_step", "epoch")
+                and isinstance(value, int | float)
+                and math.isfinite(value)
+            ):
+                name = f"held-out {key.removeprefix('eval_')}" if key.startswith("eval_") else key
+                found.setdefault(name, {})[point["step"]] = float(value)
+    return {name: sorted(points.items()) for name, points in found.items()}
+
+
+def _unfinished_history(run: RunView, step: StepView) -> list[dict[str, Any]]:
+    """What the attempts at a step's present settings logged, oldest first."""
+    history: list[dict[str, Any]] = []
+    fingerprint = None
+    for event in run.events:
+        if event.get("step") != step.name:
+            continue
+        if event.get("event") == "step_started" and event.get("fingerprint") != fingerprint:
+            history, fingerprint = [], event.get("fingerprint")
+        elif event.get("event") == "train_log" and "optimiser_step" in event:
+            point = {key: value for key, value in event.items() if key not in ("time", "tokens_per_s")}
+            history.append({**point, "step": event["optimiser_step"]})
+    return history
+
+
+def training_sections(run: RunView) -> list[dict[str, Any]]:
+    """For each train step that logged something its name, facts and charts."""
+    sections = []
+    for step in run.steps:
+        curves = curves_of(run, step) if step.kind == "train" else {}
+        if not curves:
+            continue
+        charts = []
+        for title, y_label, names in _PANELS:
+            shown = {label: _thinned(curves[name]) for name, label in names.items() if name in curves}
+            if shown:
+                svg = line_chart(
+                    f"{step.name}: {title}",
+                    shown,
+                    x_label="optimiser step",
+                    y_label=y_label,
+                    percent=y_label == _SHARE,
+                )
+                charts.append({"title": title, "svg": svg})
+        sections.append({"name": step.name, "facts": _facts(step, curves), "charts": charts})
+    return sections
+
+
+def _facts(step: StepView, curves: dict[str, Curve]) -> list[str]:
+    facts = []
+    if curves.get("loss"):
+        facts.append(f"{curves['loss'][-1][0]:,.0f} optimiser steps")
+    if step.manifest is None:
+        facts.append("unfinished")
+    else:
+        tokens, seconds = step.manifest.tokens, step.manifest.seconds
+        if tokens:
+            facts.append(f"{tokens:,} tokens")
+        facts.append(format_seconds(seconds))
+        if tokens and seconds > 0:
+            facts.append(f"{tokens / seconds:,.0f} tokens/s")
+    held_out = curves.get("held-out loss", [])
+    if len(held_out) > 1:
+        facts.append(f"held-out loss {held_out[0][1]:.3f} → {held_out[-1][1]:.3f}")
+    return facts
+
+
+def _thinned(curve: Curve) -> Curve:
+    """At most _DRAWN_POINTS points, each the mean of its neighbours."""
+    size = -(-len(curve) // _DRAWN_POINTS)
+    parts = [curve[start : start + size] for start in range(0, len(curve), size)]
+    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def loss_comparison(runs: Sequence[RunView]) -> list[dict[str, Any]]:
+    """Held-out (else training) loss of each run's last train step in one chart; empty with fewer than two."""
+    for name, label in (("held-out loss", "held-out loss"), ("loss", "training loss")):
+        shown = {}
+        for run in runs:
+            steps = [step for step in run.steps_of("train") if name in curves_of(run, step)]
+            if steps:
+                shown[run.name] = _thinned(curves_of(run, steps[-1])[name])
+        if len(shown) > 1:
+            svg = line_chart(label, shown, x_label="optimiser step", y_label=f"{label}, nats per token")
+            return [{"title": label.capitalize(), "svg": svg}]
+    return []
+
+
+def importance_charts(run: RunView) -> list[dict[str, Any]]:
+    """For each pruned student how much each block changed its input, and which blocks stayed."""
+    charts = []
+    for step in run.steps_of("init"):
+        metrics = step.manifest.metrics if step.manifest else {}
+        importance, kept = metrics.get("block_importance"), metrics.get("kept_blocks")
+        if isinstance(importance, list) and isinstance(kept, list) and importance:
+            svg = bar_chart(
+                f"{step.name}: block importance",
+                [str(index) for index in range(len(importance))],
+                importance,
+                kept=kept,
+                x_label="block",
+                y_label="1 − cos(input, output)",
+            )
+            title = f"{step.name}: {len(kept)} of {len(importance)} blocks kept"
+            charts.append({"title": title, "svg": svg})
+    return charts

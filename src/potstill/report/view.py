@@ -1,0 +1,87 @@
+"""What a report is made from: a run's steps, its recipe and its events."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from potstill.core.store import Manifest
+
+__all__ = ["RunView", "Status", "StepView"]
+
+Status = Literal["made", "reused", "failed", "interrupted", "not run"]
+
+
+@dataclass(frozen=True)
+class StepView:
+    """One step of a run; `manifest` and `folder` are None where no artifact was sealed.
+
+    `seconds` is the time that making the artifact took, in whichever run made it.
+    """
+
+    name: str
+    kind: str
+    needs: list[str]
+    seconds: float | None
+    reused: bool
+    manifest: Manifest | None
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One run as its folder shows it; `recipe_text` is the resolved recipe, `events` those of its file."""
+
+    name: str
+    recipe_text: str
+    steps: list[StepView]
+    events: list[dict[str, Any]] = field(default_factory=list)
+    folder: Path | None = None
+
+    @property
+    def latest_events(self) -> list[dict[str, Any]]:
+        """The events since the run was last started."""
+        starts = [index for index, event in enumerate(self.events) if event.get("event") == "run_started"]
+        return self.events[starts[-1] :] if starts else self.events
+
+    @property
+    def outcome(self) -> Literal["finished", "failed", "interrupted", "unknown"]:
+        """How the run ended; unknown where it was killed or has not ended."""
+        for event in reversed(self.latest_events):
+            if event.get("event") == "run_finished":
+                return "finished"
+            if event.get("event") == "run_failed":
+                return "failed"
+            if event.get("event") == "run_interrupted":
+                return "interrupted"
+        return "unknown"
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """From the latest start to the last event, or None without timed events."""
+        times = [event["time"] for event in self.latest_events if isinstance(event.get("time"), int | float)]
+        return times[-1] - times[0] if len(times) > 1 else None
+
+    def status(self, step: StepView) -> Status:
+        """What became of a step in this run."""
+        for event in reversed(self.latest_events):
+            if event.get("step") == step.name:
+                if event.get("event") == "step_failed":
+                    return "failed"
+                if event.get("event") == "step_interrupted":
+                    return "interrupted"
+                if event.get("event") in ("step_finished", "step_reused"):
+                    break
+        if step.manifest is None:
+            return "not run"
+        return "reused" if step.reused else "made"
+
+    def error(self, step: StepView) -> str | None:
+        """The message of a step that failed in this run."""
+        for event in reversed(self.latest_events):
+            if event.get("step") == step.name and event.get("event") == "step_failed":
+                return str(event.get("error", ""))
+        return None
+
+    def steps_of(self, kind: str) -> list[StepView]:
+        """The finished steps of a kind, in order."""
+        return [step for step in self.steps if step.kind == kind and step.manifest is not None]

@@ -1,0 +1,103 @@
+"""What every teacher is asked and answers, and how a failure of one request differs from a broken engine."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from potstill.core.errors import EngineError
+from potstill.core.records import Record
+
+if TYPE_CHECKING:
+    from potstill.data.chat import Renderer
+
+__all__ = ["Answer", "Capabilities", "Request", "RequestError", "Teacher"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine takes and gives.
+
+    `takes` is what a request must hold: messages that the server renders, token ids that we rendered, or the
+    record that a solver reads. `logprobs` counts the log-probabilities a token: 0 none, 1 the sampled
+    token's. They are at `logprob_temperature` and over the whole vocabulary; None where only the server
+    knows. `deterministic` means that a request has one answer, whatever is asked beside it.
+    """
+
+    takes: Literal["messages", "token_ids", "record"]
+    token_ids: bool
+    logprobs: int
+    full_logits: bool
+    deterministic: bool
+    logprob_temperature: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and how to sample from it; `seed` decides nothing at temperature 0."""
+
+    messages: list[dict[str, str]]
+    prompt_token_ids: list[int] | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    seed: int = 0
+    logprobs: int | None = None
+    record: Record | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One response.
+
+    `response` is the raw text, its reasoning in a think block before the answer. `response_token_ids` end
+    before the end-of-turn token, and `logprobs` (natural logarithms) has one entry for each of them, NaN
+    where the engine knows none; where there are no ids it is what the server gave. `tokenizer` is the hash of
+    the tokenizer that the ids belong to. The counts are those that the engine works with, end-of-turn
+    included.
+    """
+
+    response: str
+    finish_reason: Literal["stop", "length"]
+    prompt_token_ids: list[int] | None = None
+    response_token_ids: list[int] | None = None
+    logprobs: list[float] | None = None
+    tokenizer: str | None = None
+    prompt_tokens: int | None = None
+    response_tokens: int | None = None
+
+
+class RequestError(EngineError):
+    """One request failed; others may succeed. Any other EngineError means that none will.
+
+    `status` is the HTTP status where there was one. `blames_row` tells a prompt that the engine will never
+    answer from an engine in trouble.
+    """
+
+    def __init__(
+        self, what: str, *, status: int | None = None, blames_row: bool = False, **message: str | None
+    ) -> None:
+        super().__init__(what, **message)
+        self.status, self.blames_row = status, blames_row
+
+
+class Teacher(Protocol):
+    """An open model that answers requests, used inside one event loop.
+
+    `identity` is what its answers are known by, `concurrency` how many requests it wants in flight.
+    `sampling` holds the model's own settings that shape every answer. `renderer` makes the token ids where
+    the engine takes ids.
+    """
+
+    identity: str
+    capabilities: Capabilities
+    concurrency: int
+    sampling: dict[str, Any]
+
+    @property
+    def renderer(self) -> "Renderer | None":
+        """Messages to token ids."""
+
+    async def answer(self, request: Request) -> Answer:
+        """One response. Raises RequestError when this request failed, another EngineError when all will."""
+
+    async def close(self) -> None:
+        """Free what the engine holds; requests under way are given up."""

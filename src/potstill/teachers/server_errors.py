@@ -1,0 +1,144 @@
+"""What a server's failures mean: which may pass, which concern one prompt, which end the work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+from potstill.core.errors import EngineError
+from potstill.teachers.protocol import RequestError
+
+if TYPE_CHECKING:
+    import httpx
+    from pydantic import SecretStr
+
+__all__ = ["MayPass", "ServerErrors", "retry_after_s"]
+
+_LONGEST_RETRY_AFTER_S = 600.0
+_SHOWN_CHARACTERS = 300
+
+
+class MayPass(Exception):
+    """A failure worth another try: the error to raise in the end, and how long the server asks to wait."""
+
+    def __init__(self, error: RequestError, retry_after_s: float | None = None) -> None:
+        super().__init__(error.what)
+        self.error, self.retry_after_s = error, retry_after_s
+
+
+@dataclass(frozen=True)
+class ServerErrors:
+    """The errors of one server, worded for its user; `key` is kept out of every text."""
+
+    base_url: str
+    model: str
+    api_key_env: str | None
+    key: "SecretStr | None"
+
+    def unanswered(self, error: Exception) -> RequestError:
+        """The request got no answer: refused, timed out or broken off."""
+        detail = self._shown(str(error) or type(error).__name__)
+        return RequestError(
+            f"no answer from the server ({detail})",
+            where=self.base_url,
+            expected="a running OpenAI-compatible server",
+            mend="check server, base_url and network; a slow one needs more timeout_s or less concurrency",
+        )
+
+    def unreachable(self, error: Exception) -> EngineError:
+        """The server was never reached."""
+        known = self.unanswered(error)
+        what = known.what.replace("no answer from the server", "the server cannot be reached")
+        return EngineError(
+            what, where=known.where, expected=known.expected, mend="start the server, or check base_url"
+        )
+
+    def refusal(self, response: "httpx.Response") -> EngineError | MayPass:
+        """The error for an HTTP status other than 200."""
+        status, reason = response.status_code, self._reason(response)
+        what = f"HTTP {status}: {reason}"
+        if status in (401, 403):
+            name = self.api_key_env
+            mend = (
+                "name the variable that holds the key in api_key_env"
+                if name is None
+                else f"check the key in {name}"
+            )
+            return EngineError(
+                f"the server refuses the key ({what})",
+                where=self.base_url,
+                expected="a valid API key",
+                mend=mend,
+            )
+        if status == 402 or "insufficient_quota" in reason:
+            return EngineError(
+                f"the account has no credit left ({what})",
+                where=self.base_url,
+                mend="add credit, then run again",
+            )
+        if status in (404, 405) or 300 <= status < 400:
+            return EngineError(
+                f"the server has no such model or address ({what})",
+                where=f"{self.base_url}/chat/completions",
+                expected=f"a server that serves the model {self.model!r} there",
+                mend="check `model`, and that base_url ends where the API begins, usually in /v1",
+            )
+        if status in (408, 425, 429) or status >= 500:
+            mend = (
+                "lower `concurrency` and run again"
+                if status == 429
+                else "look at the server's log, then run again"
+            )
+            asked_s = retry_after_s(response.headers)
+            if asked_s is not None and asked_s > _LONGEST_RETRY_AFTER_S:
+                what += f"; it asks to wait {asked_s:.0f} s"
+                return RequestError(what, status=status, where=self.base_url, mend="wait, then run again")
+            return MayPass(RequestError(what, status=status, where=self.base_url, mend=mend), asked_s)
+        return RequestError(
+            what,
+            status=status,
+            blames_row=True,
+            where=self.base_url,
+            mend="look at the prompt and the step's settings",
+        )
+
+    def unusable(self, what: str, response: "httpx.Response", *, blames_row: bool = False) -> RequestError:
+        """The server answered with something that is no response."""
+        return RequestError(
+            f"{what}: {self._shown(response.text)}",
+            status=response.status_code,
+            blames_row=blames_row,
+            where=self.base_url,
+            expected="a chat completion as OpenAI's API gives it",
+            mend="check that base_url leads to an OpenAI-compatible API (it usually ends in /v1)",
+        )
+
+    def _reason(self, response: "httpx.Response") -> str:
+        try:
+            found = response.json()
+        except ValueError:
+            return self._shown(response.text) or response.reason_phrase
+        error = found.get("error", found) if isinstance(found, dict) else found
+        parts = [error.get("message"), error.get("code")] if isinstance(error, dict) else [error]
+        return self._shown(", ".join(str(part) for part in parts if part)) or response.reason_phrase
+
+    def _shown(self, text: str) -> str:
+        """A text from outside as one short line, without the key."""
+        if self.key is not None:
+            text = text.replace(self.key.get_secret_value(), "[the API key]")
+        text = " ".join(text.split())
+        return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait by a Retry-After header, which holds seconds or a date; None where there is none."""
+    value = headers.get("retry-after", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,295 @@
+"""The transformers engine: local batched decoding, for teachers and for evaluation alike.
+
+Shapes: B rows of a batch, T positions, V vocabulary.
+"""
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from potstill.core.errors import DataError, EngineError
+from potstill.data.chat import Renderer, check_prompt_length
+from potstill.models import LoadedModel, TransformersModel, load
+from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError
+from potstill.teachers.responses import response_text
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig
+
+__all__ = ["TransformersTeacher", "context_tokens", "generate_batch"]
+
+_CPU_BATCH, _GPU_BATCH = 16, 64
+_GATHER_S = 0.02
+
+
+def generate_batch(
+    loaded: LoadedModel,
+    renderer: Renderer,
+    prompts_token_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seeds: Sequence[int] | None = None,
+    stop: threading.Event | None = None,
+) -> list[Answer]:
+    """One response a prompt, decoded together in one left-padded batch.
+
+    Temperature 0 takes the likeliest token. Otherwise each row draws with its own seed, so that a row's
+    response does not depend on the rows beside it, beyond what another batch shape changes in the last bits
+    of the logits. Log- probabilities are at temperature 1, over the tokenizer's vocabulary. A row ends at an
+    end-of-turn or end-of-text token ("stop"), which is left out, or after `max_new_tokens` or at the end of
+    the model's context ("length"). `stop` ends every row at once. Raises DataError for a prompt that leaves
+    no room in the context.
+    """
+    if temperature > 0 and (seeds is None or len(seeds) != len(prompts_token_ids)):
+        raise ValueError("sampling needs one seed a prompt")
+    context = context_tokens(loaded)
+    rows_by_room: dict[int, list[int]] = {}
+    for row, ids in enumerate(prompts_token_ids):
+        room = max_new_tokens
+        if context is not None:
+            check_prompt_length(len(ids), context)
+            room = min(room, context - len(ids))
+        rows_by_room.setdefault(room, []).append(row)
+    decoding = _Decoding(loaded, renderer, temperature, top_p, stop)
+    answers: dict[int, Answer] = {}
+    # Rows whose context ends earlier make a batch of their own: learned positions do not exist beyond it.
+    for room, rows in rows_by_room.items():
+        prompts = [list(prompts_token_ids[row]) for row in rows]
+        answers.update(
+            zip(rows, decoding.run(prompts, [seeds[row] for row in rows] if seeds else [], room), strict=True)
+        )
+    return [answers[row] for row in range(len(prompts_token_ids))]
+
+
+def context_tokens(loaded: LoadedModel) -> int | None:
+    """How many tokens the model was made for, prompt and response together; None where it does not say."""
+    tokens = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    return None if tokens is None else int(tokens)
+
+
+class _Decoding:
+    """What is the same for every batch of one call."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        renderer: Renderer,
+        temperature: float,
+        top_p: float,
+        stop: threading.Event | None,
+    ) -> None:
+        self.loaded, self.renderer = loaded, renderer
+        self.temperature, self.top_p, self.stop = temperature, top_p, stop
+        # generate() of a PEFT model insists on a generation config of its own; the model inside keeps its
+        # adapter.
+        model = loaded.model
+        self.model = model.get_base_model() if hasattr(model, "peft_config") else model
+        stated = self.model.generation_config.eos_token_id
+        stated = stated if isinstance(stated, list) else [stated]
+        self.stop_ids = {*renderer.end_of_turn_ids, loaded.tokenizer.eos_token_id, *stated} - {None}
+
+    def run(self, prompts: list[list[int]], seeds: Sequence[int], room: int) -> list[Answer]:
+        """Decode one batch of at most `room` new tokens a row."""
+        import torch
+        from transformers import GenerationConfig
+
+        width, padding_id = max(map(len, prompts)), min(self.stop_ids)
+        input_ids_BT = torch.tensor([[padding_id] * (width - len(ids)) + ids for ids in prompts])
+        mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        drawn_BT = _uniform_draws(seeds, room) if self.temperature > 0 else None
+        chosen_logprobs: list[torch.Tensor] = []
+
+        def choose(ids_BT: "torch.Tensor", logits_BV: "torch.Tensor") -> "torch.Tensor":
+            known_BV = logits_BV[:, : self.loaded.vocabulary_size].float()
+            step = ids_BT.shape[1] - width
+            if drawn_BT is None:
+                chosen_B1 = known_BV.argmax(-1, keepdim=True)
+            else:
+                column_B = drawn_BT[:, min(step, room - 1)].to(known_BV.device)
+                chosen_B1 = _draw(known_BV / self.temperature, self.top_p, column_B)
+            chosen_logprobs.append(known_BV.log_softmax(-1).gather(1, chosen_B1).cpu())
+            return torch.full_like(logits_BV, -torch.inf).scatter_(1, chosen_B1, 0.0)
+
+        def stopped(ids_BT: "torch.Tensor", scores: object, **_: object) -> "torch.Tensor":
+            done = self.stop is not None and self.stop.is_set()
+            return torch.full((len(ids_BT),), done, dtype=torch.bool, device=ids_BT.device)
+
+        config = GenerationConfig(
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=room,
+            eos_token_id=sorted(self.stop_ids),
+            pad_token_id=padding_id,
+        )
+        with torch.inference_mode(), _only_config(self.model, config):
+            output_BT = self.model.generate(
+                input_ids=input_ids_BT.to(self.model.device),
+                attention_mask=mask_BT.to(self.model.device),
+                generation_config=config,
+                logits_processor=[choose],
+                stopping_criteria=[stopped],
+            )
+        logprobs_BT = torch.cat(chosen_logprobs, dim=1).tolist()
+        return [
+            self._answer(prompt, ids, logprobs)
+            for prompt, ids, logprobs in zip(prompts, output_BT[:, width:].tolist(), logprobs_BT, strict=True)
+        ]
+
+    def _answer(self, prompt: list[int], new_ids: list[int], logprobs: list[float]) -> Answer:
+        end = next((at for at, token in enumerate(new_ids) if token in self.stop_ids), None)
+        ids = new_ids[:end]
+        return Answer(
+            response=response_text(self.loaded.tokenizer, prompt, ids),
+            finish_reason="length" if end is None else "stop",
+            prompt_token_ids=prompt,
+            response_token_ids=ids,
+            logprobs=logprobs[: len(ids)],
+            tokenizer=self.renderer.tokenizer_hash,
+            prompt_tokens=len(prompt),
+            response_tokens=len(ids) + (end is not None),
+        )
+
+
+@contextmanager
+def _only_config(model: Any, config: "GenerationConfig") -> Iterator[None]:
+    """Keep generate() from filling in the penalties and filters of the model's own generation config."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _uniform_draws(seeds: Sequence[int], steps: int) -> "torch.Tensor":
+    """[B, steps] numbers in [0, 1): each row's from its own seed."""
+    import torch
+
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        rows.append(torch.rand(steps, dtype=torch.float64, generator=generator))
+    return torch.stack(rows)
+
+
+def _draw(logits_BV: "torch.Tensor", top_p: float, drawn_B: "torch.Tensor") -> "torch.Tensor":
+    """[B, 1] ids: where each row's number falls in its cumulative distribution within the top-p nucleus."""
+    import torch
+
+    probabilities_BV = logits_BV.softmax(-1)
+    if top_p < 1.0:
+        sorted_BV, order_BV = probabilities_BV.sort(-1, descending=True)
+        beyond_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
+        probabilities_BV = torch.zeros_like(sorted_BV).scatter_(
+            1, order_BV, sorted_BV.masked_fill(beyond_BV, 0.0)
+        )
+    cumulative_BV = probabilities_BV.cumsum(-1, dtype=torch.float64)
+    target_B1 = drawn_B[:, None] * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, target_B1, right=True).clamp_(max=logits_BV.shape[1] - 1)
+
+
+class TransformersTeacher:
+    """Requests that arrive together are decoded in one batch, in a thread beside the event loop."""
+
+    def __init__(self, settings: TransformersModel) -> None:
+        self._loaded = load(settings)
+        self.renderer = Renderer(self._loaded.tokenizer)
+        self.identity = self._loaded.identity
+        self.capabilities = Capabilities(
+            "token_ids",
+            token_ids=True,
+            logprobs=1,
+            full_logits=True,
+            deterministic=False,
+            logprob_temperature=1.0,
+        )
+        self.concurrency = _CPU_BATCH if self._loaded.model.device.type == "cpu" else _GPU_BATCH
+        self.sampling: dict[str, Any] = {}
+        self._waiting: list[tuple[Request, asyncio.Future[Answer]]] = []
+        self._stop = threading.Event()
+        self._serving: asyncio.Task[None] | None = None
+
+    async def answer(self, request: Request) -> Answer:
+        """The response to the request's token ids; it waits for its batch."""
+        assert request.prompt_token_ids is not None, "the transformers engine is asked with token ids"
+        context = context_tokens(self._loaded)
+        if context is not None:
+            try:
+                check_prompt_length(len(request.prompt_token_ids), context)
+            except DataError as error:
+                raise RequestError(
+                    error.what, blames_row=True, expected=error.expected, mend=error.mend
+                ) from error
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, future))
+        if self._serving is None or self._serving.done():
+            self._serving = asyncio.create_task(self._serve())
+        return await future
+
+    async def _serve(self) -> None:
+        """Decode batches until nobody waits."""
+        while self._waiting:
+            gathered = 0
+            while gathered < len(self._waiting):
+                gathered = len(self._waiting)
+                await asyncio.sleep(_GATHER_S)
+            batch = self._next_batch()
+            if not batch:
+                continue
+            try:
+                answers = await asyncio.to_thread(self._decode, [request for request, _ in batch])
+            except (
+                Exception
+            ) as error:  # torch and transformers raise what they like; all of the batch hears it
+                failure = error if isinstance(error, EngineError) else _broken(error, len(batch))
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(failure)
+            else:
+                for (request, future), answer in zip(batch, answers, strict=True):
+                    if not future.done():
+                        future.set_result(answer if request.logprobs else replace(answer, logprobs=None))
+
+    def _next_batch(self) -> list[tuple[Request, "asyncio.Future[Answer]"]]:
+        """Those waiting that can be decoded together with the first."""
+        waiting = [(request, future) for request, future in self._waiting if not future.done()]
+        kinds = [_kind(request) for request, _ in waiting]
+        self._waiting = [one for one, kind in zip(waiting, kinds, strict=True) if kind != kinds[0]]
+        return [one for one, kind in zip(waiting, kinds, strict=True) if kind == kinds[0]]
+
+    def _decode(self, requests: list[Request]) -> list[Answer]:
+        first = requests[0]
+        return generate_batch(
+            self._loaded,
+            self.renderer,
+            [request.prompt_token_ids or [] for request in requests],
+            max_new_tokens=first.max_new_tokens,
+            temperature=first.temperature,
+            top_p=first.top_p,
+            seeds=[request.seed for request in requests],
+            stop=self._stop,
+        )
+
+    async def close(self) -> None:
+        """End the batch under way and forget who waits."""
+        self._waiting.clear()
+        self._stop.set()
+        if self._serving is not None:
+            await self._serving
+
+
+def _kind(request: Request) -> tuple[float, float, int]:
+    return request.temperature, request.top_p, request.max_new_tokens
+
+
+def _broken(error: Exception, rows: int) -> EngineError:
+    return EngineError(
+        f"decoding a batch of {rows} failed: {type(error).__name__}: {error}",
+        where="transformers engine",
+        mend="where memory ran out, lower `concurrency` (the rows of a batch) or `max_new_tokens`",
+    )

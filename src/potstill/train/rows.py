@@ -1,0 +1,197 @@
+"""The rows of a train step, packed: from traces, rendered once, or from cached logits."""
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from potstill.core.errors import DataError, ModelError, TrainingError
+from potstill.core.settings import DataRef
+from potstill.core.step import StepContext
+from potstill.core.store import Artifact
+from potstill.data.chat import Rendered, Renderer, fit
+from potstill.data.sources import Data, read
+from potstill.logits.shards import LogitCache
+from potstill.losses.types import Sparse, TeacherSignal, concatenate
+
+__all__ = [
+    "CachedTeacher",
+    "Rows",
+    "SignalSource",
+    "TrainingData",
+    "logit_artifacts",
+    "read_caches",
+    "read_traces",
+]
+
+
+class Rows:
+    """Token ids, loss mask and record id of many rows, at five bytes a token.
+
+    `sources` holds for each row its number where it came from.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.sources = array("q")
+        self._tokens, self._mask, self._ends = array("i"), bytearray(), array("q", [0])
+
+    def append(self, rendered: Rendered, record_id: str = "", source: int = 0) -> None:
+        """Add one row."""
+        self.ids.append(record_id)
+        self.sources.append(source)
+        self._tokens.extend(rendered.ids)
+        self._mask.extend(rendered.mask)
+        self._ends.append(len(self._tokens))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> Rendered:
+        part = slice(self._ends[number], self._ends[number + 1])
+        return Rendered(self._tokens[part].tolist(), list(self._mask[part]))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
+
+
+SignalSource = Callable[[Rows, Sequence[int]], TeacherSignal]
+"""The teacher's signal for the supervised tokens of some rows, given by number, row by row in order."""
+
+
+@dataclass
+class TrainingData:
+    """Rows to train on and held-out rows to evaluate on.
+
+    `shortened` counts rows whose end was cut off at the length limit; `left_out` has an error for each row
+    that is missing because its prompt alone fills it.
+    """
+
+    train: Rows = field(default_factory=Rows)
+    held_out: Rows = field(default_factory=Rows)
+    shortened: int = 0
+    left_out: list[DataError] = field(default_factory=list)
+
+    def add(
+        self,
+        rendered: Rendered,
+        record_id: str,
+        *,
+        held_out: bool,
+        max_length: int,
+        row_number: int,
+        source: int,
+    ) -> None:
+        """Add a row, its end cut off at `max_length` tokens, unless nothing would be left of it to learn."""
+        try:
+            fitted = fit(rendered, max_length, row_number=row_number)
+        except DataError as error:
+            self.left_out.append(error)
+            return
+        self.shortened += len(fitted.ids) < len(rendered.ids)
+        (self.held_out if held_out else self.train).append(fitted, record_id, source)
+
+    def check(self) -> None:
+        """Raise unless there are rows to train on."""
+        if not len(self.train):
+            if self.left_out:
+                raise self.left_out[0]
+            held_out = f": all {len(self.held_out)} are held out" if len(self.held_out) else ""
+            raise TrainingError(
+                f"there are no rows to train on{held_out}",
+                expected="traces that are not held out",
+                mend="add data, or lower its held-out share",
+            )
+
+
+def read_traces(data: Data, context: StepContext, renderer: Renderer, max_length: int) -> TrainingData:
+    """Render every trace once."""
+    rows = TrainingData()
+    for number, record in enumerate(read(data, context), start=1):
+        rendered = renderer.render(record, row_number=number)
+        rows.add(
+            rendered,
+            record.id,
+            held_out=record.held_out,
+            max_length=max_length,
+            row_number=number,
+            source=number,
+        )
+    return rows
+
+
+def logit_artifacts(data: Data, context: StepContext) -> list[tuple[Artifact, str | None]]:
+    """The caches of logits that data refers to; none where it leads to prompts or traces."""
+    if not isinstance(data, DataRef) or (data.is_path and not Path(data).is_dir()):
+        return []
+    found = context.artifacts(data)
+    caches = [(artifact, view) for artifact, view in found if artifact.kind == "cache"]
+    if caches and len(caches) < len(found):
+        raise TrainingError(
+            f"{data} leads to cached logits and to {len(found) - len(caches)} other artifacts",
+            expected="logits for all rows or for none",
+        )
+    return caches
+
+
+def read_caches(
+    artifacts: Sequence[tuple[Artifact, str | None]],
+    *,
+    tokenizer: str,
+    vocabulary_size: int,
+    temperature: float,
+    max_length: int,
+) -> tuple[TrainingData, "CachedTeacher"]:
+    """The rows of caches, and the teacher that answers for them at one temperature.
+
+    Raises DataError for another tokenizer or a temperature that was not declared, ModelError for another
+    vocabulary.
+    """
+    caches = [LogitCache.open(artifact.folder, tokenizer=tokenizer) for artifact, _ in artifacts]
+    teacher = CachedTeacher(caches, temperature)
+    rows, source = TrainingData(), 0
+    for cache, (artifact, view) in zip(caches, artifacts, strict=True):
+        if view == "prompts":
+            raise TrainingError("prompts have no responses to learn from", where=str(artifact.folder))
+        if cache.codec.vocabulary_size != vocabulary_size:
+            raise ModelError(
+                f"the logits are over {cache.codec.vocabulary_size} ids, the student has {vocabulary_size}",
+                where=str(artifact.folder),
+                expected="one vocabulary for teacher and student: the loss compares them id by id",
+                mend="cache the logits of a teacher of the student's family, or train on its responses alone",
+            )
+        for number in range(len(cache)):
+            row = cache.row(number)
+            if row.held_out or view is None:
+                rows.add(
+                    Rendered(list(row.token_ids), list(row.mask)),
+                    row.record_id,
+                    held_out=row.held_out,
+                    max_length=max_length,
+                    row_number=number + 1,
+                    source=source,
+                )
+            source += 1
+    return rows, teacher
+
+
+class CachedTeacher:
+    """A teacher whose answers were cached: no teacher is in memory. A `SignalSource`."""
+
+    def __init__(self, caches: Sequence[LogitCache], temperature: float) -> None:
+        for cache in caches:
+            cache.signal(0, temperature)  # refuses a temperature that was not declared
+        self.temperature, self.k = temperature, min(cache.codec.k for cache in caches)
+        self._places = [(cache, number) for cache in caches for number in range(len(cache))]
+
+    def __call__(self, rows: Rows, numbers: Sequence[int]) -> Sparse:
+        """The signal of rows that were read from the caches."""
+        signals = []
+        for number in numbers:
+            cache, place = self._places[rows.sources[number]]
+            signal = cache.signal(place, self.temperature, self.k)
+            # Of a row that was cut, the cache has more signals than tokens are left: the first are theirs.
+            signals.append(signal.rows(slice(0, rows[number].supervised_tokens)))
+        return concatenate(signals)

@@ -1,0 +1,115 @@
+"""The student with its loss as one module, whose forward is all of a micro-batch's work.
+
+Shapes: B rows, T tokens, N supervised tokens, H hidden size.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from potstill.data.batches import collate
+from potstill.data.chat import Rendered
+from potstill.losses.blend import blend
+from potstill.losses.head import supervised_pairs, weighted_loss
+from potstill.losses.response import response_loss
+from potstill.losses.types import Sparse, TeacherSignal
+from potstill.models import hidden_states, output_head
+
+__all__ = ["MicroBatch", "StudentWithLoss", "make_micro_batch"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows padded on the right, and the teacher's signal for their supervised tokens, row by row in order.
+
+    `tokens` and `supervised` count real tokens; `row_ids` name the records in messages.
+    """
+
+    input_ids_BT: Tensor
+    loss_mask_BT: Tensor
+    tokens: int
+    supervised: int
+    teacher: TeacherSignal | None = None
+    row_ids: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The micro-batch on a device."""
+        teacher = self.teacher.to(device) if isinstance(self.teacher, Sparse) else self.teacher
+        return replace(
+            self,
+            input_ids_BT=self.input_ids_BT.to(device),
+            loss_mask_BT=self.loss_mask_BT.to(device),
+            teacher=teacher,
+        )
+
+
+def make_micro_batch(
+    rows: list[Rendered], teacher: TeacherSignal | None = None, row_ids: tuple[str, ...] = ()
+) -> MicroBatch:
+    """Rows as tensors. What the padding holds does not matter: causal attention never looks at it."""
+    tensors = collate(rows, pad_id=0)
+    return MicroBatch(
+        tensors["input_ids"],
+        tensors["loss_mask"],
+        tokens=sum(len(row.ids) for row in rows),
+        supervised=sum(row.supervised_tokens for row in rows),
+        teacher=teacher,
+        row_ids=row_ids,
+    )
+
+
+class StudentWithLoss(nn.Module):
+    """Trunk, head and loss in one forward, so that whatever wraps this module for several devices sees it."""
+
+    def __init__(
+        self,
+        model: Any,
+        vocabulary_size: int,
+        *,
+        alpha: float = 0.0,
+        temperature: float = 1.0,
+        bf16: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.vocabulary_size, self.alpha, self.temperature, self.bf16 = (
+            vocabulary_size,
+            alpha,
+            temperature,
+            bf16,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student's weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    def forward(self, batch: MicroBatch, supervised_tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's share of the optimiser step's loss, and each quantity's sum over its tokens.
+
+        `supervised_tokens` is the count of the whole optimiser step, so that gradients do not depend on how
+        the step is split. The head runs on supervised tokens only, chunk by chunk; no attention mask is
+        needed, because causal attention never looks at the padding on the right.
+        """
+        with torch.autocast(batch.input_ids_BT.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden_BTH = hidden_states(self.model, batch.input_ids_BT)
+            hidden_NH, targets_N = supervised_pairs(hidden_BTH, batch.input_ids_BT, batch.loss_mask_BT)
+            if batch.teacher is None:
+                quantities = response_loss(targets_N)
+            else:
+                quantities = blend(targets_N, batch.teacher, alpha=self.alpha, temperature=self.temperature)
+            weights_N = hidden_NH.new_full(
+                (len(targets_N),),
+                1.0 / supervised_tokens,
+                dtype=torch.promote_types(hidden_NH.dtype, torch.float32),
+            )
+            head = output_head(self.model, self.vocabulary_size)
+            loss, values = weighted_loss(hidden_NH, head, quantities, weights_N)
+        return loss, {name: value_N.sum(dtype=torch.float64) for name, value_N in values.items()}
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in the backward pass; transformers.Trainer asks its model for this."""
+        self.model.activation_checkpointing_enable(**options)

@@ -1,0 +1,112 @@
+"""What watches a training: it reports every step and decides when to evaluate, to checkpoint and to stop."""
+
+import itertools
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from potstill.core.step import StepContext
+from potstill.train import checkpoints
+from potstill.train.settings import TrainSettings
+from potstill.train.trainer import DistillationTrainer
+
+if TYPE_CHECKING:
+    from potstill.core.events import Progress
+
+__all__ = ["Watcher", "history_point"]
+
+_FIGURES = ("loss", "cross_entropy", "kl", "agreement")
+
+
+def history_point(entry: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a step or evaluation in the trainer's log, without times; empty for other entries."""
+    if "tokens" in entry:
+        wanted = ["step", "epoch", *_FIGURES, "learning_rate", "grad_norm", "tokens"]
+    elif "eval_loss" in entry:
+        wanted = ["step", "epoch", *(f"eval_{name}" for name in _FIGURES)]
+    else:
+        return {}
+    return {name: entry[name] for name in wanted if name in entry}
+
+
+def _tokens_before(step: int, trainer: DistillationTrainer) -> int:
+    """How many tokens all steps before `step` train on."""
+    plan = trainer.plan
+    epochs, steps = divmod(step, len(plan))
+    plan.set_epoch(epochs)
+    started = sum(plan.lengths[row] for rows in itertools.islice(plan, steps) for row in rows) if steps else 0
+    return epochs * sum(plan.lengths) + started
+
+
+class Watcher(TrainerCallback):
+    """The tie between a trainer and the step that it runs in."""
+
+    def __init__(self, settings: TrainSettings, context: StepContext) -> None:
+        self.settings, self.context = settings, context
+        self.steps_per_epoch, self.evaluates = 1, False
+        self.saved_at = self.step_started = time.monotonic()
+        self.progress: Progress
+
+    def train(self, trainer: DistillationTrainer, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint where there is one. Raises Interrupted after saving another."""
+        self.steps_per_epoch, self.evaluates = len(trainer.plan), len(trainer.held_out) > 0
+        steps = self.settings.max_steps or math.ceil(self.settings.epochs * self.steps_per_epoch)
+        done = 0
+        if checkpoint is not None:
+            done = int(checkpoint.name.rpartition("-")[2])
+            self.context.say(f"goes on after step {done:,} of {steps:,}")
+        tokens = _tokens_before(steps, trainer) - _tokens_before(done, trainer)
+        self.saved_at = time.monotonic()
+        with self.context.progress("training", total=tokens, unit="tokens") as self.progress:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Start the step's clock."""
+        self.step_started = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Decide what follows the step."""
+        step, every = state.global_step, self.settings.evaluate_every
+        is_last = step >= state.max_steps
+        # Here and not at the epoch's end, which comes after the checkpoint of its last step: a run that
+        # resumes from that one would miss the evaluation.
+        due = is_last or step % self.steps_per_epoch == 0 or (every is not None and step % every == 0)
+        control.should_evaluate = self.evaluates and due
+        if not is_last:
+            waited_s = time.monotonic() - self.saved_at
+            control.should_save = (
+                self.context.stop.is_set() or waited_s >= 60 * self.settings.checkpoint_minutes
+            )
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Complete the checkpoint, and stop where the user asked for it."""
+        checkpoints.complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        self.saved_at = time.monotonic()
+        self.context.check_stop()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **objects: Any,
+    ) -> None:
+        """Report a step or an evaluation."""
+        point, step = history_point(logs or {}), state.global_step
+        if "tokens" in point:
+            tokens_per_s = point["tokens"] / (time.monotonic() - self.step_started)
+            self.progress.advance(point["tokens"], loss=f"{point['loss']:.3f}")
+            self.context.event("train_log", optimiser_step=step, **point, tokens_per_s=round(tokens_per_s, 1))
+        elif point:
+            self.context.event("train_log", optimiser_step=step, **point)
+            self.context.say(f"step {step:,}: held-out loss {point['eval_loss']:.3f}")

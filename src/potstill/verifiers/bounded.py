@@ -1,0 +1,112 @@
+"""Calls that model text could make endless: a child process carries them out and is ended when time is up."""
+
+import atexit
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from typing import Any
+
+from potstill.core.errors import DataError
+
+__all__ = ["call_bounded"]
+
+_START_TIMEOUT_S = 300.0
+_CHILD_MODULE = "potstill.verifiers.child"
+
+
+def call_bounded(call: str, *arguments: Any, timeout_s: float) -> bool | None:
+    """Carry out `symbolic` or `score` in the child process; None when it takes longer or dies of it.
+
+    Safe in threads, which take turns. The time that the child needs to import its libraries does not count.
+    DataError when it cannot import them, or from the call itself.
+    """
+    with _lock:
+        if not _workers:
+            _workers.append(_Worker())
+        answer = None
+        try:
+            answer = _workers[0].ask(json.dumps([call, arguments]), timeout_s)
+        finally:
+            # Also when interrupted: an answer still to come would be taken for that to the next request.
+            if answer is None:
+                _workers.pop().end()
+    if isinstance(answer, dict):
+        raise DataError(**answer)
+    return answer
+
+
+class _Worker:
+    """The child process and the thread that reads its lines, so that a wait for one can end."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # Threads of a linear algebra library would each take address space from what is granted.
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", _CHILD_MODULE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the parent to answer
+            env=environment,
+            text=True,
+            encoding="utf-8",
+        )
+        self.lines: queue.Queue[str] = queue.Queue()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put("")
+
+    def ask(self, request: str, timeout_s: float) -> bool | dict[str, str] | None:
+        """The answer or the error; None when the child was too slow or died of it."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(request + "\n")
+            self.process.stdin.flush()
+            ready = self.lines.get(timeout=_START_TIMEOUT_S)
+        except (OSError, queue.Empty):
+            ready = ""
+        if not ready:
+            return {
+                "what": "the process that checks answers could not start",
+                "mend": "run `potstill doctor`",
+            }
+        if error := json.loads(ready):
+            return dict(error)
+        try:
+            line = self.lines.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        answer: bool | dict[str, str] | None = json.loads(line) if line else None
+        return answer
+
+    def end(self) -> None:
+        """End the child and what belongs to it."""
+        self.process.kill()
+        self.process.wait()
+        self.reader.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:
+                    # What was still to be written has no reader any more.
+                    continue
+
+
+_lock = threading.Lock()
+_workers: list[_Worker] = []
+
+
+@atexit.register
+def _end_worker() -> None:
+    while _workers:
+        _workers.pop().end()

@@ -1,0 +1,214 @@
+"""Tiny random models and a small real tokenizer, made in milliseconds; a store away from the user's own."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# Read when huggingface_hub and tokenizers are first imported, so they are set before anything can import
+# them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+TOKENIZER_LENGTH = 300
+PADDED_VOCABULARY = 304  # models pad their vocabulary past the tokenizer's; so do these
+HIDDEN_SIZE = 32
+LAYERS = 2
+SOFT_CAP = 2.0
+
+TinyModelBuilder = Callable[..., "PreTrainedModel"]
+
+CHATML_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_CORPUS = (
+    "State the final answer to the following arithmetic problem: 12 + 7 - 30 =",
+    "First 12 + 7 = 19, then 19 - 30 = -11. The answer is -11.",
+    "How many apples are left when three of the eleven apples are eaten?",
+    "user assistant system think answer question question answer the the the and and of of is is",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def store_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store of the test's own; the user's is never touched."""
+    root = tmp_path / "store"
+    monkeypatch.setenv("POTSTILL_STORE", str(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def _quiet_libraries() -> None:
+    import torch
+    import transformers
+
+    torch.set_num_threads(2)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+_IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+_COMMON = _IDS | {
+    "vocab_size": PADDED_VOCABULARY,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+_GEMMA = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 16,
+    "final_logit_softcapping": SOFT_CAP,
+}
+_GPT2 = _IDS | {
+    "vocab_size": PADDED_VOCABULARY,
+    "n_embd": HIDDEN_SIZE,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 512,
+    "initializer_range": 0.2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+_OPT = _IDS | {
+    "vocab_size": PADDED_VOCABULARY,
+    "hidden_size": HIDDEN_SIZE,
+    "word_embed_proj_dim": 16,  # so that its projection out of the trunk is used
+    "ffn_dim": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "dropout": 0.0,
+    "init_std": 0.2,
+}
+_CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _COMMON | {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", _COMMON | {"tie_word_embeddings": False}),
+    "qwen3": ("Qwen3Config", _COMMON | {"tie_word_embeddings": True, "head_dim": 8}),
+    "gemma3": ("Gemma3TextConfig", _COMMON | _GEMMA),
+    "phi3": ("Phi3Config", _COMMON | {"tie_word_embeddings": False}),
+    "gpt2": ("GPT2Config", _GPT2),
+    "opt": ("OPTConfig", _OPT),
+}
+TINY_FAMILIES = tuple(_CONFIGURATIONS)
+
+
+def _build(family: str = "llama", *, seed: int = 0, **overrides: Any) -> "PreTrainedModel":
+    import torch
+    import transformers
+
+    name, settings = _CONFIGURATIONS[family]
+    config = getattr(transformers, name)(**settings | overrides)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        # Biases start at zero and norms at one: a head that forgot them would go unnoticed.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def build_tiny_model(_quiet_libraries: None) -> TinyModelBuilder:
+    """`build_tiny_model(family="llama", *, seed=0, **config)`: random, fp32, in eval mode, 2 layers of 32."""
+    return _build
+
+
+@pytest.fixture(params=TINY_FAMILIES)
+def tiny_family(request: pytest.FixtureRequest) -> str:
+    """Each family's name in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def tiny_model(tiny_family: str, build_tiny_model: TinyModelBuilder) -> "PreTrainedModel":
+    """A tiny model of each family in turn."""
+    return build_tiny_model(tiny_family)
+
+
+@pytest.fixture
+def tiny_llama(build_tiny_model: TinyModelBuilder) -> "PreTrainedModel":
+    """A tiny Llama with tied embeddings."""
+    return build_tiny_model("llama")
+
+
+def _train_tokenizer() -> "PreTrainedTokenizerFast":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_LENGTH,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    # As in SmolLM2, pad == eos: whoever masks by the padding id loses the end of every turn.
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<|endoftext|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )
+    wrapped.chat_template = CHATML_TEMPLATE
+    assert len(wrapped) == TOKENIZER_LENGTH
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(_quiet_libraries: None) -> "PreTrainedTokenizerFast":
+    """A trained byte-level BPE of 300 tokens with ChatML's special tokens and template; pad is eos.
+
+    Shared by the whole session: a test that changes it works on a deep copy.
+    """
+    return _train_tokenizer()
+
+
+@pytest.fixture
+def tiny_model_folder(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any) -> Path:
+    """A Hugging Face folder with the tiny Llama and its tokenizer."""
+    folder = tmp_path / "tiny-llama"
+    tiny_llama.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A Hugging Face folder with a tiny Llama and its tokenizer, for a whole session: nobody writes into it."""
+    folder = tmp_path_factory.mktemp("shared") / "tiny-llama"
+    _build("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

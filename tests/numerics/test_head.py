@@ -1,0 +1,296 @@
+"""The chunked head against the whole computation in one piece.
+
+Shapes: N tokens, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from potstill.losses.blend import blend
+from potstill.losses.divergences import log1mexp
+from potstill.losses.head import full_precision_logits, per_token, supervised_pairs, weighted_loss
+from potstill.losses.metrics import comparison
+from potstill.losses.response import response_loss
+from potstill.losses.types import Dense, Live, Sparse
+from potstill.models import hidden_states, output_head
+
+N, H, V = 11, 6, 17
+CHUNKS = [1, 3, 4, 11, 100]
+
+
+@dataclass
+class _Head:
+    """Weight, bias and soft cap; counts its calls, one a chunk."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    cap: float | None = None
+    calls: int = 0
+    alive: list[int] = field(default_factory=list)
+    made: list[StorageWeakRef] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def __call__(self, hidden: Tensor, /) -> Tensor:
+        self.calls += 1
+        self.alive.append(sum(not one.expired() for one in self.made))
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        if self.cap is not None:
+            logits = (logits / self.cap).tanh() * self.cap
+        self.made.append(StorageWeakRef(logits.untyped_storage()))
+        return logits
+
+
+def _random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, _Head, Tensor, Tensor, Dense]:
+    hidden_NH = _random(N, H, seed=1, dtype=dtype).requires_grad_()
+    weight, bias = _random(V, H, seed=2, dtype=dtype), _random(V, seed=3, dtype=dtype)
+    head = _Head(weight.requires_grad_(), bias.requires_grad_(), cap=2.0)
+    targets_N = torch.randint(V, (N,), generator=torch.Generator().manual_seed(4))
+    weights_N = torch.rand(N, generator=torch.Generator().manual_seed(5), dtype=torch.float64) / N
+    return hidden_NH, head, targets_N, weights_N.to(dtype), Dense(_random(N, V, seed=6, dtype=dtype))
+
+
+def _whole(
+    hidden_NH: Tensor, head: _Head, targets_N: Tensor, weights_N: Tensor, teacher: Dense
+) -> tuple[Tensor, list[Tensor]]:
+    """The blended loss and its gradients by plain autograd over all tokens at once."""
+    logits_NV = head(hidden_NH)
+    ce = -logits_NV.log_softmax(-1).gather(-1, targets_N[:, None])[:, 0]
+    p = (teacher.logits_NV / 2).softmax(-1)
+    kl = (p * (p.log() - (logits_NV / 2).log_softmax(-1))).sum(-1)
+    loss = ((0.4 * ce + 0.6 * 4 * kl) * weights_N).sum()
+    return loss, list(torch.autograd.grad(loss, [hidden_NH, *head.parameters]))
+
+
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
+def test_loss_and_gradients_are_those_of_the_whole_at_every_chunk_size(chunk_tokens: int) -> None:
+    hidden_NH, head, targets_N, weights_N, teacher = _case()
+    expected, expected_gradients = _whole(hidden_NH, head, targets_N, weights_N, teacher)
+    head.calls = 0
+    quantities = blend(targets_N, teacher, alpha=0.6, temperature=2.0)
+    loss, values = weighted_loss(hidden_NH, head, quantities, weights_N, chunk_tokens=chunk_tokens)
+    assert head.calls == -(-N // chunk_tokens)
+    torch.autograd.backward(loss)
+    assert head.calls == -(-N // chunk_tokens), "backward ran the head again"
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for one, gradient in zip([hidden_NH, *head.parameters], expected_gradients, strict=True):
+        torch.testing.assert_close(one.grad, gradient, rtol=1e-10, atol=1e-14)
+    assert {name: (len(value), value.requires_grad) for name, value in values.items()} == dict.fromkeys(
+        ("loss", "cross_entropy", "kl", "agreement"), (N, False)
+    )
+
+
+def test_gradcheck_of_hidden_states_weight_and_bias() -> None:
+    tokens, width, vocabulary, k = 5, 2, 4, 2
+    log_probs_NV = _random(tokens, vocabulary, seed=1).div(2).log_softmax(-1)
+    log_probs_NK, ids_NK = log_probs_NV.topk(k, -1)
+    teacher = Sparse(ids_NK, log_probs_NK, log1mexp(log_probs_NK.logsumexp(-1)), temperature=2.0)
+    quantities = blend(torch.tensor([0, 3, 1, 2, 0]), teacher, alpha=0.5, temperature=2.0)
+    weights_N = torch.tensor([0.1, 0.3, 0.2, 0.0, 0.4], dtype=torch.float64)
+
+    def loss(hidden_NH: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        head = _Head(weight, bias, cap=2.0)
+        total, _ = weighted_loss(hidden_NH, head, quantities, weights_N, chunk_tokens=2)
+        assert head.calls == 3
+        return 3 * total  # a gradient from above other than one
+
+    inputs = [_random(tokens, width, seed=2), _random(vocabulary, width, seed=3), _random(vocabulary, seed=4)]
+    assert torch.autograd.gradcheck(loss, [one.requires_grad_() for one in inputs])
+
+
+def test_no_more_than_one_chunk_of_logits_is_alive() -> None:
+    hidden_NH, head, targets_N, weights_N, teacher = _case(torch.float32)
+    quantities = blend(targets_N, teacher, alpha=0.5, temperature=2.0)
+    weighted_loss(hidden_NH, head, quantities, weights_N, chunk_tokens=2)
+    per_token(hidden_NH, head, lambda logits, rows: {"view": logits[:, 0]}, chunk_tokens=2)
+    assert len(head.alive) == 12
+    assert head.alive == [0] * 12, "logits of an earlier chunk were still there when a later one was made"
+
+
+def test_a_frozen_head_gets_no_gradient_and_a_frozen_trunk_none_either() -> None:
+    hidden_NH, head, targets_N, weights_N, _ = _case()
+    head.weight.requires_grad_(False)
+    loss, _ = weighted_loss(hidden_NH, head, response_loss(targets_N), weights_N, chunk_tokens=4)
+    torch.autograd.backward(loss)
+    assert head.weight.grad is None
+    assert hidden_NH.grad is not None
+    assert head.bias is not None
+    assert head.bias.grad is not None
+
+    frozen_NH = hidden_NH.detach()
+    head.bias.grad = None
+    loss, _ = weighted_loss(frozen_NH, head, response_loss(targets_N), weights_N, chunk_tokens=4)
+    torch.autograd.backward(loss)
+    assert head.bias.grad is not None
+    assert frozen_NH.grad is None
+
+
+def test_without_gradients_it_is_the_same_number_and_no_graph() -> None:
+    hidden_NH, head, targets_N, weights_N, _ = _case()
+    trained, _ = weighted_loss(hidden_NH, head, response_loss(targets_N), weights_N, chunk_tokens=4)
+    with torch.no_grad():
+        evaluated, _ = weighted_loss(hidden_NH, head, response_loss(targets_N), weights_N, chunk_tokens=4)
+    assert trained.requires_grad
+    assert not evaluated.requires_grad
+    torch.testing.assert_close(trained.detach(), evaluated, rtol=0, atol=0)
+
+
+def test_no_supervised_tokens_give_a_zero_loss_with_zero_gradients() -> None:
+    hidden_NH, head, targets_N, weights_N, _ = _case()
+    loss, values = weighted_loss(hidden_NH[:0], head, response_loss(targets_N[:0]), weights_N[:0])
+    torch.autograd.backward(loss)
+    assert loss.item() == 0
+    assert head.weight.grad is not None
+    assert not head.weight.grad.any()
+    assert values["cross_entropy"].shape == (0,)
+
+
+def test_pitfall_4_gradients_do_not_depend_on_the_split_into_micro_batches() -> None:
+    hidden_NH, head, targets_N, _, _ = _case()
+    weights_N = torch.full((N,), 1 / N, dtype=torch.float64)
+
+    def gradient(*splits: slice) -> Tensor:
+        head.weight.grad = None
+        for rows in splits:
+            loss, _ = weighted_loss(hidden_NH[rows], head, response_loss(targets_N[rows]), weights_N[rows])
+            torch.autograd.backward(loss)
+        assert head.weight.grad is not None
+        return head.weight.grad
+
+    whole = gradient(slice(0, N)).clone()
+    torch.testing.assert_close(gradient(slice(0, 2), slice(2, 9), slice(9, N)), whole, rtol=1e-12, atol=0)
+
+
+def test_pitfall_7_the_state_before_a_token_predicts_it() -> None:
+    hidden_BTH = torch.arange(2 * 4, dtype=torch.float32).reshape(2, 4, 1)
+    ids_BT = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 0]])
+    mask_BT = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 0]])
+    hidden_NH, targets_N = supervised_pairs(hidden_BTH, ids_BT, mask_BT)
+    assert targets_N.tolist() == [12, 13, 21]
+    assert hidden_NH[:, 0].tolist() == [1, 2, 4]
+
+
+def _bf16_gradient(chunk_tokens: int) -> tuple[Tensor, Tensor, int]:
+    """The head's gradient for bf16 parameters from 1024 tokens that all pull the same way."""
+    hidden_NH = torch.full((1024, 4), 1.0, dtype=torch.bfloat16)
+    weight = torch.zeros((8, 4), dtype=torch.bfloat16, requires_grad=True)
+    head = _Head(weight)
+    targets_N, weights_N = torch.zeros(1024, dtype=torch.int64), torch.full((1024,), 1 / 1024)
+    loss, _ = weighted_loss(hidden_NH, head, response_loss(targets_N), weights_N, chunk_tokens=chunk_tokens)
+    torch.autograd.backward(loss)
+    assert weight.grad is not None
+    return weight.grad, loss, head.calls
+
+
+def test_pitfall_13_many_bf16_chunks_add_up_to_the_same_gradient_as_one() -> None:
+    one, _, one_call = _bf16_gradient(1024)
+    many, _, many_calls = _bf16_gradient(2)
+    assert (one_call, many_calls) == (1, 512)
+    assert many.dtype == torch.bfloat16
+    # One bf16 rounding at the end; sums in bf16 would stop growing after 256 chunks.
+    torch.testing.assert_close(many.float(), one.float(), rtol=2**-7, atol=0)
+
+
+def test_logits_are_fp32_and_gradients_have_their_parameters_type_under_autocast() -> None:
+    hidden_NH, head, targets_N, weights_N, _ = _case(torch.float32)
+    seen: list[torch.dtype] = []
+
+    def quantities(logits_CV: Tensor, rows: slice) -> dict[str, Tensor]:
+        seen.append(logits_CV.dtype)
+        return response_loss(targets_N)(logits_CV, rows)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(hidden_NH).dtype == torch.bfloat16, "autocast is off"
+        with torch.no_grad():
+            full_precision_logits(
+                head, hidden_NH
+            )  # an earlier pass without gradients must not hide the weight
+        chunked, _ = weighted_loss(hidden_NH, head, quantities, weights_N, chunk_tokens=4)
+        whole, _ = weighted_loss(hidden_NH, head, quantities, weights_N, chunk_tokens=N)
+    torch.autograd.backward(chunked)
+    assert set(seen) == {torch.float32}
+    assert [one.grad.dtype for one in (hidden_NH, *head.parameters) if one.grad is not None] == [
+        torch.float32
+    ] * 3
+    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [2, 100])
+def test_a_real_models_loss_and_gradients_are_those_of_its_own_forward(
+    tiny_model: torch.nn.Module, chunk_tokens: int
+) -> None:
+    tiny_model.requires_grad_(True)
+    vocabulary = 300  # the models pad theirs past it
+    ids_BT = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask_BT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0, 0, 0]])
+
+    logits_BTV = tiny_model(input_ids=ids_BT, use_cache=False).logits[..., :vocabulary]
+    expected = torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1][mask_BT[:, 1:].bool()], ids_BT[:, 1:][mask_BT[:, 1:].bool()], reduction="sum"
+    )
+    names, parameters = zip(*tiny_model.named_parameters(), strict=True)
+    expected_gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
+
+    head = output_head(tiny_model, vocabulary)
+    hidden_NH, targets_N = supervised_pairs(hidden_states(tiny_model, ids_BT), ids_BT, mask_BT)
+    loss, _ = weighted_loss(
+        hidden_NH, head, response_loss(targets_N), torch.ones(len(targets_N)), chunk_tokens=chunk_tokens
+    )
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for name, found, wanted in zip(names, gradients, expected_gradients, strict=True):
+        assert (found is None) == (wanted is None), name
+        if found is not None:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_lora_adapted_head_trains_its_adapter_alone(
+    build_tiny_model: Callable[..., torch.nn.Module],
+) -> None:
+    import peft
+
+    settings = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build_tiny_model("qwen2"), settings)
+    ids_BT = torch.randint(300, (2, 6), generator=torch.Generator().manual_seed(0))
+    hidden_NH, targets_N = supervised_pairs(hidden_states(model, ids_BT), ids_BT, torch.ones_like(ids_BT))
+    expected = model(input_ids=ids_BT, use_cache=False).logits[:, :-1, :300].flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(expected, targets_N, reduction="sum")
+    torch.autograd.backward(wanted)
+    gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    model.zero_grad()
+    assert any("lm_head.lora_B" in name for name in gradients)
+
+    head = output_head(model, 300)
+    loss, _ = weighted_loss(
+        hidden_NH, head, response_loss(targets_N), torch.ones(len(targets_N)), chunk_tokens=3
+    )
+    torch.autograd.backward(loss)
+    found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_live_teacher_is_a_dense_one_made_chunk_by_chunk() -> None:
+    hidden_NH, head, targets_N, _, _ = _case()
+    teacher_hidden_NH, teacher_head = _random(N, H, seed=8), _Head(_random(V, H, seed=9))
+    with torch.no_grad():
+        dense = Dense(teacher_head(teacher_hidden_NH))
+    live = Live(teacher_hidden_NH, teacher_head)
+    teacher_head.calls = 0
+    found = per_token(hidden_NH, head, comparison(targets_N, live), chunk_tokens=4)
+    assert teacher_head.calls == 3
+    expected = per_token(hidden_NH, head, comparison(targets_N, dense), chunk_tokens=N)
+    for name, values_N in expected.items():
+        torch.testing.assert_close(found[name], values_N, rtol=1e-12, atol=1e-15)

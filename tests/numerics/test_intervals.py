@@ -1,0 +1,180 @@
+"""Intervals against published values and naive computations."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from potstill.evaluate.intervals import (
+    RESAMPLES,
+    bootstrap_ratio,
+    bootstrap_ratio_difference,
+    mcnemar_exact,
+    paired_share_difference,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        # Newcombe, Statistics in Medicine 17 (1998), p. 857, table I: the plain score method.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_intervals_are_the_published_ones(
+    successes: int, trials: int, low: float, high: float
+) -> None:
+    found = wilson_interval(successes, trials)
+    assert found.value == successes / trials
+    assert found.low == pytest.approx(low, abs=5e-5)
+    assert found.high == pytest.approx(high, abs=5e-5)
+
+
+@pytest.mark.parametrize("trials", [1, 7, 100])
+def test_a_wilson_interval_ends_where_the_score_test_stops_rejecting(trials: int) -> None:
+    for successes in range(trials + 1):
+        found = wilson_interval(successes, trials)
+        for end in (found.low, found.high):
+            if 0 < end < 1:
+                score = abs(successes / trials - end) / math.sqrt(end * (1 - end) / trials)
+                assert score == pytest.approx(1.959963985, abs=1e-6)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+def test_wilson_refuses_a_share_of_nothing() -> None:
+    with pytest.raises(ValueError, match="0 of 0 is no share"):
+        wilson_interval(0, 0)
+
+
+def _pairs(both: int, only_first: int, only_second: int, neither: int) -> tuple[list[bool], list[bool]]:
+    rows = [(True, True)] * both + [(True, False)] * only_first
+    rows += [(False, True)] * only_second + [(False, False)] * neither
+    random.Random(0).shuffle(rows)
+    return [first for first, _ in rows], [second for _, second in rows]
+
+
+def test_the_paired_interval_is_the_published_one() -> None:
+    # Airway hyper-reactivity of 21 children before and after transplantation (Bentur et al. 2009); Fagerland,
+    # Lydersen and Laake, Statistical Analysis of Contingency Tables: 28.6 points, from 2.6 to 50.7.
+    found = paired_share_difference(*_pairs(1, 1, 7, 12))
+    assert found.value == pytest.approx(6 / 21)
+    assert found.low == pytest.approx(0.026, abs=5e-4)
+    assert found.high == pytest.approx(0.507, abs=5e-4)
+
+
+def test_the_exact_mcnemar_p_value_is_the_published_one() -> None:
+    # The same children: exact conditional p = 0.0703.
+    assert mcnemar_exact(*_pairs(1, 1, 7, 12)) == pytest.approx(0.0703, abs=5e-5)
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 0), (3, 3), (0, 6), (2, 9)])
+def test_mcnemar_counts_the_splits_that_are_no_likelier(one: int, other: int) -> None:
+    splits = [sum(toss) for toss in itertools.product((0, 1), repeat=one + other)]
+    as_uneven = sum(abs(heads - (one + other) / 2) >= abs(one - other) / 2 for heads in splits)
+    assert mcnemar_exact(*_pairs(4, one, other, 5)) == pytest.approx(as_uneven / len(splits))
+
+
+def test_swapping_the_models_mirrors_the_paired_interval() -> None:
+    first, second = _pairs(13, 4, 9, 20)
+    forth, back = paired_share_difference(first, second), paired_share_difference(second, first)
+    assert forth.value == pytest.approx(-back.value)
+    assert (forth.low, forth.high) == (pytest.approx(-back.high), pytest.approx(-back.low))
+
+
+def test_models_that_agree_on_every_prompt_differ_by_nothing_within_a_narrow_interval() -> None:
+    found = paired_share_difference(*_pairs(40, 0, 0, 60))
+    unpaired = wilson_interval(40, 100)
+    assert found.value == 0
+    assert found.low < 0 < found.high
+    assert found.high - found.low < 0.5 * (unpaired.high - unpaired.low)
+
+
+def test_perfect_and_hopeless_models_stay_within_their_range() -> None:
+    for cells in ((0, 0, 25, 0), (25, 0, 0, 0), (0, 0, 0, 25), (0, 25, 0, 0)):
+        found = paired_share_difference(*_pairs(*cells))
+        assert -1 <= found.low <= found.value <= found.high <= 1
+
+
+def test_the_paired_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    chance, trials, covered = random.Random(3), 60, 0
+    rounds = 600
+    for _ in range(rounds):
+        # Shares of 0.3 and 0.5, dependent: half of the prompts are drawn once for both.
+        draws = [(chance.random(), chance.random(), chance.random() < 0.5) for _ in range(trials)]
+        first = [a < 0.3 for a, _, _ in draws]
+        second = [(a if shared else b) < 0.5 for a, b, shared in draws]
+        found = paired_share_difference(first, second)
+        covered += found.low <= 0.2 <= found.high
+    assert 0.925 <= covered / rounds <= 0.985
+
+
+def test_unequal_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match="same prompts"):
+        paired_share_difference([True], [True, False])
+
+
+def _rows(count: int, seed: int = 1) -> tuple[list[float], list[int], list[str]]:
+    chance = random.Random(seed)
+    tokens = [chance.randint(5, 60) for _ in range(count)]
+    sums = [token * chance.gauss(1.3, 0.4) for token in tokens]
+    return sums, tokens, [f"prompt {number}" for number in range(count)]
+
+
+def test_the_bootstrap_of_a_ratio_agrees_with_the_delta_method() -> None:
+    sums, tokens, prompts = _rows(300)
+    found = bootstrap_ratio(sums, tokens, prompts, seed=7)
+    ratio = sum(sums) / sum(tokens)
+    residuals = [top - ratio * bottom for top, bottom in zip(sums, tokens, strict=True)]
+    error = math.sqrt(sum(one * one for one in residuals)) / sum(tokens)
+    assert found.value == pytest.approx(ratio)
+    assert found.low == pytest.approx(ratio - 1.96 * error, abs=0.15 * error)
+    assert found.high == pytest.approx(ratio + 1.96 * error, abs=0.15 * error)
+
+
+def test_the_bootstrap_agrees_with_plain_resampling_of_rows() -> None:
+    sums, tokens, prompts = _rows(25)
+    chance, draws = random.Random(11), []
+    for _ in range(RESAMPLES):
+        chosen = chance.choices(range(25), k=25)
+        draws.append(sum(sums[row] for row in chosen) / sum(tokens[row] for row in chosen))
+    draws.sort()
+    found = bootstrap_ratio(sums, tokens, prompts, seed=7)
+    spread = found.high - found.low
+    assert found.low == pytest.approx(draws[round(0.025 * RESAMPLES)], abs=0.06 * spread)
+    assert found.high == pytest.approx(draws[round(0.975 * RESAMPLES)], abs=0.06 * spread)
+
+
+def test_samples_of_one_prompt_are_drawn_together() -> None:
+    sums, tokens, prompts = _rows(60)
+    single = bootstrap_ratio(sums, tokens, prompts, seed=7)
+    copies = bootstrap_ratio(sums * 9, tokens * 9, prompts * 9, seed=7)
+    assert (copies.low, copies.high) == (pytest.approx(single.low), pytest.approx(single.high))
+
+
+def test_pairing_narrows_the_interval_of_a_difference() -> None:
+    sums, tokens, prompts = _rows(80)
+    better = [top - 0.1 * bottom for top, bottom in zip(sums, tokens, strict=True)]
+    found = bootstrap_ratio_difference((sums, tokens), (better, tokens), prompts, seed=7)
+    alone = bootstrap_ratio(sums, tokens, prompts, seed=7)
+    assert found.value == pytest.approx(-0.1)
+    # Every row differs by exactly 0.1, so the difference is sure, though each model's own figure is not.
+    assert found.high - found.low < 1e-9
+    assert alone.high - alone.low > 0.05
+
+
+def test_a_seed_decides_the_interval() -> None:
+    sums, tokens, prompts = _rows(30)
+    assert bootstrap_ratio(sums, tokens, prompts, seed=1) == bootstrap_ratio(sums, tokens, prompts, seed=1)
+    assert bootstrap_ratio(sums, tokens, prompts, seed=1) != bootstrap_ratio(sums, tokens, prompts, seed=2)
+
+
+def test_many_prompts_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums, tokens, prompts = _rows(40)
+    whole = bootstrap_ratio(sums, tokens, prompts, seed=5)
+    monkeypatch.setattr("potstill.evaluate.intervals._RESAMPLE_CELLS", 40 * 333)
+    assert bootstrap_ratio(sums, tokens, prompts, seed=5) == whole

@@ -1,0 +1,103 @@
+"""What a step function is given: a context around folders, and sealed artifacts to read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.core.events import Reporter
+from potstill.core.records import RECORDS_FILE, Record, write_records
+from potstill.core.settings import DataRef, ModelRef, Settings
+from potstill.core.step import StepContext, StepResult
+from potstill.core.store import Artifact, Store
+
+ContextBuilder = Callable[..., StepContext]
+Sealer = Callable[..., Artifact]
+
+
+class RecordingReporter(Reporter):
+    """Keeps what a step says and tells of; `on_event` hears every event."""
+
+    def __init__(self) -> None:
+        super().__init__("quiet")
+        self.said: list[str] = []
+        self.events: list[dict[str, Any]] = []
+        self.totals: list[float | None] = []
+        self.on_event: Callable[[dict[str, Any]], None] = lambda event: None
+
+    def say(self, message: str) -> None:
+        self.said.append(message.strip())
+
+    def progress(self, description: str, total: float | None = None, unit: str = "rows") -> Any:
+        self.totals.append(total)
+        return super().progress(description, total, unit)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.events.append({"event": kind, **fields})
+        self.on_event(self.events[-1])
+
+
+@pytest.fixture
+def step_context(tmp_path: Path) -> ContextBuilder:
+    """`step_context(kind, *, folder="artifact", seed=1, models={}, data={})`, with a recording reporter."""
+
+    def build(
+        kind: str,
+        *,
+        folder: str = "artifact",
+        seed: int = 1,
+        models: Mapping[str, Settings] | None = None,
+        data: Mapping[str, Sequence[Artifact]] | None = None,
+    ) -> StepContext:
+        def resolve_model(reference: ModelRef) -> Settings:
+            return (models or {})[str(reference)]
+
+        def resolve_data(reference: DataRef) -> list[tuple[Artifact, str | None]]:
+            return [(artifact, reference.view) for artifact in (data or {})[reference.target]]
+
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return StepContext(
+            name="step",
+            kind=kind,
+            folder=tmp_path / folder,
+            seed=seed,
+            cache_folder=tmp_path / "store",
+            reporter=RecordingReporter(),
+            resolve_model=resolve_model,
+            resolve_data=resolve_data,
+        )
+
+    return build
+
+
+@pytest.fixture
+def seal(tmp_path: Path) -> Sealer:
+    """`seal(folder, kind, result)`: what a step made in a folder, as the artifact the next step reads."""
+
+    def make(folder: Path, kind: str, result: StepResult | None = None) -> Artifact:
+        fields = vars(result or StepResult())
+        return Store(tmp_path / "store").seal(
+            folder, kind=kind, fingerprint=folder.name, settings={}, seed=1, seconds=0.0, **fields
+        )
+
+    return make
+
+
+@pytest.fixture
+def traces(tmp_path: Path, seal: Sealer) -> Callable[..., Artifact]:
+    """`traces(count, *, held_out_every=5, **fields)`: answered sums of different lengths, sealed."""
+
+    def make(count: int = 12, *, held_out_every: int = 5, name: str = "traces", **fields: Any) -> Artifact:
+        records = []
+        for number in range(count):
+            sum_ = " + ".join(str(number + term) for term in range(2 + number % 4))
+            written = {"response": f"The answer is {number}.", "finish_reason": "stop", **fields}
+            messages = [{"role": "user", "content": f"What is {sum_}?"}]
+            held_out = number % held_out_every == held_out_every - 1
+            records.append(Record(f"p{number}", messages, f"r{number:02d}", held_out, **written))
+        (tmp_path / name).mkdir()
+        write_records(tmp_path / name / RECORDS_FILE, records)
+        return seal(tmp_path / name, "generate")
+
+    return make

@@ -1,0 +1,76 @@
+"""Epoch plans use every row once; micro-batches keep to their tokens; padding is known by length."""
+
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from potstill.data.batches import collate, epoch_plan, micro_batches
+from potstill.data.chat import Rendered
+
+LENGTHS = st.lists(st.integers(1, 200), min_size=0, max_size=120)
+
+
+class TestEpochPlan:
+    @given(LENGTHS, st.integers(1, 20), st.integers(0, 2**40), st.integers(0, 5))
+    def test_every_row_is_in_one_step_of_an_epoch(
+        self, lengths: list[int], batch: int, seed: int, epoch: int
+    ) -> None:
+        steps = epoch_plan(lengths, batch, seed, epoch)
+        assert sorted(row for step in steps for row in step) == list(range(len(lengths)))
+
+    @given(LENGTHS, st.integers(1, 20))
+    def test_only_the_last_step_is_short_and_it_is_kept(self, lengths: list[int], batch: int) -> None:
+        steps = epoch_plan(lengths, batch, 0, 0)
+        assert [len(step) for step in steps[:-1]] == [batch] * (len(steps) - 1)
+        assert len(steps) == -(-len(lengths) // batch)
+
+    def test_seed_and_epoch_decide_the_plan(self) -> None:
+        lengths = list(range(1, 65))
+        assert epoch_plan(lengths, 4, 1, 0) == epoch_plan(lengths, 4, 1, 0)
+        assert epoch_plan(lengths, 4, 1, 0) != epoch_plan(lengths, 4, 2, 0)
+        assert epoch_plan(lengths, 4, 1, 0) != epoch_plan(lengths, 4, 1, 1)
+
+    def test_rows_of_a_step_are_alike_in_length_and_steps_are_in_no_order(self) -> None:
+        lengths = [1 + 37 * row % 200 for row in range(400)]
+        steps = epoch_plan(lengths, 8, 3, 0)
+        spreads = [
+            max(map(lengths.__getitem__, step)) - min(map(lengths.__getitem__, step)) for step in steps
+        ]
+        assert statistics.mean(spreads) < 10
+        longest = [max(map(lengths.__getitem__, step)) for step in steps]
+        assert longest != sorted(longest)
+        assert longest != sorted(longest, reverse=True)
+
+    def test_the_short_step_is_not_always_the_longest_rows(self) -> None:
+        lengths = list(range(1, 30))
+        left_over = {epoch_plan(lengths, 4, 0, epoch)[-1][0] for epoch in range(20)}
+        assert len(left_over) > 10
+
+    def test_a_batch_of_none_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="batch is 0"):
+            epoch_plan([1], 0, 0, 0)
+
+
+class TestMicroBatches:
+    @given(LENGTHS, st.integers(1, 600))
+    def test_padded_tokens_keep_to_the_limit_unless_one_row_is_longer(
+        self, lengths: list[int], max_tokens: int
+    ) -> None:
+        batches = micro_batches(lengths, range(len(lengths)), max_tokens)
+        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+        for batch in batches:
+            padded = len(batch) * max(lengths[row] for row in batch)
+            assert padded <= max_tokens or len(batch) == 1
+
+    def test_rows_share_a_batch_when_they_fit(self) -> None:
+        assert micro_batches([4, 2, 2, 9], [0, 1, 2, 3], 8) == [[3], [0, 1], [2]]
+
+
+class TestCollate:
+    def test_rows_are_padded_on_the_right_and_masked_by_length(self) -> None:
+        tensors = collate([Rendered([5, 6, 2], [0, 1, 1]), Rendered([7, 2], [0, 1])], pad_id=2)
+        assert tensors["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
+        assert tensors["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+        assert tensors["loss_mask"].tolist() == [[False, True, True], [False, True, False]]

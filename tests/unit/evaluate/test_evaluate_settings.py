@@ -1,0 +1,69 @@
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from potstill.core.settings import meaning, references
+from potstill.evaluate import EvaluateSettings
+
+
+def _settings(**fields: Any) -> EvaluateSettings:
+    given: dict[str, Any] = {"do": "evaluate", "models": {"student": "student"}, "data": "traces:held_out"}
+    return EvaluateSettings.model_validate({**given, **fields})
+
+
+def test_models_in_a_list_go_by_their_own_names() -> None:
+    settings = _settings(models=["base", "stage1"])
+    assert settings.roles == {"base": "base", "stage1": "stage1"}
+
+
+@pytest.mark.parametrize(
+    ("models", "teacher", "baseline"),
+    [
+        ({"student": "s", "base": "b"}, None, "base"),
+        ({"before": "b", "after": "s"}, None, "before"),
+        ({"teacher": "big", "before": "b", "after": "s"}, "big", "before"),
+        (["big", "stage1", "stage2"], "big", "stage1"),
+        (["big"], "big", "big"),
+    ],
+)
+def test_the_baseline_is_base_else_the_first_that_is_not_the_teacher(
+    models: Any, teacher: str | None, baseline: str
+) -> None:
+    settings = _settings(models=models, teacher=teacher)
+    assert settings.baseline == baseline
+    assert meaning(settings)["baseline"] == baseline
+
+
+def test_how_fast_it_runs_is_no_part_of_the_meaning() -> None:
+    assert meaning(_settings(batch=3, max_tokens=77, device="cpu")) == meaning(_settings())
+    assert meaning(_settings(max_new_tokens=3)) != meaning(_settings())
+
+
+def test_every_model_and_row_it_reads_is_a_reference() -> None:
+    settings = _settings(
+        models={"base": "b", "student": "s"}, teacher="t", tasks={"exam": "prompts:held_out"}
+    )
+    assert {str(reference) for _, reference in references(settings)} == {
+        "b",
+        "s",
+        "t",
+        "traces:held_out",
+        "prompts:held_out",
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": None}, "nothing to evaluate on"),
+        ({"baseline": "nobody"}, "baseline 'nobody' is not among the models: student"),
+        ({"models": ["a", "a"]}, "models names one twice"),
+        ({"models": {}}, "at least 1"),
+        ({"temperature": -1.0}, "greater than or equal to 0"),
+        ({"shots": 3}, "Extra inputs are not permitted"),
+    ],
+)
+def test_wrong_settings_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        _settings(**fields)

@@ -1,0 +1,258 @@
+"""Sealed shards: what is written can be read, resumes after a kill, and refuses what does not belong."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from potstill.core.errors import DataError, StoreError
+from potstill.logits import shards
+from potstill.logits.codecs import TopK
+from potstill.logits.shards import CachedRow, LogitCache, ShardWriter, row_key, write_index
+
+V = 40
+CODEC = TopK(4, V, (1.0, 2.0))
+
+
+def _row(number: int, prompt: int = 3, response: int = 5) -> CachedRow:
+    chance = random.Random(number)
+    ids = [chance.randrange(V) for _ in range(prompt + response)]
+    return CachedRow(ids, [0] * prompt + [1] * response, number % 5 == 0, f"record-{number}")
+
+
+def _logits(row: CachedRow) -> Tensor:
+    seed = int.from_bytes(row.key[:4], "big")
+    return 3 * torch.randn(sum(row.mask), V, generator=torch.Generator().manual_seed(seed))
+
+
+def _writer(folder: Path, writer: int = 0, codec: TopK = CODEC) -> ShardWriter:
+    folder.mkdir(exist_ok=True)
+    return ShardWriter(folder, codec, tokenizer="tok", model="model", writer=writer, shard_tokens=20)
+
+
+def _write(folder: Path, rows: list[CachedRow]) -> LogitCache:
+    writer = _writer(folder)
+    for row in rows:
+        if row.key not in writer:
+            writer.append(row, CODEC.encode(_logits(row)))
+    writer.seal()
+    write_index(folder, rows)
+    return LogitCache.open(folder)
+
+
+def _bytes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_rows_and_signals_come_back_in_any_order(tmp_path: Path) -> None:
+    rows = [_row(number, response=1 + number % 7) for number in range(30)]
+    cache = _write(tmp_path / "cache", rows)
+    assert len(list((tmp_path / "cache").glob("shard-*"))) > shards._OPEN_SHARDS, (
+        "reading never evicts a shard"
+    )
+    order = list(range(30)) * 2
+    random.Random(0).shuffle(order)
+    for number in order:
+        assert cache.row(number) == rows[number]
+        for temperature in (1.0, 2.0):
+            wanted = CODEC.decode(CODEC.pack(CODEC.encode(_logits(rows[number]))), temperature)
+            found = cache.signal(number, temperature)
+            assert torch.equal(found.ids_NK, wanted.ids_NK)
+            assert torch.equal(found.log_probs_NK, wanted.log_probs_NK)
+            assert torch.equal(found.log_tail_N, wanted.log_tail_N)
+    assert cache.signal(0, 1.0, k=2).ids_NK.shape == (1, 2)
+    assert cache.lengths.tolist() == [len(row.token_ids) for row in rows]
+    assert cache.supervised.tolist() == [sum(row.mask) for row in rows]
+    assert cache.held_out.tolist() == [row.held_out for row in rows]
+    assert len(cache._open_shards) <= shards._OPEN_SHARDS
+
+
+def test_an_equal_row_is_stored_once_and_read_at_both_positions(tmp_path: Path) -> None:
+    first, other = _row(1), _row(2)
+    again = CachedRow(first.token_ids, first.mask, True, "another record")
+    cache = _write(tmp_path / "cache", [first, other, again])
+    assert len(cache) == 3
+    assert cache.row(2) == again
+    assert torch.equal(cache.signal(2, 1.0).log_probs_NK, cache.signal(0, 1.0).log_probs_NK)
+    stored = sum(len(shards._open(path).get_tensor("keys")) for path in (tmp_path / "cache").glob("shard-*"))
+    assert stored == 2
+
+
+def test_pitfall_6_rows_are_found_by_the_hash_of_their_content(tmp_path: Path) -> None:
+    rows = [_row(number) for number in range(6)]
+    cache = _write(tmp_path / "cache", rows)
+    assert [cache.find(row.token_ids, row.mask) for row in reversed(rows)] == [5, 4, 3, 2, 1, 0]
+    # The bytes of the ids and of the mask, not a process's salted hash.
+    code = "from potstill.logits.shards import row_key; print(row_key([1, 70000, 2], [0, 1, 1]).hex())"
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert other.stdout.strip() == row_key([1, 70000, 2], [0, 1, 1]).hex()
+
+
+def test_the_same_ids_with_another_mask_are_another_row(tmp_path: Path) -> None:
+    row = _row(1)
+    cache = _write(tmp_path / "cache", [row])
+    with pytest.raises(DataError, match="no logits for a row of 8 tokens, 4 of them"):
+        cache.find(row.token_ids, [0, 0, 0, 0, 1, 1, 1, 1])
+
+
+def test_pitfall_14_a_row_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    cache = _write(tmp_path / "cache", [_row(1)])
+    with pytest.raises(DataError, match="no logits for a row of 8 tokens, 5 of them supervised"):
+        cache.find(_row(2).token_ids, _row(2).mask)
+
+
+def test_pitfall_17_a_killed_writer_goes_on_after_its_last_sealed_shard_to_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    rows = [_row(number) for number in range(10)]
+    _write(tmp_path / "whole", rows)
+
+    killed = _writer(tmp_path / "killed")
+    for row in rows[:7]:
+        killed.append(row, CODEC.encode(_logits(row)))
+    assert len(list((tmp_path / "killed").glob("shard-*"))) == 1
+    del killed  # what it held in memory is gone
+    (tmp_path / "killed" / "shard-000-00009.partial").write_bytes(b"half a shard")
+
+    again = _writer(tmp_path / "killed")
+    assert [row.key in again for row in rows] == [True] * 4 + [False] * 6
+    _write(tmp_path / "killed", rows)
+    assert _bytes(tmp_path / "killed") == _bytes(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob("*.partial"))
+
+
+def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = _writer(tmp_path / "cache")
+    writer.append(_row(1), CODEC.encode(_logits(_row(1))))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.seal()
+    assert [path.name for path in (tmp_path / "cache").glob("shard-*")] == ["shard-000-00000.partial"]
+
+
+def test_several_writers_fill_one_cache(tmp_path: Path) -> None:
+    rows = [_row(number) for number in range(9)]
+    writers = [_writer(tmp_path / "cache", writer=number) for number in range(2)]
+    for number, row in enumerate(rows):
+        writers[number % 2].append(row, CODEC.encode(_logits(row)))
+    # A writer that starts removes its own leftovers, never another's unfinished file.
+    (tmp_path / "cache" / "shard-001-00009.partial").write_bytes(b"being written")
+    _writer(tmp_path / "cache", writer=0)
+    assert (tmp_path / "cache" / "shard-001-00009.partial").exists()
+    for writer in writers:
+        writer.seal()
+    write_index(tmp_path / "cache", rows)
+    cache = LogitCache.open(tmp_path / "cache")
+    assert [cache.row(number) for number in range(9)] == rows
+
+
+def test_rows_longer_than_a_shard_get_one_of_their_own(tmp_path: Path) -> None:
+    rows = [_row(1, response=50), _row(2, response=60)]
+    cache = _write(tmp_path / "cache", rows)
+    assert [cache.row(number) for number in range(2)] == rows
+    assert cache.signal(1, 1.0).ids_NK.shape == (60, 4)
+
+
+def test_a_cache_can_be_handed_to_a_worker_process(tmp_path: Path) -> None:
+    cache = _write(tmp_path / "cache", [_row(1), _row(2)])
+    cache.signal(0, 1.0)
+    assert cache._open_shards
+    other = pickle.loads(pickle.dumps(cache))
+    assert not other._open_shards
+    assert torch.equal(other.signal(1, 2.0).log_probs_NK, cache.signal(1, 2.0).log_probs_NK)
+
+
+def test_the_figures_are_means_over_stored_tokens(tmp_path: Path) -> None:
+    rows = [_row(number) for number in range(10)]
+    figures = _write(tmp_path / "cache", rows).figures()
+    kept = torch.cat([_logits(row).softmax(-1).topk(4, -1).values.sum(-1) for row in rows])
+    assert figures["mean_kept_mass"] == pytest.approx(kept.mean().item(), rel=1e-5)
+    size = sum(path.stat().st_size for path in (tmp_path / "cache").glob("shard-*"))
+    assert figures["bytes_per_token"] == size / 50
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [("other", r"another tokenizer \(tok\)(.|\n)*\(other\)"), ("tok", None), (None, None)],
+)
+def test_another_tokenizer_is_refused_by_name(
+    tmp_path: Path, tokenizer: str | None, message: str | None
+) -> None:
+    _write(tmp_path / "cache", [_row(1)])
+    if message is None:
+        assert len(LogitCache.open(tmp_path / "cache", tokenizer=tokenizer)) == 1
+    else:
+        with pytest.raises(DataError, match=message):
+            LogitCache.open(tmp_path / "cache", tokenizer=tokenizer)
+
+
+def test_another_codec_is_refused_by_name(tmp_path: Path) -> None:
+    _write(tmp_path / "cache", [_row(1)])
+    header = tmp_path / "cache" / "cache.json"
+    described = json.loads(header.read_text(encoding="utf-8"))
+    header.write_text(json.dumps({**described, "codec_version": 9}), encoding="utf-8")
+    with pytest.raises(DataError, match="codec 'topk', version 9"):
+        LogitCache.open(tmp_path / "cache")
+
+
+def test_a_writer_with_other_settings_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path / "cache", [_row(1)])
+    with pytest.raises(StoreError, match="holds logits with k 4, not 5"):
+        _writer(tmp_path / "cache", codec=TopK(5, V, (1.0, 2.0)))
+
+
+def test_an_unfinished_cache_is_refused(tmp_path: Path) -> None:
+    writer = _writer(tmp_path / "cache")
+    writer.append(_row(1), CODEC.encode(_logits(_row(1))))
+    writer.seal()
+    with pytest.raises(DataError, match="holds no finished cache"):
+        LogitCache.open(tmp_path / "cache")
+
+
+def test_an_index_of_rows_that_were_never_captured_is_refused(tmp_path: Path) -> None:
+    writer = _writer(tmp_path / "cache")
+    writer.append(_row(1), CODEC.encode(_logits(_row(1))))
+    writer.seal()
+    with pytest.raises(DataError, match=r"row 1 \(record record-2\) is in no shard"):
+        write_index(tmp_path / "cache", [_row(1), _row(2)])
+
+
+def test_a_lost_or_damaged_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
+    rows = [_row(number) for number in range(10)]
+    cache = _write(tmp_path / "cache", rows)
+    shard = tmp_path / "cache" / "shard-000-00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match=r"shard-000-00001\.safetensors: cannot be read"):
+        [cache.signal(number, 1.0) for number in range(10)]
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard-000-00001\.safetensors is missing"):
+        LogitCache.open(tmp_path / "cache")
+
+
+def test_what_is_stored_takes_the_widths_of_the_vocabulary(tmp_path: Path) -> None:
+    _write(tmp_path / "cache", [_row(1)])
+    stored = shards._open(tmp_path / "cache" / "shard-000-00000.safetensors")
+    assert stored.get_tensor("ids").dtype == np.uint16
+    assert stored.get_tensor("token_ids").dtype == np.uint16
+    assert stored.get_tensor("log_probs").dtype == np.float16
+    assert stored.get_tensor("log_tail").shape == (5, 2)

@@ -1,0 +1,192 @@
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from potstill.core.errors import ModelError
+from potstill.core.store import Store
+from potstill.models import TransformersModel, hidden_states, identity, load, output_head, supports_bf16
+from potstill.models.loading import choose_device
+
+IDS = torch.tensor([[5, 17, 200, 299]])
+CPU = torch.device("cpu")
+
+
+def load_folder(folder, **options):
+    return load(TransformersModel(path=str(folder), device="cpu"), **options)
+
+
+def test_a_loaded_folder_gives_the_saved_models_logits(tiny_model_folder, tiny_llama):
+    loaded = load_folder(tiny_model_folder, dtype=torch.float32)
+    assert torch.equal(loaded.model(IDS, use_cache=False).logits, tiny_llama(IDS, use_cache=False).logits)
+    assert loaded.identity == identity(TransformersModel(path=str(tiny_model_folder)))
+    assert loaded.vocabulary_size == 300
+    assert not loaded.model.training
+
+
+def test_every_family_loads(tiny_model, tiny_tokenizer, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "m")
+    tiny_tokenizer.save_pretrained(tmp_path / "m")
+    loaded = load_folder(tmp_path / "m", dtype=torch.float32)
+    assert torch.equal(loaded.model(IDS, use_cache=False).logits, tiny_model(IDS, use_cache=False).logits)
+
+
+def test_frozen_weights_take_no_gradients_and_trained_ones_are_float32(tiny_model_folder):
+    frozen, trained = (
+        load_folder(tiny_model_folder).model,
+        load_folder(tiny_model_folder, trainable=True).model,
+    )
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert frozen.dtype == (torch.bfloat16 if supports_bf16(CPU) else torch.float32)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in trained.parameters())
+
+
+def test_the_callers_type_comes_before_the_stated_one(tiny_model_folder):
+    settings = TransformersModel(path=str(tiny_model_folder), device="cpu", dtype="float16")
+    assert load(settings).model.dtype == torch.float16
+    assert load(settings, dtype=torch.float32).model.dtype == torch.float32
+
+
+@pytest.fixture
+def adapter_folder(tiny_model_folder, tmp_path, build_tiny_model):
+    """A sealed adapter over the tiny folder, and the logits that it was saved with."""
+    model = get_peft_model(build_tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    base = TransformersModel(path=str(tiny_model_folder))
+    Store(tmp_path / "s").seal(
+        folder,
+        kind="train",
+        fingerprint="f",
+        settings={},
+        seed=0,
+        seconds=0.0,
+        extra={"base": base.model_dump(), "base_identity": identity(base)},
+    )
+    return folder, model.eval()(IDS, use_cache=False).logits
+
+
+def test_an_adapter_is_loaded_over_the_base_that_its_manifest_names(adapter_folder, tiny_llama):
+    folder, expected = adapter_folder
+    loaded = load_folder(folder, dtype=torch.float32)
+    found = loaded.model(IDS, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (found - tiny_llama(IDS, use_cache=False).logits).abs().max() > 0.1
+    halves = output_head(loaded.model, 300)(hidden_states(loaded.model, IDS))
+    torch.testing.assert_close(halves, expected[..., :300], rtol=0, atol=1e-6)
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+
+
+def test_an_adapter_without_a_tokenizer_has_its_bases(adapter_folder):
+    folder, _ = adapter_folder
+    assert not (folder / "tokenizer.json").exists()
+    assert len(load_folder(folder).tokenizer) == 300
+
+
+def test_a_trainable_adapter_takes_gradients_in_float32_and_its_base_none(adapter_folder):
+    folder, _ = adapter_folder
+    parameters = dict(load_folder(folder, trainable=True).model.named_parameters())
+    trained = {name for name, p in parameters.items() if p.requires_grad}
+    assert trained == {name for name in parameters if "lora_" in name}
+    assert trained
+    assert all(parameters[name].dtype == torch.float32 for name in trained)
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_an_adapter_that_lacks_a_weight_is_refused(adapter_folder):
+    folder, _ = adapter_folder
+    rewrite(folder / "adapter_model.safetensors", lambda tensors: tensors.pop(min(tensors)))
+    with pytest.raises(ModelError, match="does not fit its base"):
+        load_folder(folder)
+
+
+def test_a_model_that_lacks_a_weight_is_refused(tiny_model_folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(tiny_model_folder / "model.safetensors", lambda tensors: tensors.pop(name))
+    with pytest.raises(ModelError, match=f"1 weights are missing .* would be random: {name}"):
+        load_folder(tiny_model_folder)
+
+
+def test_a_model_with_a_layer_too_many_is_refused(tiny_model_folder):
+    def add(tensors):
+        tensors["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].clone()
+
+    rewrite(tiny_model_folder / "model.safetensors", add)
+    with pytest.raises(ModelError, match="would be dropped"):
+        load_folder(tiny_model_folder)
+
+
+def test_weights_of_another_shape_are_refused(tiny_model_folder):
+    path = tiny_model_folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"intermediate_size": 64}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelError):
+        load_folder(tiny_model_folder)
+
+
+def test_truncated_weights_are_refused(tiny_model_folder):
+    path = tiny_model_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_folder(tiny_model_folder)
+
+
+def test_a_model_that_works_on_its_logits_in_an_unknown_way_is_refused(tiny_model_folder, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    original = LlamaForCausalLM.forward
+
+    def doubled(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+    with pytest.raises(ModelError, match="between its hidden states and its logits"):
+        load_folder(tiny_model_folder)
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_model_folder):
+    settings = TransformersModel(path=str(tiny_model_folder), device="cuda:99")
+    with pytest.raises(ModelError, match="device 'cuda:99' cannot be used here"):
+        choose_device(settings)
+    with pytest.raises(ModelError, match="device 'fridge'"):
+        choose_device(settings.model_copy(update={"device": "fridge"}))
+
+
+def test_nf4_without_bitsandbytes_names_the_extra(tiny_model_folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    settings = TransformersModel(path=str(tiny_model_folder), device="cpu", quantize="nf4")
+    with pytest.raises(ModelError) as caught:
+        load(settings)
+    assert "potstill[bnb]" in str(caught.value.mend)
+
+
+def test_a_cached_hub_model_loads_without_the_hub(tiny_model_folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(tiny_model_folder, repository / "snapshots" / "c0ffee")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee", encoding="utf-8")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    loaded = load(TransformersModel(path="someone/tiny", device="cpu"))
+    assert loaded.vocabulary_size == 300
+
+
+def test_loading_prints_nothing(tiny_model_folder, capfd):
+    load_folder(tiny_model_folder)
+    assert capfd.readouterr() == ("", "")

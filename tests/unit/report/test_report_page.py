@@ -1,0 +1,280 @@
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.report import RunView, write_comparison, write_report
+
+PAYLOAD = "</pre></style><script>alert(1)</script><img src=x onerror=alert(2)>'\"<svg/onload=alert(3)>"
+
+RunBuilder = Callable[..., RunView]
+
+
+class _Page(HTMLParser):
+    """Every tag and attribute of a page, and its visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _written(run: RunView, folder: Path) -> str:
+    write_report(run, folder / "report.html")
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def _assert_inert(text: str) -> None:
+    page = _Page(text)
+    assert len(page.tags) > 50
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "img", "iframe", "object", "embed", "link", "base", "form"), tag
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href", "action"):
+                assert (value or "").startswith("#"), (tag, name, value)
+    policy = [one["content"] for tag, one in page.tags if one.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"]
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    _assert_inert(_written(build_run(), tmp_path))
+
+
+def test_model_text_names_and_settings_are_shown_and_never_become_markup(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    run = build_run(PAYLOAD.replace("/", "_"))
+    for step in run.steps:
+        assert step.manifest is not None
+        step.manifest.settings["note"] = PAYLOAD
+        step.manifest.versions[PAYLOAD] = PAYLOAD
+    metrics = run.steps[-1].manifest.metrics  # type: ignore[union-attr]  # asserted above
+    metrics["models"][PAYLOAD] = {
+        **metrics["models"].pop("student"),
+        "tasks": {PAYLOAD: metrics["models"]["base"]["tasks"]["chain_sum"]},
+    }
+    metrics["differences"][PAYLOAD] = metrics["differences"].pop("student")
+    metrics["models"][PAYLOAD]["held_out"]["kl_refused"] = PAYLOAD
+    metrics["machine"][PAYLOAD] = PAYLOAD
+    samples = [
+        {
+            "source": PAYLOAD,
+            "record_id": PAYLOAD,
+            "messages": [{"role": PAYLOAD, "content": PAYLOAD}],
+            "reference": PAYLOAD,
+            "trace": PAYLOAD,
+            "answers": {
+                PAYLOAD: {
+                    "response": PAYLOAD,
+                    "finish_reason": PAYLOAD,
+                    "response_tokens": 3,
+                    "verdicts": {PAYLOAD: True, "correct": False},
+                }
+            },
+        }
+    ]
+    assert run.folder is not None
+    (run.folder / "exam" / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
+    steps = [replace(step, name=f"{step.name}{PAYLOAD}", kind=step.kind) for step in run.steps]
+    events = [
+        *run.events[:-1],
+        {"event": "step_failed", "step": steps[2].name, "error": PAYLOAD, "time": 2000.0},
+    ]
+    run = replace(run, steps=steps, recipe_text=run.recipe_text + PAYLOAD, events=events)
+
+    text = _written(run, tmp_path)
+
+    _assert_inert(text)
+    shown = _Page(text).text
+    assert shown.count("<script>alert(1)</script>") > 15
+    write_comparison([run, replace(run, name=PAYLOAD)], tmp_path / "comparison.html")
+    _assert_inert((tmp_path / "comparison.html").read_text(encoding="utf-8"))
+
+
+def test_the_same_run_gives_the_same_bytes(build_run: RunBuilder, tmp_path: Path) -> None:
+    run = build_run()
+    assert _written(run, tmp_path) == _written(run, tmp_path)
+
+
+def test_ids_are_unique_and_every_reference_inside_the_page_leads_somewhere(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    text = _written(build_run(), tmp_path)
+    ids = [attributes["id"] for _, attributes in _Page(text).tags if "id" in attributes]
+    assert ids
+    assert len(ids) == len(set(ids))
+    referred = {*re.findall(r"url\(#([^)]+)\)", text), *re.findall(r'href="#([^"]+)"', text)}
+    assert referred
+    assert referred <= set(ids)
+
+
+def test_the_answer_comes_first_then_steps_training_results_samples_and_settings(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    text = _Page(_written(build_run(), tmp_path)).text
+    order = [
+        "The student is closer to its teacher than the base, but not clearly right more often.",
+        "KL to the teacher: 6.61 → 1.18 nats (−5.43, 95 % interval −5.71 to −5.16)",
+        "Steps",
+        "Training",
+        "Before and after",
+        "Samples side by side",
+        "What the teachers wrote",
+        "How the student was made",
+        "Settings and provenance",
+        "Resolved recipe",
+    ]
+    places = [text.index(one) for one in order]
+    assert places == sorted(places)
+    assert "8 min 10 s in all" in text
+    assert "55,680 tokens" in text
+
+
+def test_samples_show_every_model_beside_the_trace(build_run: RunBuilder, tmp_path: Path) -> None:
+    text = _written(build_run(), tmp_path)
+    page = _Page(text)
+    for said in ("the the the the of of", "The answer is -11.", "So her brother has 12 + 5 = 17 pencils."):
+        assert said in page.text
+    assert text.count("<details open>") == 1
+    assert "96 tokens, cut off, wrong" in page.text
+
+
+def test_a_very_long_answer_is_cut_with_a_count(build_run: RunBuilder, tmp_path: Path) -> None:
+    run = build_run()
+    assert run.folder is not None
+    path = run.folder / "exam" / "samples.json"
+    samples = json.loads(path.read_text(encoding="utf-8"))
+    samples[0]["answers"]["base"]["response"] = "x" * 16_000
+    path.write_text(json.dumps(samples), encoding="utf-8")
+    assert "… (10,000 more characters)" in _written(run, tmp_path)
+
+
+@pytest.mark.parametrize("kept", range(5))
+def test_a_run_that_stopped_early_still_has_a_page(build_run: RunBuilder, tmp_path: Path, kept: int) -> None:
+    run = build_run()
+    steps = [
+        *run.steps[:kept],
+        *(replace(one, manifest=None, folder=None, seconds=None) for one in run.steps[kept:]),
+    ]
+    events = [
+        *run.events[: kept + 1],
+        {"time": 1500.0, "event": "step_interrupted", "step": steps[kept].name},
+        {"time": 1501.0, "event": "run_interrupted"},
+    ]
+    text = _Page(_written(replace(run, steps=steps, events=events), tmp_path)).text
+    assert (
+        "The run was interrupted before any model was evaluated; the same command takes it up again." in text
+    )
+    assert f"{kept} of 5 steps" in text
+    assert "Before and after" not in text
+
+
+def test_a_failed_step_shows_its_message_and_what_training_logged_until_then(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    run = build_run()
+    steps = [
+        *run.steps[:3],
+        *(replace(one, manifest=None, folder=None, seconds=None) for one in run.steps[3:]),
+    ]
+    logged = [
+        {
+            "event": "train_log",
+            "step": "student",
+            "optimiser_step": number,
+            "loss": 7.0 - number,
+            "time": 1200.0 + number,
+        }
+        for number in range(1, 4)
+    ]
+    events = [
+        *run.events[:4],
+        {"event": "step_started", "step": "student", "fingerprint": "old", "time": 1199.0},
+        {"event": "train_log", "step": "student", "optimiser_step": 900, "loss": 1.0, "time": 1199.5},
+        {"event": "step_started", "step": "student", "fingerprint": "new", "time": 1200.0},
+        *logged,
+        {
+            "event": "step_failed",
+            "step": "student",
+            "error": "the loss is nan\n  to mend:  a smaller lr",
+            "time": 1300.0,
+        },
+        {"event": "run_failed", "time": 1301.0},
+    ]
+    text = _Page(_written(replace(run, steps=steps, events=events), tmp_path)).text
+    assert "student failed" in text
+    assert "to mend:  a smaller lr" in text
+    assert "3 optimiser steps · unfinished" in text
+    assert "The run failed before any model was evaluated." in text
+
+
+def test_a_run_without_steps_or_events_has_a_page(tmp_path: Path) -> None:
+    text = _written(RunView("empty", "name: empty\n", []), tmp_path)
+    assert "No model was evaluated in this run." in text
+
+
+def test_metrics_of_an_unknown_shape_do_not_break_the_page(build_run: RunBuilder, tmp_path: Path) -> None:
+    run = build_run()
+    for step in run.steps:
+        assert step.manifest is not None
+        step.manifest.metrics = {}
+    (run.steps[-1].folder or tmp_path).joinpath("samples.json").unlink()
+    text = _Page(_written(run, tmp_path)).text
+    assert "Settings and provenance" in text
+
+
+def test_a_reused_step_is_drawn_as_such_with_the_time_it_once_took(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    run = build_run()
+    steps = [replace(run.steps[0], reused=True), *run.steps[1:]]
+    text = _written(replace(run, steps=steps), tmp_path)
+    assert '<g class="step reused">' in text
+    assert "reused (2 min 08 s)" in text
+    assert "2 min 08 s of earlier work reused" in text
+
+
+def _chart_texts(text: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", text)
+
+
+def test_charts_have_axis_labels_with_units_and_follow_the_colour_scheme(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    text = _written(build_run(), tmp_path)
+    labels = " ".join(_chart_texts(text))
+    for label in ("optimiser step", "loss, nats per token", "1 − cos(input, output)", "block", "held-out"):
+        assert label in labels
+    charts = re.findall(r'<svg class="chart".*?</svg>', text, flags=re.DOTALL)
+    assert len(charts) == 3
+    for chart in charts:
+        assert "var(--series-1)" in chart
+        assert not re.search(r"#0102", chart)
+
+
+def test_many_training_steps_are_drawn_as_means_of_neighbours(build_run: RunBuilder, tmp_path: Path) -> None:
+    run = build_run()
+    manifest: Any = run.steps[3].manifest
+    manifest.metrics["history"] = [
+        {"step": step, "loss": float(step % 2), "tokens": 1} for step in range(1, 20_001)
+    ]
+    text = _written(run, tmp_path)
+    assert "20,000 optimiser steps" in text
+    assert len(text) < 120_000

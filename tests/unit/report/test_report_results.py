@@ -1,0 +1,178 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from potstill.report import RunView, StepView, terminal_table
+from potstill.report.results import Figure, Measure, conclusion, format_figure, format_interval, results_of
+
+RunBuilder = Callable[..., RunView]
+
+
+def _metrics(run: RunView) -> Any:
+    manifest = run.steps[-1].manifest
+    assert manifest is not None
+    return manifest.metrics
+
+
+def _set(run: RunView, *, kl: tuple[float, float, float], right: tuple[float, float, float]) -> None:
+    gaps = _metrics(run)["differences"]["student"]
+    gaps["held_out"]["kl_nats_per_token"] = dict(zip(("value", "low", "high"), kl, strict=True))
+    gaps["tasks"]["chain_sum"]["verdicts"]["correct"] = dict(
+        zip(("value", "low", "high"), right, strict=True)
+    )
+
+
+CLOSER = "The student is closer to its teacher than the base"
+BETTER_KL, WORSE_KL, NO_KL = (-5.0, -5.5, -4.5), (0.5, 0.2, 0.8), (-0.1, -0.3, 0.1)
+BETTER, WORSE, UNCLEAR = (0.7, 0.6, 0.8), (-0.2, -0.3, -0.1), (0.03, -0.02, 0.08)
+
+
+@pytest.mark.parametrize(
+    ("kl", "right", "headline", "verdict"),
+    [
+        (BETTER_KL, BETTER, f"{CLOSER} and right more often.", "better"),
+        (BETTER_KL, UNCLEAR, f"{CLOSER}, but not clearly right more often.", "better"),
+        (BETTER_KL, WORSE, f"{CLOSER}, but right less often.", "unclear"),
+        (
+            WORSE_KL,
+            WORSE,
+            "The student is further from its teacher than the base and right less often.",
+            "worse",
+        ),
+        (
+            WORSE_KL,
+            UNCLEAR,
+            "The student is further from its teacher than the base, and not clearly right more often.",
+            "worse",
+        ),
+        (
+            NO_KL,
+            UNCLEAR,
+            (
+                "The student is not clearly closer to its teacher than the base and not clearly right "
+                "more often."
+            ),
+            "unclear",
+        ),
+    ],
+)
+def test_the_headline_says_better_only_where_the_interval_leaves_out_no_difference(
+    build_run: RunBuilder, kl: Any, right: Any, headline: str, verdict: str
+) -> None:
+    run = build_run()
+    _set(run, kl=kl, right=right)
+    found = conclusion(results_of(run)[0])
+    assert found is not None
+    assert (found.headline, found.verdict) == (headline, verdict)
+
+
+def test_an_interval_that_ends_at_no_difference_is_not_a_difference() -> None:
+    def verdict(low: float, high: float, **fields: Any) -> str | None:
+        values = {"a": Figure(1.0), "b": Figure(1.0)}
+        given: dict[str, Any] = {"label": "x", "unit": "nats", "better": "lower", **fields}
+        return Measure(
+            values=values, differences={"b": Figure((low + high) / 2, low, high)}, **given
+        ).verdict("b")
+
+    assert verdict(-1.0, 0.0) == "unclear"
+    assert verdict(-1.0, -0.01) == "better"
+    assert verdict(-1.0, -0.01, better="higher") == "worse"
+    assert verdict(0.5, 0.9, unit="perplexity") == "better"
+    assert verdict(0.9, 1.1, unit="perplexity") == "unclear"
+    assert verdict(1.1, 1.2, unit="perplexity") == "worse"
+    assert verdict(1.1, 1.2, better="neither") is None
+
+
+def test_without_kl_the_headline_rests_on_perplexity_and_without_traces_on_tasks(
+    build_run: RunBuilder,
+) -> None:
+    run = build_run()
+    gaps = _metrics(run)["differences"]["student"]
+    del gaps["held_out"]["kl_nats_per_token"], gaps["held_out"]["top1_agreement"]
+    found = conclusion(results_of(run)[0])
+    assert found is not None
+    assert found.headline.startswith(
+        "The student is better at predicting the held-out traces than the base, but"
+    )
+    del gaps["held_out"]
+    gaps["tasks"]["chain_sum"]["verdicts"]["correct"] = {"value": 0.7, "low": 0.6, "high": 0.8}
+    found = conclusion(results_of(run)[0])
+    assert found is not None
+    assert found.headline == "The student is right more often than the base."
+
+
+def test_several_tasks_are_counted(build_run: RunBuilder) -> None:
+    run = build_run()
+    _set(run, kl=BETTER_KL, right=BETTER)
+    metrics = _metrics(run)
+    for model in metrics["models"].values():
+        model["tasks"]["other"] = model["tasks"]["chain_sum"]
+    metrics["differences"]["student"]["tasks"]["other"] = {
+        "verdicts": {"correct": {"value": 0.0, "low": -0.1, "high": 0.1}}
+    }
+    found = conclusion(results_of(run)[0])
+    assert found is not None
+    assert found.headline.endswith("right more often (clearly so on 1 of 2 tasks).")
+
+
+def test_a_lone_model_gets_no_conclusion(build_run: RunBuilder) -> None:
+    run = build_run()
+    metrics = _metrics(run)
+    metrics["models"] = {"base": metrics["models"]["base"]}
+    metrics["differences"] = {}
+    assert conclusion(results_of(run)[0]) is None
+
+
+def test_well_formed_reasoning_is_left_out_where_no_model_reasons(build_run: RunBuilder) -> None:
+    run = build_run()
+    labels = [measure.label for measure in results_of(run)[0].measures]
+    assert "chain_sum, well-formed" in labels
+    for model in _metrics(run)["models"].values():
+        model["tasks"]["chain_sum"]["verdicts"]["well_formed"] = {"value": 0.0, "low": 0.0, "high": 0.04}
+    assert "chain_sum, well-formed" not in [measure.label for measure in results_of(run)[0].measures]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "plain", "difference"),
+    [
+        (0.55, "share", "55.0 %", "+55.0"),
+        (-0.021, "share", "−2.1 %", "−2.1"),
+        (1.3123, "nats", "1.31", "+1.31"),
+        (0.0423, "nats", "0.042", "+0.04"),
+        (5.912, "perplexity", "5.91", "×5.91"),
+        (0.00321, "perplexity", "0.0032", "×0.0032"),
+        (12345.6, "perplexity", "1.2e+04", "×1.2e+04"),
+        (1843.2, "perplexity", "1,843", "×1,843"),
+        (74.2, "tokens", "74", "+74"),
+    ],
+)
+def test_figures_have_the_digits_that_they_deserve(
+    value: float, unit: str, plain: str, difference: str
+) -> None:
+    assert format_figure(value, unit) == plain
+    assert format_figure(value, unit, difference=True) == difference
+    assert format_figure(value, unit, difference=True, ascii_only=True).isascii()
+
+
+def test_a_figure_without_an_interval_shows_none() -> None:
+    assert format_interval(Figure(3.0), "tokens") == ""
+    assert format_interval(Figure(0.5, 0.4, 0.6), "share") == "40.0 to 60.0"
+
+
+def test_the_terminal_table_is_ascii_and_says_what_follows(build_run: RunBuilder) -> None:
+    table = terminal_table(build_run())
+    assert table.isascii()
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 110
+    assert lines[0].split() == ["base", "student", "teacher", "student", "-", "base"]
+    assert lines[2].split() == ["KL", "to", "the", "teacher,", "nats", "6.61", "1.18", "-", "-5.43", "better"]
+    assert "6.25 to 6.97" in lines[3]
+    assert "no clear difference" in table
+    assert "Decoding speed, tokens/s" in table
+    assert f"{CLOSER}, but not clearly right more often." in table
+    assert "KL to the teacher: 6.61 -> 1.18 nats (-5.43, 95 % interval -5.71 to -5.16)" in table
+
+
+def test_a_run_without_an_evaluation_has_no_table() -> None:
+    assert terminal_table(RunView("run", "", [StepView("a", "train", [], None, False, None, None)])) == ""

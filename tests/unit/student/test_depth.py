@@ -1,0 +1,120 @@
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from potstill.core.errors import ModelError
+from potstill.student.depth import block_importance, bypass, decoder_blocks, drop_blocks
+
+BLOCKS = 6
+
+
+@pytest.fixture
+def deep_model(build_tiny_model: Any, tiny_family: str) -> Any:
+    """A tiny model of each family, with six blocks."""
+    return build_tiny_model(
+        tiny_family, **{"n_layer" if tiny_family == "gpt2" else "num_hidden_layers": BLOCKS}
+    )
+
+
+def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids_BT = torch.randint(3, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+    real_BT = torch.arange(20) < torch.tensor([20, 7, 13])[:, None]
+    return ids_BT, real_BT
+
+
+def test_the_blocks_of_every_family_are_found(deep_model: Any) -> None:
+    blocks = decoder_blocks(deep_model)
+    assert len(blocks) == BLOCKS
+    assert len({type(block) for block in blocks}) == 1
+
+
+def test_importance_is_what_the_hidden_states_say(deep_model: Any) -> None:
+    ids_BT, real_BT = padded_batch()
+    with torch.no_grad():
+        states = deep_model(ids_BT, use_cache=False, output_hidden_states=True).hidden_states
+    # The last entry lies behind the final norm, so the last block is left to the others' evidence.
+    expected = [
+        (1 - functional.cosine_similarity(before, after, dim=-1))[real_BT].mean().item()
+        for before, after in itertools.pairwise(states[:-1])
+    ]
+    found = block_importance(deep_model, [(ids_BT, real_BT)])
+    assert len(found) == BLOCKS
+    assert found[:-1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_importance_is_the_same_in_whatever_batches_the_rows_come(build_tiny_model: Any) -> None:
+    model = build_tiny_model(num_hidden_layers=BLOCKS)
+    ids_BT, real_BT = padded_batch()
+    rubbish_BT = torch.where(real_BT, ids_BT, 299)
+    one_by_one = [
+        (ids[None, : real.sum()], real[None, : real.sum()]) for ids, real in zip(ids_BT, real_BT, strict=True)
+    ]
+    together = block_importance(model, [(rubbish_BT, real_BT)])
+    assert together == pytest.approx(block_importance(model, one_by_one), abs=1e-6)
+    assert together != pytest.approx(block_importance(model, [(ids_BT, torch.ones_like(real_BT))]), abs=1e-6)
+
+
+def test_a_block_that_does_nothing_has_no_importance(build_tiny_model: Any) -> None:
+    model = build_tiny_model(num_hidden_layers=BLOCKS)
+    with torch.no_grad():
+        for projection in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
+            projection.weight.zero_()
+    importance = block_importance(model, [padded_batch()])
+    assert importance[2] == pytest.approx(0, abs=1e-6)
+    assert min(value for index, value in enumerate(importance) if index != 2) > 1e-3
+
+
+@pytest.mark.parametrize("kept", [[0, 2, 3, 5], [1, 4]], ids=str)
+def test_a_pruned_model_computes_what_skipping_the_blocks_computes(
+    deep_model: Any, kept: list[int], tmp_path: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids_BT, _ = padded_batch()
+    dropped = [index for index in range(BLOCKS) if index not in kept]
+    with torch.no_grad():
+        full = deep_model(ids_BT, use_cache=False).logits
+        with bypass(deep_model, dropped):
+            expected = deep_model(ids_BT, use_cache=False).logits
+        assert not torch.allclose(full, expected, atol=0.1)
+        torch.testing.assert_close(deep_model(ids_BT, use_cache=False).logits, full)  # the hooks are gone
+        drop_blocks(deep_model, kept)
+        torch.testing.assert_close(deep_model(ids_BT, use_cache=False).logits, expected)
+        deep_model.save_pretrained(tmp_path)
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        torch.testing.assert_close(loaded(ids_BT, use_cache=False).logits, expected)
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.config.num_hidden_layers == len(kept)
+    assert loaded.config.tie_word_embeddings == deep_model.config.tie_word_embeddings
+
+
+def test_kinds_of_attention_move_with_their_blocks(build_tiny_model: Any, tmp_path: Any) -> None:
+    from transformers import AutoConfig
+
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = build_tiny_model("gemma3", num_hidden_layers=3, layer_types=kinds)
+    drop_blocks(model, [1, 2])
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).layer_types == ["full_attention", "sliding_attention"]
+
+
+def test_a_pruned_model_generates_with_its_cache(deep_model: Any) -> None:
+    drop_blocks(deep_model, [0, 3, 5])
+    ids_BT = padded_batch()[0][:1]
+    generated = deep_model.generate(ids_BT, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    again = ids_BT
+    for _ in range(4):
+        logits = deep_model(again, use_cache=False).logits[:, -1]
+        logits[:, 2] = -torch.inf  # min_new_tokens keeps the end away
+        again = torch.cat([again, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(generated, again)
+
+
+def test_a_model_without_a_list_of_blocks_is_refused(build_tiny_model: Any) -> None:
+    model = build_tiny_model(num_hidden_layers=3)
+    model.config.num_hidden_layers = 4
+    with pytest.raises(ModelError, match="no list of 4 decoder blocks"):
+        decoder_blocks(model)

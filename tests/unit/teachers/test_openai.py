@@ -1,0 +1,360 @@
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+
+from potstill.core.errors import EngineError
+from potstill.core.settings import meaning
+from potstill.data.chat import split_reasoning
+from potstill.models import tokenizer_hash
+from potstill.teachers import OpenAIModel, Request, RequestError, check_teacher, open_teacher
+from potstill.teachers.openai import OpenAITeacher
+from potstill.teachers.server_errors import retry_after_s
+
+from .servers import Reply, ScriptedServer, completion, error, running_server
+
+KEY = "sk-canary-4711"
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with running_server() as running:
+        yield running
+
+
+def settings_of(server: ScriptedServer, **fields: Any) -> OpenAIModel:
+    return OpenAIModel(**{"engine": "openai", "base_url": server.base_url, "model": "big", **fields})
+
+
+def ask(settings: OpenAIModel, *questions: str, **request: Any) -> list[Any]:
+    """The answers, or the errors in their place."""
+
+    async def run() -> list[Any]:
+        teacher = OpenAITeacher(settings, backoff_s=0.001)
+        try:
+            return await asyncio.gather(
+                *(
+                    teacher.answer(Request([{"role": "user", "content": one}], **request))
+                    for one in questions
+                ),
+                return_exceptions=True,
+            )
+        finally:
+            await teacher.close()
+
+    return asyncio.run(run())
+
+
+def test_a_request_says_exactly_how_to_sample(server):
+    [answer] = ask(
+        settings_of(server, extra_body={"top_k": -1}),
+        "hello",
+        temperature=0.3,
+        top_p=0.9,
+        max_new_tokens=5,
+        seed=2**31 + 9,
+    )
+    assert answer.response == "echo hello"
+    assert (answer.finish_reason, answer.prompt_tokens, answer.response_tokens) == ("stop", 7, 3)
+    assert server.requests == [
+        {
+            "top_k": -1,
+            "model": "big",
+            "messages": [{"role": "user", "content": "hello"}],
+            "temperature": 0.3,
+            "top_p": 0.9,
+            "max_tokens": 5,
+            "seed": 9,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Reply(500, error("out of order")),
+        Reply(503, "<html>Bad gateway</html>"),
+        Reply(429, error("slow down"), {"Retry-After": "0"}),
+        Reply(body=completion("half a sentence"), cut=True),
+    ],
+    ids=["500", "503", "429", "cut off"],
+)
+def test_what_may_pass_is_tried_again(server, fault):
+    server.script.extend([fault, fault])
+    [answer] = ask(settings_of(server), "hello")
+    assert answer.response == "echo hello"
+    assert len(server.requests) == 3
+
+
+def test_retry_after_is_waited_for(server):
+    server.script.append(Reply(429, error("slow down"), {"Retry-After": "0.3"}))
+    started = time.monotonic()
+    [answer] = ask(settings_of(server), "hello")
+    assert answer.response == "echo hello"
+    assert time.monotonic() - started >= 0.3
+
+
+def test_tries_are_bounded(server):
+    server.always = lambda body: Reply(500, error("out of order"))
+    [failure] = ask(settings_of(server, max_retries=2), "hello")
+    assert isinstance(failure, RequestError)
+    assert (failure.status, failure.blames_row) == (500, False)
+    assert "out of order" in str(failure)
+    assert len(server.requests) == 3
+
+
+def test_a_server_that_asks_for_an_hour_is_not_waited_for(server):
+    server.always = lambda body: Reply(429, error("quota"), {"Retry-After": "3600"})
+    [failure] = ask(settings_of(server), "hello")
+    assert isinstance(failure, RequestError)
+    assert "it asks to wait 3600 s" in str(failure)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (401, "refuses the key"),
+        (403, "refuses the key"),
+        (404, "no such model or address"),
+        (402, "no credit"),
+        (301, "no such model or address"),
+    ],
+)
+def test_what_no_request_can_escape_is_not_tried_again(server, status, expected):
+    server.always = lambda body: Reply(status, error("no"), {"Location": "http://127.0.0.1:9/"})
+    [failure] = ask(settings_of(server), "hello")
+    assert isinstance(failure, EngineError)
+    assert not isinstance(failure, RequestError)
+    assert expected in str(failure)
+    assert "to mend" in str(failure)
+    assert len(server.requests) == 1
+
+
+def test_a_refused_prompt_fails_alone_and_at_once(server):
+    server.script.append(Reply(400, error("this model's maximum context length is 4096 tokens")))
+    [failure] = ask(settings_of(server), "hello")
+    assert isinstance(failure, RequestError)
+    assert (failure.status, failure.blames_row) == (400, True)
+    assert "maximum context length" in failure.what
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        (
+            Reply(body="<html>Welcome</html>", headers={"Content-Type": "text/html"}),
+            "not JSON: <html>Welcome",
+        ),
+        (Reply(body={"choices": []}), "no choices"),
+        (Reply(body="[1, 2]"), "no choices"),
+        (Reply(body=completion(None)), "no text"),
+        (Reply(body=completion("", finish_reason="content_filter")), "'content_filter'"),
+        (Reply(body=completion("x", finish_reason=None)), "neither 'stop' nor 'length'"),
+    ],
+)
+def test_an_answer_that_is_no_response_is_said_so(server, reply, expected):
+    server.always = lambda body: reply
+    [failure] = ask(settings_of(server), "hello")
+    assert isinstance(failure, RequestError)
+    assert expected in str(failure)
+    assert len(server.requests) == 1
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_server_that_was_never_reached_ends_the_work():
+    settings = OpenAIModel(engine="openai", base_url=f"http://127.0.0.1:{free_port()}/v1", model="big")
+    [failure] = ask(settings, "hello")
+    assert isinstance(failure, EngineError)
+    assert not isinstance(failure, RequestError)
+    assert "cannot be reached" in str(failure)
+    assert settings.base_url in str(failure)
+
+
+def test_a_server_that_dies_midway_fails_the_request_only():
+    with running_server() as server:
+        settings = settings_of(server, max_retries=2)
+
+        async def run() -> Any:
+            teacher = OpenAITeacher(settings, backoff_s=0.001)
+            try:
+                await teacher.answer(Request([{"role": "user", "content": "one"}]))
+                await asyncio.to_thread(server.shutdown)
+                server.server_close()
+                server.always = lambda body: Reply(cut=True)
+                return await asyncio.gather(
+                    teacher.answer(Request([{"role": "user", "content": "two"}])), return_exceptions=True
+                )
+            finally:
+                await teacher.close()
+
+        [failure] = asyncio.run(run())
+    assert isinstance(failure, RequestError)
+    assert not failure.blames_row
+
+
+def test_no_answer_in_time_is_tried_again(server):
+    server.hold = threading.Event()
+    [failure] = ask(settings_of(server, timeout_s=0.05, max_retries=1), "hello")
+    assert isinstance(failure, RequestError)
+    assert "no answer from the server" in str(failure)
+    assert len(server.requests) == 2
+
+
+def test_reasoning_of_its_own_field_comes_before_the_answer(server):
+    server.script.append(Reply(body=completion("19", reasoning_content="12 + 7 = 19")))
+    [answer] = ask(settings_of(server), "hello")
+    assert answer.response == "<think>\n12 + 7 = 19\n</think>\n\n19"
+    assert split_reasoning(answer.response) == ("12 + 7 = 19", "19")
+
+
+def test_reasoning_that_was_cut_off_leaves_the_block_open(server):
+    server.script.append(Reply(body=completion(None, finish_reason="length", reasoning_content="let me see")))
+    [answer] = ask(settings_of(server), "hello")
+    assert answer.response == "<think>\nlet me see"
+    assert split_reasoning(answer.response) == ("let me see", "")
+
+
+def with_logprobs(text: str, entries: list[dict[str, Any]], **choice: Any) -> Reply:
+    body = completion(text)
+    body["choices"][0] |= {"logprobs": {"content": entries}, **choice}
+    body["usage"]["completion_tokens"] = len(entries)
+    return Reply(body=body)
+
+
+def test_logprobs_are_kept_without_that_of_the_end_of_turn(server):
+    entries = [
+        {"token": "1", "logprob": -0.5},
+        {"token": "9", "logprob": -1},
+        {"token": "<eos>", "logprob": -2.0},
+    ]
+    server.script.append(with_logprobs("19", entries))
+    [answer] = ask(settings_of(server), "hello", logprobs=1)
+    assert answer.logprobs == [-0.5, -1.0]
+    assert answer.response_token_ids is None
+    assert (server.requests[0]["logprobs"], server.requests[0]["top_logprobs"]) == (True, 1)
+
+
+@pytest.mark.parametrize("form", ["vllm", "llama.cpp"])
+def test_token_ids_are_kept_where_the_server_gives_them(server, form, tiny_model_folder, tiny_tokenizer):
+    ids = tiny_tokenizer("12 + 7", add_special_tokens=False).input_ids
+    entries = [{"token": "x", "logprob": -1.0} for _ in [*ids, 2]]
+    extra: dict[str, Any] = {}
+    if form == "vllm":
+        extra["token_ids"] = [*ids, 2]
+    else:
+        entries = [{**entry, "id": id_} for entry, id_ in zip(entries, [*ids, 2], strict=True)]
+    server.script.append(with_logprobs("12 + 7", entries, **extra))
+    [answer] = ask(settings_of(server, tokenizer=str(tiny_model_folder)), "hello", logprobs=1)
+    assert answer.response_token_ids == ids
+    assert answer.logprobs == [-1.0] * len(ids)
+    assert answer.tokenizer == tokenizer_hash(tiny_tokenizer)
+
+
+def test_ids_are_dropped_where_the_server_left_some_out(server, tiny_model_folder):
+    """llama.cpp's chat endpoint has no entry for a token that ends inside a character."""
+    reply = with_logprobs("é", [{"token": "é", "id": 102, "logprob": -0.5}])
+    assert isinstance(reply.body, dict)
+    reply.body["usage"]["completion_tokens"] = 2
+    server.script.append(reply)
+    [answer] = ask(settings_of(server, tokenizer=str(tiny_model_folder)), "hello", logprobs=1)
+    assert answer.response_token_ids is None
+    assert answer.tokenizer is None
+    assert answer.logprobs == [-0.5]
+
+
+def test_logprobs_that_were_asked_for_and_did_not_come_are_a_failure(server):
+    [failure] = ask(settings_of(server), "hello", logprobs=1)
+    assert isinstance(failure, RequestError)
+    assert "no log-probabilities" in str(failure)
+
+
+def test_the_key_goes_into_the_header_and_nowhere_else(server, monkeypatch):
+    monkeypatch.setenv("CANARY", KEY)
+    server.script.extend([Reply(401, error(f"Incorrect API key provided: {KEY}")), Reply(400, f"bad: {KEY}")])
+    server.always = lambda body: Reply(body=f"your key is {KEY}")
+    settings = settings_of(server, api_key_env="CANARY")
+    for _ in range(3):
+        [failure] = ask(settings, "hello")
+        assert isinstance(failure, EngineError)
+        assert "[the API key]" in str(failure)
+        assert KEY not in f"{failure} {failure!r} {failure.__cause__!r} {failure.__context__!r}"
+    assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+    teacher = OpenAITeacher(settings)
+    asyncio.run(teacher.close())
+    assert KEY not in f"{settings!r} {settings.model_dump_json()} {meaning(settings)} {vars(teacher)}"
+
+
+def test_a_key_that_is_not_set_is_named_before_anything_is_asked(server, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    settings = settings_of(server, api_key_env="NO_SUCH_KEY")
+    with pytest.raises(EngineError, match="NO_SUCH_KEY is not set"):
+        open_teacher(settings)
+    assert "NO_SUCH_KEY" in (check_teacher(settings)[0] or "")
+    assert server.requests == []
+
+
+def test_the_fingerprint_knows_name_and_address_or_a_stated_identity_and_nothing_else():
+    def fingerprint(**fields: Any) -> Any:
+        return meaning(OpenAIModel(**{"engine": "openai", "base_url": "http://a/v1", "model": "m", **fields}))
+
+    plain = fingerprint()
+    assert plain == fingerprint(api_key_env="OTHER", timeout_s=1.0, concurrency=2, max_retries=0)
+    assert plain == fingerprint(base_url="http://a/v1/")
+    assert plain != fingerprint(base_url="http://b/v1")
+    assert plain != fingerprint(model="n")
+    assert plain != fingerprint(extra_body={"top_k": 5})
+    stated = fingerprint(identity="gpt-oss-120b")
+    assert stated == fingerprint(identity="gpt-oss-120b", base_url="http://b:9/v1", model="alias")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"base_url": "localhost:8000"},
+        {"base_url": "http://user:secret@host/v1"},
+        {"extra_body": {"temperature": 0.1}},
+        {"timeout_s": 0.0},
+    ],
+)
+def test_settings_that_cannot_work_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        OpenAIModel(**{"engine": "openai", "base_url": "http://a/v1", "model": "m", **fields})
+
+
+def test_the_check_before_a_run_tells_what_is_wrong(server):
+    models = {"object": "list", "data": [{"id": "small"}]}
+    server.always = lambda body: Reply(body=models)
+    assert check_teacher(settings_of(server, model="small")) == (None, None)
+    problem, note = check_teacher(settings_of(server, model="big"))
+    assert problem is None
+    assert "it lists small" in (note or "")
+    server.always = lambda body: Reply(401, error("no"))
+    assert "refuses the key" in (check_teacher(settings_of(server))[0] or "")
+    server.always = lambda body: Reply(404, "not here")
+    assert check_teacher(settings_of(server)) == (None, None)
+    gone = OpenAIModel(engine="openai", base_url=f"http://127.0.0.1:{free_port()}/v1", model="big")
+    assert "cannot be reached" in (check_teacher(gone)[0] or "")
+
+
+def test_retry_after_is_read_in_both_its_forms():
+    assert retry_after_s({"retry-after": "12"}) == 12.0
+    later = retry_after_s(
+        {"retry-after": format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)}
+    )
+    assert later == pytest.approx(90, abs=2)
+    assert retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
+    assert retry_after_s({"retry-after": "soon"}) is None
+    assert retry_after_s({}) is None

@@ -1,0 +1,97 @@
+import math
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+
+from potstill.core.errors import StoreError
+from potstill.teachers import Answer
+from potstill.teachers.request_store import RequestStore, open_request_store
+
+ANSWER = Answer(
+    "\u2028naïve \ud800 text",
+    "length",
+    prompt_token_ids=[1, 2],
+    response_token_ids=[3],
+    logprobs=[-0.1],
+    tokenizer="t",
+    response_tokens=1,
+)
+
+
+def test_an_answer_comes_back_as_it_was_given(tmp_path):
+    with RequestStore(tmp_path / "store.sqlite") as store:
+        store.put("a", ANSWER)
+        assert store.get("a") == ANSWER
+        assert "a" in store
+        assert store.get("b") is None
+        assert "b" not in store
+        store.put("nan", Answer("x", "stop", logprobs=[math.nan]))
+        [unknown] = (store.get("nan") or ANSWER).logprobs or [0.0]
+        assert math.isnan(unknown)
+
+
+def test_a_keys_first_answer_stays(tmp_path):
+    with RequestStore(tmp_path / "store.sqlite") as store:
+        store.put("a", ANSWER)
+        store.put("a", Answer("other", "stop"))
+        assert store.get("a") == ANSWER
+
+
+def test_what_is_put_is_there_for_others_before_the_store_is_closed(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with RequestStore(path) as one, RequestStore(path) as other:
+        one.put("a", ANSWER)
+        assert other.get("a") == ANSWER
+
+
+def test_many_writers_lose_nothing(tmp_path):
+    path = tmp_path / "store.sqlite"
+
+    def write(writer: int) -> None:
+        with RequestStore(path) as store:
+            for number in range(25):
+                store.put(f"{writer}-{number}", ANSWER)
+                store.put("shared", Answer(str(writer), "stop"))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with RequestStore(path) as store:
+        assert all(f"{writer}-{number}" in store for writer in range(4) for number in range(25))
+        assert (store.get("shared") or ANSWER).response in {"0", "1", "2", "3"}
+
+
+def test_each_model_has_a_store_of_its_own(tmp_path):
+    with (
+        open_request_store(tmp_path, ["openai", "a"]) as one,
+        open_request_store(tmp_path, ["openai", "b"]) as other,
+    ):
+        one.put("a", ANSWER)
+        assert "a" not in other
+        assert one.path.parent == tmp_path / "requests"
+
+
+def test_a_store_that_cannot_be_used_says_so(tmp_path: Path):
+    (tmp_path / "requests").write_text("a file where the folder should be", encoding="utf-8")
+    with pytest.raises(StoreError, match=r"requests.*cannot be used"):
+        open_request_store(tmp_path, "model")
+    (tmp_path / "text.sqlite").write_text("no database at all " * 100, encoding="utf-8")
+    with pytest.raises(StoreError, match="not a database"):
+        RequestStore(tmp_path / "text.sqlite")
+
+
+def test_a_full_disk_is_said_so_and_keeps_what_was_there(tmp_path):
+    with RequestStore(tmp_path / "store.sqlite") as store:
+        store.put("a", ANSWER)
+        [pages] = store._database.execute("PRAGMA page_count").fetchone()
+        store._database.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(StoreError, match="full"):
+            store.put("b", Answer("x" * 100_000, "stop"))
+        assert store.get("a") == ANSWER
+    assert sqlite3.connect(tmp_path / "store.sqlite").execute("SELECT count(*) FROM answers").fetchone() == (
+        1,
+    )

@@ -1,0 +1,464 @@
+import contextlib
+import json
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.core.errors import DataError, EngineError, Interrupted
+from potstill.core.hashing import hash_file
+from potstill.core.records import RECORDS_FILE, Record, read_records
+from potstill.core.settings import Settings
+from potstill.core.step import StepContext, StepResult
+from potstill.data.chat import Renderer
+from potstill.generate import FAILURES_FILE, GenerateSettings, run
+from potstill.models import TransformersModel, load_tokenizer
+from potstill.teachers import OpenAIModel, SolverModel
+
+from .teachers.servers import Reply, ScriptedServer, completion, error, running_server
+
+KEY = "sk-canary-4711"
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with running_server() as running:
+        yield running
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"question {number}"}) for number in range(30)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+class Kitchen:
+    """Runs the step, each time in the artifact folder and over the store that are named."""
+
+    def __init__(self, step_context: Any, model: Settings, prompts: Path) -> None:
+        self.step_context, self.model, self.prompts = step_context, model, prompts
+        self.context: StepContext
+
+    def settings(self, **fields: Any) -> GenerateSettings:
+        return GenerateSettings.model_validate(
+            {"do": "generate", "model": "big", "data": {"path": str(self.prompts)}, **fields}
+        )
+
+    def run(self, *, folder: str = "artifact", seed: int = 1, stop: Any = None, **fields: Any) -> StepResult:
+        self.context = self.step_context("generate", folder=folder, seed=seed, models={"big": self.model})
+        if stop is not None:
+            self.context.stop = stop
+        return run(self.settings(**fields), self.context)
+
+    def traces(self) -> list[Record]:
+        return list(read_records(self.context.folder / RECORDS_FILE))
+
+    def failures(self) -> list[dict[str, Any]]:
+        text = (self.context.folder / FAILURES_FILE).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def kitchen(step_context: Any, server: ScriptedServer, prompts: Path) -> Kitchen:
+    model = OpenAIModel(engine="openai", base_url=server.base_url, model="big", max_retries=0)
+    return Kitchen(step_context, model, prompts)
+
+
+def test_every_prompt_is_answered_once_and_in_order(kitchen, server):
+    result = kitchen.run(samples=2, temperature=0.7, max_new_tokens=50)
+    traces = kitchen.traces()
+    assert [trace.messages[0]["content"] for trace in traces] == [f"question {n // 2}" for n in range(60)]
+    assert [trace.sample for trace in traces] == [0, 1] * 30
+    assert all(trace.response == f"echo {trace.messages[0]['content']}" for trace in traces)
+    assert result.counts == {"prompts": 30, "records": 60, "held_out": 0, "failed": 0, "reused": 0}
+    assert result.metrics == {
+        "finish_reasons": {"stop": 60},
+        "mean_response_tokens": 3.0,
+        "reasoning_share": 0.0,
+    }
+    assert result.tokens == 180
+    assert result.model_identity == traces[0].model == f"big at {server.base_url}"
+    assert len(server.requests) == 60
+    assert not (kitchen.context.folder / FAILURES_FILE).exists()
+
+
+def test_each_sample_has_a_seed_of_its_own_that_is_written_down(kitchen, server):
+    kitchen.run(samples=2)
+    seeds = [trace.sampling["seed"] for trace in kitchen.traces()]
+    assert len(set(seeds)) == 60
+    assert sorted(body["seed"] for body in server.requests) == sorted(seed % 2**31 for seed in seeds)
+    first = kitchen.traces()[3]
+    assert first.sampling["seed"] == kitchen.context.derive_seed("sample", first.prompt_id, 1)
+    assert first.sampling["temperature"] == 1.0
+
+
+def test_reasoning_and_answer_are_kept_apart_and_together(kitchen, server):
+    server.always = lambda body: Reply(body=completion("19", reasoning_content="12 + 7 = 19"))
+    result = kitchen.run(limit=1)
+    [trace] = kitchen.traces()
+    assert (trace.reasoning, trace.answer) == ("12 + 7 = 19", "19")
+    assert trace.response == "<think>\n12 + 7 = 19\n</think>\n\n19"
+    assert result.metrics["reasoning_share"] == 1.0
+    assert trace.verdicts == {}
+
+
+def test_the_window_is_full_and_never_fuller(kitchen, server):
+    server.hold = threading.Event()
+    release = threading.Timer(0.0, lambda: None)
+
+    def wait_until_full(body: dict[str, Any]) -> Reply:
+        return Reply(body=completion("x"))
+
+    server.always = wait_until_full
+
+    def open_once_full() -> None:
+        while server.under_way < 7:
+            release.finished.wait(0.001)
+        assert server.hold is not None
+        server.hold.set()
+
+    opener = threading.Thread(target=open_once_full)
+    opener.start()
+    kitchen.run(concurrency=7)
+    opener.join()
+    assert server.most_under_way == 7
+
+
+def test_a_second_run_asks_nothing_and_makes_the_same_file(kitchen, server):
+    kitchen.run()
+    first = hash_file(kitchen.context.folder / RECORDS_FILE)
+    result = kitchen.run(folder="again")
+    assert len(server.requests) == 30
+    assert result.counts["reused"] == 30
+    assert hash_file(kitchen.context.folder / RECORDS_FILE) == first
+
+
+def test_more_prompts_or_samples_ask_only_for_what_is_new(kitchen, server):
+    kitchen.run(limit=10)
+    kitchen.run(folder="more", limit=12)
+    assert len(server.requests) == 12
+    kitchen.run(folder="most", limit=12, samples=2)
+    assert len(server.requests) == 24
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 7}, {"seed": 2}],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_answer_to_another_request_is_never_taken(kitchen, server, change):
+    kitchen.run(limit=3)
+    kitchen.run(folder="changed", limit=3, **change)
+    assert len(server.requests) == 6
+
+
+def test_an_answer_of_another_model_or_body_is_never_taken(kitchen, server):
+    kitchen.run(limit=3)
+    for update in ({"model": "other"}, {"extra_body": {"top_k": 5}}, {"identity": "stated"}):
+        kitchen.model = kitchen.model.model_copy(update=update)
+        kitchen.run(folder=f"after {next(iter(update))}", limit=3)
+    assert len(server.requests) == 12
+    kitchen.model = kitchen.model.model_copy(update={"concurrency": 2, "timeout_s": 9.0, "model": "alias"})
+    kitchen.run(folder="moved", limit=3)
+    assert len(server.requests) == 12
+
+
+def test_at_temperature_zero_the_recipes_seed_changes_nothing(kitchen, server):
+    kitchen.run(limit=3, temperature=0)
+    kitchen.run(folder="other", limit=3, temperature=0, seed=2)
+    assert len(server.requests) == 3
+    assert "seed" not in kitchen.traces()[0].sampling
+
+
+def test_a_stopped_run_keeps_what_arrived_and_ends_as_an_uninterrupted_one(
+    kitchen, server, step_context, prompts
+):
+    stop = threading.Event()
+
+    def stop_at_the_twelfth(body: dict[str, Any]) -> Reply:
+        if len(server.requests) == 12:
+            stop.set()
+        return Reply(body=completion(f"echo {body['messages'][0]['content']}"))
+
+    server.always = stop_at_the_twelfth
+    with pytest.raises(Interrupted):
+        kitchen.run(samples=2, concurrency=4, stop=stop)
+    asked = len(server.requests)
+    assert 12 <= asked <= 16
+    assert not (kitchen.context.folder / RECORDS_FILE).exists()
+    result = kitchen.run(samples=2, concurrency=4)
+    # What was under way at the stop is asked again; nothing else is.
+    assert 60 <= len(server.requests) <= 64
+    assert result.counts["reused"] >= 8
+    resumed = hash_file(kitchen.context.folder / RECORDS_FILE)
+    other_store = Kitchen(step_context, kitchen.model, prompts)
+    context = step_context("generate", folder="uninterrupted", models={"big": kitchen.model})
+    context.cache_folder = prompts.parent / "other store"
+    run(other_store.settings(samples=2, concurrency=9), context)
+    assert hash_file(context.folder / RECORDS_FILE) == resumed
+
+
+def test_a_stop_does_not_wait_for_a_server_that_hangs(kitchen, server):
+    stop = threading.Event()
+    server.hold = threading.Event()
+    server.always = lambda body: Reply(body=completion("late"))
+    threading.Timer(0.2, stop.set).start()
+    with pytest.raises(Interrupted):
+        kitchen.run(stop=stop)
+
+
+def fail_for(server: ScriptedServer, *numbers: int, status: int = 500) -> None:
+    """Let the server refuse the questions of these numbers."""
+
+    def reply(body: dict[str, Any]) -> Reply:
+        question = body["messages"][0]["content"]
+        if question in {f"question {number}" for number in numbers}:
+            return Reply(status, error(f"cannot do {question}"))
+        return Reply(body=completion(f"echo {question}"))
+
+    server.always = reply
+
+
+def test_failures_are_rows_of_their_own_and_retried_by_the_next_run(kitchen, server):
+    fail_for(server, 3, 17)
+    with pytest.raises(EngineError) as caught:
+        kitchen.run()
+    message = str(caught.value)
+    assert "2 of 30 requests failed" in message
+    assert "HTTP 500: cannot do question" in message
+    assert "28 answers are kept" in message
+    assert "max_failed_share" in message
+    failures = kitchen.failures()
+    assert sorted(row["reason"] for row in failures) == [
+        "HTTP 500: cannot do question 17",
+        "HTTP 500: cannot do question 3",
+    ]
+    assert {row["status"] for row in failures} == {500}
+    server.always = lambda body: Reply(body=completion("at last"))
+    asked = len(server.requests)
+    result = kitchen.run()
+    assert len(server.requests) == asked + 2
+    assert result.counts == {"prompts": 30, "records": 30, "held_out": 0, "failed": 0, "reused": 28}
+    assert {failure["prompt_id"] for failure in failures} == {
+        trace.prompt_id for trace in kitchen.traces() if trace.response == "at last"
+    }
+    assert not (kitchen.context.folder / FAILURES_FILE).exists()
+
+
+def test_a_stated_share_may_fail(kitchen, server):
+    fail_for(server, 3, 17)
+    result = kitchen.run(max_failed_share=0.07)
+    assert result.counts == {"prompts": 30, "records": 28, "held_out": 0, "failed": 2, "reused": 0}
+    assert len(kitchen.failures()) == 2
+    with pytest.raises(EngineError, match="2 of 30 requests failed"):
+        kitchen.run(folder="stricter", max_failed_share=0.05)
+
+
+def test_without_any_answer_no_share_is_enough(kitchen, server):
+    fail_for(server, *range(30), status=400)
+    with pytest.raises(EngineError, match="2 of 2 requests failed"):
+        kitchen.run(max_failed_share=1.0, limit=2)
+
+
+def test_a_key_that_is_refused_stops_at_once(kitchen, server):
+    server.always = lambda body: Reply(401, error("who are you"))
+    with pytest.raises(EngineError, match="refuses the key"):
+        kitchen.run(concurrency=2)
+    assert len(server.requests) <= 3
+
+
+def test_failures_that_do_not_end_break_the_circuit_and_lose_nothing(kitchen, server):
+    fail_for(server, *range(5, 30), status=503)
+    with pytest.raises(EngineError) as caught:
+        kitchen.run(concurrency=2, max_failed_share=1.0)
+    assert "20 requests in a row failed" in str(caught.value)
+    assert "5 answers are kept" in str(caught.value)
+    assert 25 <= len(server.requests) <= 27
+    server.always = lambda body: Reply(body=completion("fine"))
+    assert kitchen.run().counts["reused"] == 5
+
+
+def test_prompts_that_are_refused_one_after_the_other_do_not_break_it(kitchen, server):
+    fail_for(server, *range(2, 30), status=400)
+    result = kitchen.run(concurrency=2, max_failed_share=0.95)
+    assert (result.counts["records"], result.counts["failed"]) == (2, 28)
+
+
+def test_prompts_that_are_all_refused_from_the_start_do(kitchen, server):
+    fail_for(server, *range(30), status=400)
+    with pytest.raises(EngineError, match="20 requests in a row failed"):
+        kitchen.run(concurrency=1, max_failed_share=0.95)
+    assert len(server.requests) == 20
+
+
+def test_the_key_is_in_no_file_event_or_message(kitchen, server, monkeypatch, tmp_path):
+    monkeypatch.setenv("CANARY", KEY)
+    kitchen.model = kitchen.model.model_copy(update={"api_key_env": "CANARY"})
+    server.script.append(Reply(400, error(f"wrong key {KEY}")))
+    kitchen.run(max_failed_share=0.5)
+    reporter: Any = kitchen.context.reporter
+    said = json.dumps(reporter.events) + "".join(reporter.said)
+    assert "[the API key]" in kitchen.failures()[0]["reason"]
+    server.always = lambda body: Reply(401, error(f"wrong key {KEY}"))
+    with pytest.raises(EngineError) as caught:
+        kitchen.run(folder="again", seed=9)
+    assert "[the API key]" in str(caught.value)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".sqlite" for path in files)
+    for path in files:
+        assert KEY.encode() not in path.read_bytes(), path
+    assert KEY not in said + str(caught.value) + repr(caught.value)
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_held_out_prompts_are_those_that_a_source_would_hold_out(kitchen, server):
+    result = kitchen.run(held_out=0.4)
+    by_step = [trace.held_out for trace in kitchen.traces()]
+    kitchen.run(folder="source", data={"path": str(kitchen.prompts), "held_out": 0.4})
+    assert by_step == [trace.held_out for trace in kitchen.traces()]
+    assert result.counts["held_out"] == sum(by_step)
+    assert 4 < sum(by_step) < 20
+
+
+def test_rows_without_a_prompt_are_an_error(kitchen, tmp_path):
+    (tmp_path / "book.txt").write_text("A paragraph.\n\nAnother.\n", encoding="utf-8")
+    with pytest.raises(DataError, match="no row is a prompt"):
+        kitchen.run(data={"path": str(tmp_path / "book.txt")})
+
+
+def test_logprobs_are_averaged_and_their_temperature_is_written_down(kitchen, server):
+    body = completion("19")
+    body["choices"][0]["logprobs"] = {
+        "content": [{"token": "1", "logprob": -1.0}, {"token": "19", "logprob": -2.0}]
+    }
+    server.always = lambda _: Reply(body=body)
+    kitchen.model = kitchen.model.model_copy(update={"logprob_temperature": 1.0})
+    result = kitchen.run(limit=2, logprobs=1)
+    assert [trace.logprobs for trace in kitchen.traces()] == [[-1.0, -2.0]] * 2
+    assert kitchen.traces()[0].sampling["logprob_temperature"] == 1.0
+    assert (result.metrics["mean_logprob"], result.metrics["unknown_logprobs"]) == (-1.5, 0)
+
+
+def test_more_logprobs_than_the_engine_gives_are_refused_before_anything_is_asked(kitchen, server):
+    with pytest.raises(EngineError, match="gives 1 log-probabilities a token, not 5"):
+        kitchen.run(logprobs=5)
+    assert server.requests == []
+
+
+class TestLocalEngine:
+    """The transformers engine on a tiny model: token ids all the way."""
+
+    @pytest.fixture
+    def kitchen(self, step_context: Any, tiny_model_folder: Path, prompts: Path) -> Kitchen:
+        model = TransformersModel(path=str(tiny_model_folder), device="cpu", dtype="float32")
+        return Kitchen(step_context, model, prompts)
+
+    def test_a_trace_renders_from_its_own_ids(self, kitchen):
+        result = kitchen.run(limit=5, temperature=0.8, max_new_tokens=12, logprobs=1)
+        renderer = Renderer(load_tokenizer(kitchen.model))
+        assert result.tokenizer == renderer.tokenizer_hash
+        for trace in kitchen.traces():
+            assert trace.tokenizer == renderer.tokenizer_hash
+            assert trace.prompt_token_ids == renderer.prompt_ids(trace.messages)
+            rendered = renderer.render(trace)
+            response = trace.response_token_ids or []
+            assert rendered.ids[: rendered.mask.index(1) + len(response)] == [
+                *(trace.prompt_token_ids or []),
+                *response,
+            ]
+            assert len(trace.logprobs or []) == len(response)
+            assert trace.sampling["logprob_temperature"] == 1.0
+            assert trace.sampling["template"] == renderer.template_hash
+        assert result.metrics["mean_logprob"] < 0
+
+    def test_a_prompt_past_the_context_is_a_failed_row(self, kitchen, tmp_path):
+        rows = [{"prompt": "short"}, {"prompt": "long " * 600}, {"prompt": "short too"}]
+        path = tmp_path / "mixed.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        settings = {"data": {"path": str(path)}, "temperature": 0.0, "max_new_tokens": 3}
+        with pytest.raises(
+            EngineError, match=r"1 of 3 requests failed: 1 x the prompt has .* the context holds 512"
+        ):
+            kitchen.run(**settings)
+        result = kitchen.run(**settings, max_failed_share=0.4)
+        assert (result.counts["records"], result.counts["reused"]) == (2, 2)
+
+    def test_a_template_that_refuses_a_row_fails_that_row(self, kitchen, tmp_path):
+        template = tmp_path / "strict.jinja"
+        refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        template.write_text(refusal + "{{ messages[-1]['content'] }}", encoding="utf-8")
+        kitchen.model = kitchen.model.model_copy(update={"chat_template": str(template)})
+        rows = [
+            [{"role": "user", "content": "a"}],
+            [{"role": "system", "content": "b"}, {"role": "user", "content": "c"}],
+        ]
+        path = tmp_path / "chats.jsonl"
+        path.write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
+        result = kitchen.run(data={"path": str(path)}, max_new_tokens=3, max_failed_share=0.5)
+        assert result.counts["records"] == 1
+        assert "no system role" in kitchen.failures()[0]["reason"]
+
+    def test_a_response_that_starts_inside_the_think_block_is_split(self, kitchen, tmp_path):
+        template = tmp_path / "thinking.jinja"
+        template.write_text("{{ messages[-1]['content'] }}\n<think>\n", encoding="utf-8")
+        kitchen.model = kitchen.model.model_copy(update={"chat_template": str(template)})
+        kitchen.run(limit=2, temperature=0.0, max_new_tokens=4)
+        for trace in kitchen.traces():
+            assert trace.finish_reason == "length"
+            assert (trace.reasoning, trace.answer) == ((trace.response or "").strip(), "")
+
+
+class TestSolver:
+    """Solvers see the record."""
+
+    @pytest.fixture
+    def kitchen(self, step_context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kitchen:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "kitchen_solvers.py").write_text(
+            "def echo(record):\n"
+            "    if record.reference == '3':\n"
+            "        raise ValueError('three is too much')\n"
+            "    return f'<think>\\n{record.meta}\\n</think>\\n\\n{record.reference}'\n",
+            encoding="utf-8",
+        )
+        path = tmp_path / "problems.jsonl"
+        rows = [json.dumps({"question": f"how many {n}", "answer": f"so #### {n}"}) for n in range(5)]
+        path.write_text("\n".join(rows), encoding="utf-8")
+        return Kitchen(step_context, SolverModel(engine="solver", function="kitchen_solvers:echo"), path)
+
+    def test_its_traces_have_reasoning_and_no_sampling(self, kitchen):
+        result = kitchen.run(max_failed_share=0.2)
+        assert [trace.answer for trace in kitchen.traces()] == ["0", "1", "2", "4"]
+        assert all(trace.reasoning for trace in kitchen.traces())
+        assert {json.dumps(trace.sampling) for trace in kitchen.traces()} == {"{}"}
+        assert "mean_response_tokens" not in result.metrics
+        assert "ValueError: three is too much" in kitchen.failures()[0]["reason"]
+
+    def test_the_shipped_one_answers_reasoning_gyms_sums(self, kitchen):
+        pytest.importorskip("reasoning_gym")
+        kitchen.model = SolverModel(engine="solver", function="potstill.teachers.solvers:chain_sum")
+        kitchen.run(data={"task": "chain_sum", "size": 20})
+        assert all(trace.answer == trace.reference for trace in kitchen.traces())
+        assert not math.isclose(len({trace.reference for trace in kitchen.traces()}), 1)
+
+
+def test_an_unused_import_of_heavy_libraries_is_not_needed_for_settings():
+    import subprocess
+    import sys
+
+    code = "import sys, potstill.generate; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "httpx", "pyarrow", "xllamacpp", "tenacity", "reasoning_gym"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_a_full_store_is_said_so_and_keeps_what_arrived(kitchen, server, monkeypatch):
+    with contextlib.suppress(EngineError):
+        kitchen.run(limit=2)
+    (kitchen.context.cache_folder / "requests").chmod(0o500)
+    kitchen.run(limit=2, folder="again")

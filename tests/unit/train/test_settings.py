@@ -1,0 +1,63 @@
+import pytest
+from pydantic import ValidationError
+
+from potstill.core.settings import meaning
+from potstill.train import TrainSettings
+
+MINIMAL = {"do": "train", "student": "base", "data": "traces"}
+
+
+def settings(**fields: object) -> TrainSettings:
+    return TrainSettings.model_validate({**MINIMAL, **fields})
+
+
+@pytest.mark.parametrize(
+    ("field", "ours"),
+    [
+        ("learning_rate", "lr"),
+        ("gradient_accumulation_steps", "batch"),
+        ("num_train_epochs", "epochs"),
+        ("logging_nan_inf_filter", "not finite"),
+        ("save_steps", "checkpoint_minutes"),
+        ("bf16", "autocast"),
+        ("seed", "the recipe's seed"),
+    ],
+)
+def test_a_field_that_we_own_is_refused_under_trainer_and_ours_is_named(field: str, ours: str) -> None:
+    with pytest.raises(ValidationError, match=f"{field} is decided by .*{ours}"):
+        settings(trainer={field: 1})
+
+
+def test_other_training_arguments_pass() -> None:
+    assert settings(trainer={"adam_epsilon": 1e-6}).trainer == {"adam_epsilon": 1e-6}
+
+
+def test_every_owned_field_exists_in_transformers() -> None:
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    from potstill.train.settings import OWNED
+
+    known = {one.name for one in dataclasses.fields(TrainingArguments)}
+    assert set(OWNED) - known == {"warmup_ratio"}  # which transformers removed, and people still write
+
+
+@pytest.mark.parametrize("betas", [[0.9], [0.9, 1.0], [0.9, 0.95, 0.99]])
+def test_betas_are_two_numbers_below_one(betas: list[float]) -> None:
+    with pytest.raises(ValidationError):
+        settings(betas=betas)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": 1.1}, {"batch": 0}, {"epochs": 0}, {"temperature": 0}, {"lora": {"rank": 0}}]
+)
+def test_values_out_of_range_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        settings(**wrong)
+
+
+def test_how_a_training_is_executed_is_no_part_of_what_it_makes() -> None:
+    executed = settings(max_tokens=64, checkpoint_minutes=0.5, evaluate_every=3, device="cpu")
+    assert meaning(executed) == meaning(settings())
+    assert meaning(settings(lr=2e-4)) != meaning(settings())

@@ -1,0 +1,375 @@
+"""The train step as a recipe runs it: artifacts in, a model out, and the same after an interruption."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from potstill.core.errors import DataError, Interrupted, ModelError, RecipeError, StoreError, TrainingError
+from potstill.core.settings import Settings
+from potstill.core.step import StepContext, StepResult
+from potstill.core.store import Artifact
+from potstill.models import TransformersModel, load
+from potstill.train import TrainSettings, run
+
+
+def settings(**fields: Any) -> TrainSettings:
+    usual = {"do": "train", "student": "base", "data": "traces", "batch": 4, "lr": 5e-3, "device": "cpu"}
+    return TrainSettings.model_validate({**usual, **fields})
+
+
+@pytest.fixture
+def base(tiny_model_folder: Path) -> TransformersModel:
+    return TransformersModel(path=str(tiny_model_folder))
+
+
+Training = Callable[..., tuple[StepResult, Path, StepContext]]
+
+
+@pytest.fixture
+def train(step_context: Any, base: TransformersModel, traces: Any) -> Training:
+    """`train(folder, student=, data=, stop_at=, **settings)`; `stop_at` asks to stop in that step."""
+    made: dict[str, Artifact] = {}
+
+    def make(
+        folder: str = "artifact",
+        *,
+        student: Settings | None = None,
+        data: Artifact | None = None,
+        stop_at: int | None = None,
+        **fields: Any,
+    ) -> tuple[StepResult, Path, StepContext]:
+        if data is None and "traces" not in made:
+            made["traces"] = traces()
+        context = step_context(
+            "train",
+            folder=folder,
+            models={"base": student or base},
+            data={"traces": [data or made["traces"]]},
+        )
+
+        def listen(event: dict[str, Any]) -> None:
+            # A step's event comes after the decision about its checkpoint, so the one before asks for it.
+            if stop_at is not None and event.get("optimiser_step") == stop_at - 1 and "loss" in event:
+                context.stop.set()
+
+        context.reporter.on_event = listen
+        return run(settings(**fields), context), context.folder, context
+
+    return make
+
+
+def weights(folder: Path) -> bytes:
+    return next(iter(folder.glob("*.safetensors"))).read_bytes()
+
+
+def cached(
+    step_context: Any, seal: Any, teacher: TransformersModel, source: Artifact, **fields: Any
+) -> Artifact:
+    from potstill.cache import CacheSettings
+    from potstill.cache import run as run_cache
+
+    context = step_context("cache", folder="cache", models={"teacher": teacher}, data={"traces": [source]})
+    chosen = CacheSettings.model_validate(
+        {"do": "cache", "model": "teacher", "data": "traces", "top_k": 8, **fields}
+    )
+    return seal(context.folder, "cache", run_cache(chosen, context))
+
+
+# --- what comes out
+
+
+def test_training_lowers_the_loss_of_held_out_rows_and_keeps_the_curve(train: Training) -> None:
+    result, _, context = train(epochs=3)
+    history = result.metrics["history"]
+    steps, evaluations = ([point for point in history if key in point] for key in ("loss", "eval_loss"))
+    assert [point["step"] for point in steps] == list(range(1, 10))
+    assert [point["step"] for point in evaluations] == [0, 3, 6, 9]  # start, every epoch, end
+    assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"]
+    assert result.counts["rows"] == 10
+    assert result.counts["held_out_rows"] == 2
+    assert result.tokens == sum(point["tokens"] for point in steps)
+    assert not any("tokens_per_s" in point for point in history)
+    logged = [event for event in context.reporter.events if event["event"] == "train_log"]
+    assert [event["optimiser_step"] for event in logged if "tokens_per_s" in event] == list(range(1, 10))
+
+
+def test_it_says_what_is_trained(train: Training) -> None:
+    result, _, context = train(epochs=0.3)
+    assert result.counts["steps"] == 1
+    assert result.counts["trained_parameters"] == result.counts["parameters"]
+    assert any("(100.00%)" in line for line in context.reporter.said)
+    assert result.metrics["untouched"] == []
+
+
+def test_extra_evaluations_come_every_so_many_steps(train: Training) -> None:
+    result, _, _ = train(epochs=1, evaluate_every=2)
+    assert [point["step"] for point in result.metrics["history"] if "eval_loss" in point] == [0, 2, 3]
+
+
+def test_max_steps_decides_the_length_and_progress_knows_its_tokens(train: Training) -> None:
+    result, _, context = train(epochs=1, max_steps=5)
+    assert result.counts["steps"] == 5
+    assert context.reporter.totals == [result.tokens]
+
+
+def test_the_saved_folder_loads_in_plain_transformers_and_stops_at_the_end_of_a_turn(
+    train: Training, traces: Any
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    same = traces(8, name="same", response="19.", held_out_every=100)
+    _, folder, _ = train(data=same, epochs=15, lr=2e-2, schedule="constant")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    prompt = [{"role": "user", "content": "What is 1 + 2?"}]
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    answer = generated[0, ids.shape[1] :].tolist()
+    assert tokenizer.decode(answer) == "19.<|im_end|>"
+    assert model.generation_config.eos_token_id == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_a_model_that_states_what_cannot_be_saved_is_saved_all_the_same(
+    train: Training, tiny_model_folder: Path
+) -> None:
+    path = tiny_model_folder / "generation_config.json"
+    stated = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**stated, "do_sample": False, "temperature": 0.6}), encoding="utf-8")
+    _, folder, _ = train(max_steps=1)
+    assert json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["temperature"] == 0.6
+
+
+# --- teacher's logits
+
+
+def test_cached_logits_are_a_training_set_by_themselves(
+    train: Training,
+    step_context: Any,
+    seal: Any,
+    traces: Any,
+    build_tiny_model: Any,
+    tmp_path: Path,
+    base: Any,
+) -> None:
+    from transformers import AutoTokenizer
+
+    build_tiny_model(seed=5).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(base.path).save_pretrained(tmp_path / "teacher")
+    teacher = TransformersModel(path=str(tmp_path / "teacher"))
+    cache = cached(step_context, seal, teacher, traces(), temperatures=[1.0, 2.0])
+    result, _, _ = train("kl", data=cache, epochs=4, alpha=1.0, temperature=2.0)
+    first, *_, last = [point for point in result.metrics["history"] if "eval_kl" in point]
+    assert result.counts["rows"] == 10
+    assert last["eval_kl"] < first["eval_kl"]
+    assert last["eval_loss"] == pytest.approx(4 * last["eval_kl"])  # T^2 KL alone
+    blended, _, _ = train("blend", data=cache, epochs=1, temperature=2.0)
+    point = blended.metrics["history"][-1]
+    assert point["eval_loss"] == pytest.approx(0.5 * point["eval_cross_entropy"] + 0.5 * 4 * point["eval_kl"])
+    with pytest.raises(DataError, match="temperature 3"):
+        train("undeclared", data=cache, temperature=3.0)
+    short, _, _ = train("short", data=cache, max_steps=1, max_length=35)
+    assert short.counts["shortened_rows"] > 0
+
+
+def test_a_weight_for_the_teacher_without_its_logits_is_an_error(train: Training) -> None:
+    with pytest.raises(TrainingError, match=r"alpha is 0\.5, but the data are traces"):
+        train(alpha=0.5)
+
+
+def test_logits_of_another_tokenizer_are_refused(
+    train: Training,
+    step_context: Any,
+    seal: Any,
+    traces: Any,
+    build_tiny_model: Any,
+    tmp_path: Path,
+    base: Any,
+) -> None:
+    from transformers import AutoTokenizer
+
+    cache = cached(step_context, seal, base, traces())
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    tokenizer.add_tokens(["<think>"])
+    build_tiny_model().save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="another tokenizer"):
+        train(student=TransformersModel(path=str(tmp_path / "other")), data=cache)
+
+
+# --- rows
+
+
+def test_rows_that_are_all_held_out_are_refused(train: Training, traces: Any) -> None:
+    with pytest.raises(TrainingError, match="all 3 are held out"):
+        train(data=traces(3, name="held-out", held_out_every=1))
+
+
+def test_prompts_without_responses_are_refused_by_row(train: Training, traces: Any) -> None:
+    with pytest.raises(DataError, match=r"row 1 .*nothing to learn"):
+        train(data=traces(3, name="prompts", response=None))
+
+
+def test_rows_over_the_length_are_cut_at_their_end_or_left_out_and_counted(train: Training) -> None:
+    result, _, context = train(max_steps=1, max_length=28)
+    cut, left_out = result.counts["shortened_rows"], result.counts["left_out_rows"]
+    assert cut > 0
+    assert left_out > 0
+    assert result.counts["rows"] + result.counts["held_out_rows"] == 12 - left_out
+    assert f"{cut} rows were cut to 28 tokens" in context.reporter.said
+    assert any(
+        line.startswith(f"{left_out} rows were left out; the first: the prompt")
+        for line in context.reporter.said
+    )
+
+
+def test_a_length_that_leaves_nothing_to_learn_is_an_error_that_names_a_row(train: Training) -> None:
+    with pytest.raises(DataError, match="row 1"):
+        train(max_length=8)
+
+
+# --- adapters
+
+
+def test_an_adapter_is_saved_with_its_base_and_trained_on_without_lora(
+    train: Training, seal: Any, base: TransformersModel
+) -> None:
+    result, folder, _ = train("first", epochs=1, lora={"rank": 4, "dropout": 0.1})
+    assert 0 < result.counts["trained_parameters"] < 0.3 * result.counts["parameters"]
+    assert result.extra["base"] == {"engine": "transformers", "path": base.path, "trust_remote_code": False}
+    assert not (folder / "model.safetensors").exists()
+    seal(folder, "train", result)
+    adapter = TransformersModel(path=str(folder))
+    plain, adapted = (load(one, dtype=torch.float32).model for one in (base, adapter))
+    ids = torch.arange(10, 30)[None]
+    assert not torch.equal(plain(ids, use_cache=False).logits, adapted(ids, use_cache=False).logits)
+
+    on, on_folder, _ = train("second", student=adapter, epochs=1)
+    assert on.counts["trained_parameters"] == result.counts["trained_parameters"]
+    assert on.extra == result.extra  # the base, never the adapter before
+    assert on.metrics["eval_loss_before"] == pytest.approx(result.metrics["eval_loss"], rel=1e-3)
+    assert weights(on_folder) != weights(folder)
+    with pytest.raises(TrainingError, match="is an adapter, and lora asks for another"):
+        train("third", student=adapter, lora={})
+
+
+def test_an_unknown_layer_for_an_adapter_is_an_error_that_names_the_layers(train: Training) -> None:
+    with pytest.raises(TrainingError, match="q_proj"):
+        train(lora={"target": ["query"]})
+
+
+def test_the_same_adapter_is_the_same_file(train: Training) -> None:
+    one, other = (train(name, max_steps=2, lora={"rank": 2})[1] for name in ("one", "other"))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    targets = json.loads((one / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+    assert targets == sorted(targets)
+
+
+# --- models and arguments that cannot be trained
+
+
+def test_quantised_weights_need_an_adapter(train: Training, base: TransformersModel) -> None:
+    with pytest.raises(TrainingError, match="quantised to nf4"):
+        train(student=base.model_copy(update={"quantize": "nf4"}))
+
+
+def test_a_model_of_another_engine_cannot_be_trained(train: Training) -> None:
+    class Remote(Settings):
+        engine: str = "openai"
+
+    with pytest.raises(TrainingError, match="engine openai"):
+        train(student=Remote())
+
+
+def test_a_missing_model_is_told(train: Training, tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        train(student=TransformersModel(path=str(tmp_path / "nowhere")))
+
+
+def test_an_unknown_training_argument_is_named_with_the_nearest(train: Training) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'adam_epsilon'"):
+        train(trainer={"adam_epsilom": 1e-6})
+
+
+def test_a_wrong_value_of_a_training_argument_is_told(train: Training) -> None:
+    with pytest.raises(RecipeError, match="optim"):
+        train(trainer={"optim": "none-such-optim"})
+
+
+def test_a_training_argument_reaches_the_trainer(train: Training) -> None:
+    adam, sgd = (
+        train(name, max_steps=2, trainer=extra)[1] for name, extra in (("a", {}), ("s", {"optim": "sgd"}))
+    )
+    assert weights(adam) != weights(sgd)
+
+
+# --- interruption
+
+
+MID_EPOCH, BOUNDARY = 5, 6  # of three steps an epoch
+
+
+@pytest.mark.parametrize("stop_at", [MID_EPOCH, BOUNDARY])
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "dropout": 0.3}])
+def test_interrupted_equals_uninterrupted(train: Training, stop_at: int, lora: Any) -> None:
+    fields = {"epochs": 4, "evaluate_every": 2, "lora": lora}
+    expected, expected_folder, _ = train("whole", **fields)
+    with pytest.raises(Interrupted):
+        train("parted", stop_at=stop_at, **fields)
+    left = sorted(path.name for path in (expected_folder.parent / "parted" / "scratch").iterdir())
+    assert left == [f"checkpoint-{stop_at}"]
+    assert not list((expected_folder.parent / "parted").glob("*.safetensors"))
+
+    found, folder, context = train("parted", **fields)
+    assert f"goes on after step {stop_at} of 12" in context.reporter.said
+    done_again = [event["optimiser_step"] for event in context.reporter.events if "tokens_per_s" in event]
+    assert done_again == list(range(stop_at + 1, 13))
+    assert weights(folder) == weights(expected_folder)
+    assert found.metrics == expected.metrics
+    assert found.tokens == expected.tokens
+    assert found.counts == expected.counts
+    assert found.model_identity == expected.model_identity
+
+
+def test_a_run_killed_while_it_wrote_a_checkpoint_resumes_from_the_one_before(train: Training) -> None:
+    _, expected_folder, _ = train("whole", epochs=2)
+    with pytest.raises(Interrupted):
+        train("killed", stop_at=2, epochs=2)
+    scratch = expected_folder.parent / "killed" / "scratch"
+    half = scratch / "checkpoint-4"
+    half.mkdir()
+    (half / "trained.safetensors").write_bytes(b"half of a file")
+    _, folder, context = train("killed", epochs=2)
+    assert "goes on after step 2 of 6" in context.reporter.said
+    assert weights(folder) == weights(expected_folder)
+    assert not half.exists()
+
+
+def test_a_checkpoint_after_every_step_changes_nothing_and_one_is_kept(train: Training) -> None:
+    _, expected_folder, _ = train("rare", epochs=1)
+    _, folder, _ = train("often", epochs=1, checkpoint_minutes=0)
+    assert [path.name for path in (folder / "scratch").iterdir()] == ["checkpoint-2"]  # none at the last step
+    assert weights(folder) == weights(expected_folder)
+    assert not (expected_folder / "scratch" / "checkpoint-2").exists()
+
+
+def test_a_full_disk_stops_with_what_to_do(train: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("potstill.train.trainer.save_file", no_room)
+    with pytest.raises(StoreError, match="No space left on device"):
+        train(epochs=1, checkpoint_minutes=0)
+
+
+@pytest.mark.gpu
+def test_it_trains_on_a_gpu(train: Training) -> None:
+    result, folder, _ = train(epochs=3, device="cuda")
+    assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"]
+    assert result.extra["precision"] == "bf16 autocast over fp32 weights"
+    assert weights(folder)
