@@ -207,7 +207,7 @@ def tiny_model_folder(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any) -> P
 
 @pytest.fixture(scope="session")
 def shared_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """A Hugging Face folder with a tiny Llama and its tokenizer, for a whole session: nobody writes into it."""
+    """A Hugging Face folder with a tiny Llama and its tokenizer, for all tests: nobody writes into it."""
     folder = tmp_path_factory.mktemp("shared") / "tiny-llama"
     _build("llama").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)

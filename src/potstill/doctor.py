@@ -28,7 +28,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Check:
-    """One finding; where it is not `ok` something is slower, missing or impossible: the hint says what to do."""
+    """One finding; where it is not `ok` something is slower, missing or impossible: the hint says how."""
 
     name: str
     ok: bool

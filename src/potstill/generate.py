@@ -100,14 +100,14 @@ async def _generate(
         if (settings.logprobs or 0) > (offered := teacher.capabilities.logprobs):
             raise EngineError(
                 f"the engine gives {offered} log-probabilities a token, not {settings.logprobs}",
-                where=f"logprobs: {settings.logprobs}",
+                where=f"model {settings.model}",
                 expected="1 (the sampled token's)" if offered else "none",
                 mend="set `logprobs: 1`" if offered else "leave `logprobs` out",
             )
         known_as = [getattr(model, "engine", None), teacher.identity]
         with open_request_store(context.cache_folder, known_as) as store:
             plan = _Plan(settings, context, teacher, prompts_path)
-            asking = _Asking(plan, context, teacher, store)
+            asking = _Asking(plan, context, store)
             try:
                 await asking.ask(settings.concurrency or teacher.concurrency)
             finally:
@@ -198,8 +198,9 @@ class _Plan:
 class _Asking:
     """Asks what the request store does not hold yet, a bounded number at a time."""
 
-    def __init__(self, plan: _Plan, context: StepContext, teacher: Teacher, store: RequestStore) -> None:
-        self.plan, self.context, self.teacher, self.store = plan, context, teacher, store
+    def __init__(self, plan: _Plan, context: StepContext, store: RequestStore) -> None:
+        self.plan, self.context, self.store = plan, context, store
+        self.where = f"model {plan.settings.model}"
         self.reused = self.answered = self.failed = self.tokens = 0
         self.failures_path = context.folder / FAILURES_FILE
         self._failures = self.failures_path.open("w", encoding="utf-8", newline="\n")
@@ -220,10 +221,10 @@ class _Asking:
         missing = sum(planned.key not in self.store for planned in self.plan)
         self.reused = self.plan.total - missing
         kept = f", {self.reused:,} of them answered already" if self.reused else ""
-        self.context.say(f"{self.plan.total:,} requests to {self.teacher.identity}{kept}")
+        self.context.say(f"{self.plan.total:,} requests to {self.plan.settings.model}{kept}")
         self.context.event(
             "requests",
-            model=self.teacher.identity,
+            model=self.plan.teacher.identity,
             total=self.plan.total,
             reused=self.reused,
             concurrency=concurrency,
@@ -248,7 +249,7 @@ class _Asking:
         task.add_done_callback(self._note_arrival)
 
     async def _answer(self, planned: _Planned) -> Answer:
-        return await self.teacher.answer(self.plan.request(planned))
+        return await self.plan.teacher.answer(self.plan.request(planned))
 
     def _note_arrival(self, task: asyncio.Task[Answer]) -> None:
         self._arrived.append(task)
@@ -294,7 +295,7 @@ class _Asking:
         if self._in_a_row >= _FAILURES_IN_A_ROW:
             raise EngineError(
                 f"{self._in_a_row} requests in a row failed, the last with: {error.what}",
-                where=self.teacher.identity,
+                where=self.where,
                 expected=error.expected,
                 mend=f"{error.mend or 'see ' + str(self.failures_path)}. {self._kept()}",
             )
@@ -323,7 +324,7 @@ class _Asking:
         reasons = "; ".join(f"{count:,} x {reason}" for reason, count in self._reasons.most_common())
         raise EngineError(
             f"{self.failed:,} of {self.plan.total:,} requests failed: {reasons}",
-            where=self.teacher.identity,
+            where=self.where,
             expected=f"at most {max_failed_share:.3g} of them (max_failed_share), and an answer at all",
             mend=f"run again to retry, or allow more with `max_failed_share`. {self._kept()}",
         )

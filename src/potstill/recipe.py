@@ -22,6 +22,7 @@ __all__ = ["Recipe", "json_schema", "load_recipe", "one_step_recipe", "shipped_r
 
 _TOP_KEYS = ("name", "description", "seed", "extends", "models", "steps", "variants")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_SOURCE_KEYS = frozenset({"path", "dataset", "task"})
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -187,7 +188,9 @@ def _validate(kind: type[Settings], value: Mapping[str, Any], raw: _Raw, path: K
 def _check_mapping(raw: _Raw, key: str) -> dict[str, dict[str, Any]]:
     found = raw.mapping.get(key) or {}
     if not isinstance(found, dict):
-        raise RecipeError(f"{key}: is not a mapping", where=raw.where([key]), expected="names with settings below them")
+        raise RecipeError(
+            f"{key}: is not a mapping", where=raw.where([key]), expected="names with settings below them"
+        )
     for name, value in found.items():
         where = raw.where([key, name])
         if not _NAME.fullmatch(name):
@@ -195,11 +198,15 @@ def _check_mapping(raw: _Raw, key: str) -> dict[str, dict[str, Any]]:
                 f"{name!r} cannot be a name", where=where, expected="letters, digits, '-', '_' and '.'"
             )
         if not isinstance(value, dict):
-            raise RecipeError(f"{key}.{name} is not a mapping", where=where, expected="settings such as {do: train, ...}")
+            raise RecipeError(
+                f"{key}.{name} is not a mapping", where=where, expected="settings such as {do: train, ...}"
+            )
     return found
 
 
-def _expand(name: str, step: Mapping[str, Any], raw: _Raw) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+def _expand(
+    name: str, step: Mapping[str, Any], raw: _Raw
+) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
     """(instance name, values, settings) for every combination of `each`, or the step itself."""
     each = step.get("each")
     body = {key: value for key, value in step.items() if key != "each"}
@@ -234,7 +241,9 @@ def _nodes(raw: _Raw) -> dict[str, Node]:
         kind = step.get("do")
         if kind not in STEP_KINDS:
             raise RecipeError(
-                f"steps.{name} has no kind of step (do:)" if kind is None else f"steps.{name}.do: unknown kind {kind!r}",
+                f"steps.{name} has no kind of step (do:)"
+                if kind is None
+                else f"steps.{name}.do: unknown kind {kind!r}",
                 where=raw.where([*path, "do"]),
                 expected=f"do: {' | '.join(STEP_KINDS)}",
                 mend=nearest(str(kind), STEP_KINDS) if kind is not None else None,
@@ -250,8 +259,8 @@ def _with_resolved_paths(value: Any, settings: Any) -> Any:
     if isinstance(settings, InputPath | Reference):
         return str(settings)
     if isinstance(value, dict):
-        get = settings.get if isinstance(settings, dict) else lambda key: getattr(settings, key, None)
-        return {key: _with_resolved_paths(item, get(key)) for key, item in value.items()}
+        found = settings if isinstance(settings, dict) else dict(settings or ())
+        return {key: _with_resolved_paths(item, found.get(key)) for key, item in value.items()}
     if isinstance(value, list) and isinstance(settings, list | tuple) and len(value) == len(settings):
         return [_with_resolved_paths(item, one) for item, one in zip(value, settings, strict=True)]
     return value
@@ -265,7 +274,9 @@ def _build(raw: _Raw) -> Recipe:
     name, seed = mapping.get("name", "run"), mapping.get("seed", 0)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RecipeError(
-            f"name: {name!r} cannot name a run", where=raw.where(["name"]), expected="letters, digits, '-', '_' and '.'"
+            f"name: {name!r} cannot name a run",
+            where=raw.where(["name"]),
+            expected="letters, digits, '-', '_' and '.'",
         )
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise RecipeError(f"seed: {seed!r} is no whole number", where=raw.where(["seed"]))
@@ -278,10 +289,14 @@ def _build(raw: _Raw) -> Recipe:
             raise _explain(error, raw, ("models", model), None) from None
     nodes = _nodes(raw)
     if not nodes:
-        raise RecipeError("the recipe has no steps", where=raw.where(["steps"]), expected="steps: {name: {do: ...}}")
+        raise RecipeError(
+            "the recipe has no steps", where=raw.where(["steps"]), expected="steps: {name: {do: ...}}"
+        )
     if both := sorted({node.base for node in nodes.values()} & set(models)):
         raise RecipeError(
-            f"{both[0]!r} names both a model and a step", where=raw.where(["steps", both[0]]), mend="rename one of them"
+            f"{both[0]!r} names both a model and a step",
+            where=raw.where(["steps", both[0]]),
+            mend="rename one of them",
         )
     embedded = {model: TransformersModel(path=model) for model in EMBEDDED}
     graph = Graph(nodes, {**embedded, **models})
@@ -289,17 +304,36 @@ def _build(raw: _Raw) -> Recipe:
     resolved = _with_resolved_paths(
         {key: mapping[key] for key in _TOP_KEYS if key in mapping}, {"models": models, "steps": plain}
     )
-    return Recipe(name, seed, graph, {"name": name, "seed": seed, **resolved}, str(mapping.get("description", "")))
+    return Recipe(
+        name, seed, graph, {"name": name, "seed": seed, **resolved}, str(mapping.get("description", ""))
+    )
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), variant: str | None = None) -> Recipe:
-    """Load a recipe by file or shipped name, with a named variant and `key=value` overrides laid on it."""
+def _made_strict(value: Any) -> Any:
+    """Every data source inside a step's settings told to stop at a malformed row."""
+    if isinstance(value, list):
+        return [_made_strict(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    strict = {"strict": True} if len(_SOURCE_KEYS & value.keys()) == 1 else {}
+    return {**{key: _made_strict(item) for key, item in value.items()}, **strict}
+
+
+def load_recipe(
+    name: str, overrides: Sequence[str] = (), variant: str | None = None, *, strict: bool = False
+) -> Recipe:
+    """Load a recipe by file or shipped name, with a named variant and `key=value` overrides laid on it.
+
+    With `strict` every data source stops at a malformed row.
+    """
     raw = _read(name, Path.cwd())
     if variant is not None:
         variants = _check_mapping(raw, "variants")
         if variant not in variants:
             raise RecipeError(
-                f"the recipe has no variant {variant!r}", where=raw.where(["variants"]), mend=nearest(variant, variants)
+                f"the recipe has no variant {variant!r}",
+                where=raw.where(["variants"]),
+                mend=nearest(variant, variants),
             )
         raw.mapping = _merge(raw.mapping, variants[variant])
         for path, origin in list(raw.origins.items()):
@@ -307,6 +341,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), variant: str | None = 
                 raw.origins[path[2:]] = origin
     for assignment in overrides:
         _override(raw, assignment)
+    if strict:
+        raw.mapping["steps"] = _made_strict(raw.mapping.get("steps"))
     return _build(raw)
 
 
@@ -319,7 +355,9 @@ def one_step_recipe(kind: str, assignments: Sequence[str]) -> Recipe:
     return _build(raw)
 
 
-def sweep_variants(name: str, sweeps: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]:
+def sweep_variants(
+    name: str, sweeps: Sequence[str], overrides: Sequence[str], *, strict: bool = False
+) -> dict[str, Recipe]:
     """One recipe a combination of sweeps, by label: `key=a,b` sweeps values, `a,b` sweeps named variants."""
     axes: list[list[tuple[str, str | None, list[str]]]] = []
     for sweep in sweeps:
@@ -327,7 +365,12 @@ def sweep_variants(name: str, sweeps: Sequence[str], overrides: Sequence[str]) -
         if equals:
             values = parse_value(f"[{text}]")
             short = key.rpartition(".")[2]
-            axes.append([(f"{short}={value}", None, [f"{key}={dump_yaml(value).splitlines()[0]}"]) for value in values])
+            axes.append(
+                [
+                    (f"{short}={value}", None, [f"{key}={dump_yaml(value).splitlines()[0]}"])
+                    for value in values
+                ]
+            )
         else:
             axes.append([(one.strip(), one.strip(), []) for one in sweep.split(",")])
     recipes = {}
@@ -335,9 +378,13 @@ def sweep_variants(name: str, sweeps: Sequence[str], overrides: Sequence[str]) -
         label = ",".join(part[0] for part in combination)
         variants = [part[1] for part in combination if part[1] is not None]
         if len(variants) > 1:
-            raise RecipeError("one sweep over variants at a time", where="command line", expected="--sweep a,b")
+            raise RecipeError(
+                "one sweep over variants at a time", where="command line", expected="--sweep a,b"
+            )
         extra = [assignment for part in combination for assignment in part[2]]
-        recipes[label] = load_recipe(name, [*overrides, *extra], variants[0] if variants else None)
+        recipes[label] = load_recipe(
+            name, [*overrides, *extra], variants[0] if variants else None, strict=strict
+        )
     return recipes
 
 

@@ -5,6 +5,7 @@ Shapes: N tokens, H hidden size, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ class _Head:
     cap: float | None = None
     calls: int = 0
     alive: list[int] = field(default_factory=list)
-    made: list[StorageWeakRef] = field(default_factory=list)
+    made: list[Any] = field(default_factory=list)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -44,7 +45,8 @@ class _Head:
         logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
         if self.cap is not None:
             logits = (logits / self.cap).tanh() * self.cap
-        self.made.append(StorageWeakRef(logits.untyped_storage()))
+        storage = logits.untyped_storage()
+        self.made.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]  # torch gives none
         return logits
 
 

@@ -65,7 +65,14 @@ def small_recipe(model_folder: Path) -> dict[str, Any]:
             },
             "logits": {"do": "cache", "model": "teacher", "data": "traces", "top_k": 8},
             "pruned": {"do": "init", "model": "teacher", "data": "traces", "layers": 1, "samples": 8},
-            "student": {"do": "train", "student": "pruned", "data": "logits", "epochs": 2, "batch": 4, "lr": 1e-3},
+            "student": {
+                "do": "train",
+                "student": "pruned",
+                "data": "logits",
+                "epochs": 2,
+                "batch": 4,
+                "lr": 1e-3,
+            },
             "exam": {
                 "do": "evaluate",
                 "models": {"base": "pruned", "student": "student", "teacher": "teacher"},

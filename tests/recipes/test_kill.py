@@ -53,7 +53,10 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 def _event(folder: Path, name: str, step: str) -> bool:
-    return any(one["event"] == name and one.get("step") == step for one in read_events(folder / "run" / "events.jsonl"))
+    return any(
+        one["event"] == name and one.get("step") == step
+        for one in read_events(folder / "run" / "events.jsonl")
+    )
 
 
 def _some(folder: Path, pattern: str) -> bool:
@@ -100,3 +103,35 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
     output = _finish(_start(recipe, tmp_path / "killed"))
     assert _contents(tmp_path / "killed") == expected
     assert TAKEN_UP.get(step, "") in output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_told_to_stop_says_how_to_go_on_and_goes_on(
+    number: int, code: int, uninterrupted: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    recipe, expected = uninterrupted
+    process = _start(recipe, tmp_path / "stopped")
+    deadline = time.monotonic() + TIMEOUT_S
+    while not UNDER_WAY["student"](tmp_path / "stopped"):
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline
+    process.send_signal(number)
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == code
+    assert "give the same command again" in err
+    assert "Traceback" not in err
+    assert _event(tmp_path / "stopped", "step_interrupted", "student")
+    assert TAKEN_UP["student"] in _finish(_start(recipe, tmp_path / "stopped"))
+    assert _contents(tmp_path / "stopped") == expected
+
+
+def test_two_runs_of_one_recipe_make_each_artifact_once(
+    uninterrupted: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    recipe, expected = uninterrupted
+    folder = tmp_path / "shared"
+    processes = [_start(recipe, folder), _start(recipe, folder)]
+    outputs = [_finish(process) for process in processes]
+    assert _contents(folder) == expected
+    assert sum(output.count(": done in") for output in outputs) == len(STEPS)
+    assert any("is making this now; waiting" in output for output in outputs)

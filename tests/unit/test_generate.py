@@ -1,6 +1,4 @@
-import contextlib
 import json
-import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ from potstill.generate import FAILURES_FILE, GenerateSettings, run
 from potstill.models import TransformersModel, load_tokenizer
 from potstill.teachers import OpenAIModel, SolverModel
 
-from .teachers.servers import Reply, ScriptedServer, completion, error, running_server
+from ..servers import Reply, ScriptedServer, completion, error, running_server
 
 KEY = "sk-canary-4711"
 
@@ -108,19 +106,12 @@ def test_reasoning_and_answer_are_kept_apart_and_together(kitchen, server):
 
 
 def test_the_window_is_full_and_never_fuller(kitchen, server):
-    server.hold = threading.Event()
-    release = threading.Timer(0.0, lambda: None)
-
-    def wait_until_full(body: dict[str, Any]) -> Reply:
-        return Reply(body=completion("x"))
-
-    server.always = wait_until_full
+    server.hold = full = threading.Event()
 
     def open_once_full() -> None:
-        while server.under_way < 7:
-            release.finished.wait(0.001)
-        assert server.hold is not None
-        server.hold.set()
+        while server.under_way < 7 and not full.wait(0.001):
+            pass
+        full.set()
 
     opener = threading.Thread(target=open_once_full)
     opener.start()
@@ -444,21 +435,4 @@ class TestSolver:
         kitchen.model = SolverModel(engine="solver", function="potstill.teachers.solvers:chain_sum")
         kitchen.run(data={"task": "chain_sum", "size": 20})
         assert all(trace.answer == trace.reference for trace in kitchen.traces())
-        assert not math.isclose(len({trace.reference for trace in kitchen.traces()}), 1)
-
-
-def test_an_unused_import_of_heavy_libraries_is_not_needed_for_settings():
-    import subprocess
-    import sys
-
-    code = "import sys, potstill.generate; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy = {"torch", "transformers", "httpx", "pyarrow", "xllamacpp", "tenacity", "reasoning_gym"}
-    assert not heavy & set(done.stdout.split())
-
-
-def test_a_full_store_is_said_so_and_keeps_what_arrived(kitchen, server, monkeypatch):
-    with contextlib.suppress(EngineError):
-        kitchen.run(limit=2)
-    (kitchen.context.cache_folder / "requests").chmod(0o500)
-    kitchen.run(limit=2, folder="again")
+        assert len({trace.reference for trace in kitchen.traces()}) > 10

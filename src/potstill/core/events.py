@@ -76,7 +76,7 @@ class Reporter:
     ) -> None:
         self.display: Display = display
         self.stream = stream if stream is not None else sys.stderr
-        # Unbuffered: an event is on its way to the disk when `event` returns, and a full disk is told at once.
+        # Unbuffered: an event has left this process when `event` returns, and a full disk is told at once.
         self._events: IO[bytes] | None = None if events_path is None else events_path.open("ab", buffering=0)
 
     def close(self) -> None:
@@ -101,7 +101,9 @@ class Reporter:
             print(message, file=self.stream, flush=True)
 
     @contextmanager
-    def progress(self, description: str, total: float | None = None, unit: str = "rows") -> Iterator[Progress]:
+    def progress(
+        self, description: str, total: float | None = None, unit: str = "rows"
+    ) -> Iterator[Progress]:
         """A progress display for one piece of work."""
         if self.display != "bar":
             plain = _PlainProgress(self.stream if self.display == "plain" else None, description, total, unit)
@@ -112,7 +114,13 @@ class Reporter:
                     plain.line()
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as RichProgress
         from rich.progress import Task as RichTask
         from rich.text import Text

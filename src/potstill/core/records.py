@@ -23,10 +23,10 @@ _ROW_GROUP_ROWS = 1024
 class Record:
     """A prompt, or a prompt with a response (a trace).
 
-    `response` is the raw text; `reasoning` and `answer` are its two parts. `finish_reason` is "stop", "length" or, for
-    responses given by a dataset, None (it counts as ended). `tokenizer` is the hash of the tokenizer that made the
-    token ids. `task` names the verifier that judges an answer against `reference`. Log-probabilities are natural
-    logarithms, one a response token, at the sampling temperature that `sampling` states.
+    `response` is the raw text; `reasoning` and `answer` are its two parts. `finish_reason` is "stop",
+    "length" or, for responses given by a dataset, None (it counts as ended). `tokenizer` is the hash of the
+    tokenizer that made the token ids. `task` names the verifier that judges an answer against `reference`.
+    `logprobs` are natural logarithms, one a response token, at the temperature that `sampling` states.
     """
 
     prompt_id: str
@@ -110,7 +110,9 @@ def read_records(path: Path) -> Iterator[Record]:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
-            f"cannot be read as records ({error})", where=str(path), expected="a records file written by potstill"
+            f"cannot be read as records ({error})",
+            where=str(path),
+            expected="a records file written by potstill",
         ) from error
     with file:
         for batch in file.iter_batches(batch_size=_ROW_GROUP_ROWS):

@@ -36,7 +36,7 @@ class Settings(BaseModel):
 
 
 class InputPath(str):
-    """A path to an existing file or folder: relative to the recipe that names it, else to where the user stands."""
+    """A path to a file or folder: relative to the recipe that names it, else to where the user stands."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -52,7 +52,7 @@ class InputPath(str):
 
 
 def resolve_path(value: str, folders: Sequence[Path] = ()) -> str:
-    """An absolute path where `value` exists in one of the folders or the working folder, else `value` as it is."""
+    """An absolute path where `value` exists in one of the folders or the working folder, else `value`."""
     for base in (*folders, Path.cwd()):
         if (found := base / Path(value).expanduser()).exists():
             return str(found.resolve())
@@ -111,14 +111,16 @@ def _is_execution(model: type[BaseModel], name: str) -> bool:
 def meaning(value: Any, identify: Callable[[Reference], Any] = str) -> Any:
     """The JSON-able part of settings that decides what is made: everything but execution fields.
 
-    `identify` says what stands in the place of a reference; a fingerprint puts the content there, not the name.
+    `identify` says what stands in the place of a reference: in a fingerprint its content, not its name.
     """
     if isinstance(value, Reference):
         return identify(value)
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
         chosen = {
-            name: meaning(getattr(value, name), identify) for name in fields if not _is_execution(type(value), name)
+            name: meaning(getattr(value, name), identify)
+            for name in fields
+            if not _is_execution(type(value), name)
         }
         content = value.content() if isinstance(value, Settings) else None
         return chosen if content is None else {**chosen, "content": content}

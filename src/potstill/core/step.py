@@ -20,8 +20,9 @@ __all__ = ["StepContext", "StepResult"]
 class StepResult:
     """What a step reports about its artifact; it becomes the manifest.
 
-    `counts` are whole numbers (rows, tokens), `metrics` are figures for the report, `extra` is what readers of the
-    artifact need (codec, base model). `tokens` is how many tokens a teacher produced or the trainer consumed.
+    `counts` are whole numbers (rows, tokens), `metrics` are figures for the report, `extra` is what readers
+    of the artifact need (codec, base model). `tokens` is how many tokens a teacher produced or the trainer
+    consumed.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class StepContext:
         return self.resolve_model(reference)
 
     def artifacts(self, reference: DataRef) -> list[tuple[Artifact, str | None]]:
-        """The artifacts a reference names, each with its view; several where it names every value of an `each`."""
+        """The artifacts a reference names, each with its view; several where it means every `each` value."""
         return self.resolve_data(reference)
 
     def progress(

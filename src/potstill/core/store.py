@@ -98,7 +98,9 @@ class Artifact:
                 mend="name a step of the recipe, a run's step folder, or run the step that makes it again",
             ) from None
         except ValidationError as error:
-            raise StoreError(f"unreadable manifest ({error.error_count()} faults)", where=str(path)) from error
+            raise StoreError(
+                f"unreadable manifest ({error.error_count()} faults)", where=str(path)
+            ) from error
 
 
 def default_store_root() -> Path:
@@ -132,7 +134,9 @@ class Store:
         if not (folder / MANIFEST_FILE).is_file():
             return None
         artifact = Artifact.open(folder)
-        return artifact if artifact.manifest.fingerprint == fingerprint and artifact.damage() is None else None
+        return (
+            artifact if artifact.manifest.fingerprint == fingerprint and artifact.damage() is None else None
+        )
 
     @contextmanager
     def lock(self, fingerprint: str, *, on_wait: Callable[[int | None], None]) -> Iterator[None]:
@@ -178,7 +182,9 @@ class Store:
                 files[path.relative_to(folder).as_posix()] = entry
         content = hash_json({name: entry.sha256 for name, entry in files.items()})
         manifest = Manifest(files=files, content=content, versions=_versions(), **fields)
-        write_atomically(folder / MANIFEST_FILE, json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False))
+        write_atomically(
+            folder / MANIFEST_FILE, json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False)
+        )
         return Artifact(folder, manifest)
 
 

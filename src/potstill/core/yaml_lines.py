@@ -1,4 +1,4 @@
-"""YAML with line numbers: every key's file and line, duplicate keys refused, numbers as YAML 1.2 reads them."""
+"""YAML with every key's file and line; duplicate keys refused, numbers as YAML 1.2 reads them."""
 
 import re
 from dataclasses import dataclass
@@ -30,20 +30,26 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.yaml_implicit_resolvers = {
+    key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
-def _build(loader: _Loader, node: yaml.Node, path: KeyPath, origins: dict[KeyPath, Origin], source: str) -> Any:
+def _build(
+    loader: _Loader, node: yaml.Node, path: KeyPath, origins: dict[KeyPath, Origin], source: str
+) -> Any:
     origins.setdefault(path, Origin(source, node.start_mark.line + 1))
     if isinstance(node, yaml.CollectionNode) and node.tag not in _PLAIN_TAGS:
-        raise RecipeError(f"the tag {node.tag!r} is not allowed", where=str(origins[path]), expected="plain YAML")
+        raise RecipeError(
+            f"the tag {node.tag!r} is not allowed", where=str(origins[path]), expected="plain YAML"
+        )
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*path, str(i)), origins, source) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)  # type: ignore[no-untyped-call]  # PyYAML's stubs leave it untyped
+        return loader.construct_object(node)
     seen: dict[str, int] = {}
     for key_node, _ in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
@@ -65,11 +71,13 @@ def _build(loader: _Loader, node: yaml.Node, path: KeyPath, origins: dict[KeyPat
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin]]:
-    """A YAML file's mapping and where each of its keys stands; RecipeError with file and line when it is no YAML."""
+    """A YAML file's mapping and where each of its keys stands; RecipeError where it is no YAML."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot be read ({error})", where=str(path), expected="a UTF-8 YAML file") from error
+        raise RecipeError(
+            f"cannot be read ({error})", where=str(path), expected="a UTF-8 YAML file"
+        ) from error
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -81,9 +89,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, Origin]]:
     except yaml.YAMLError as error:
         raise RecipeError(f"not valid YAML: {error}", where=str(path)) from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]  # PyYAML's stubs leave it untyped
+        loader.dispose()
     if not isinstance(value, dict):
-        raise RecipeError("the file is not a mapping", where=str(path), expected="keys such as name:, models:, steps:")
+        raise RecipeError(
+            "the file is not a mapping", where=str(path), expected="keys such as name:, models:, steps:"
+        )
     return value, origins
 
 
@@ -92,7 +102,9 @@ def parse_value(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
     except yaml.YAMLError as error:
-        raise RecipeError(f"{text!r} is not a value: {str(error).splitlines()[0]}", where="command line") from error
+        raise RecipeError(
+            f"{text!r} is not a value: {str(error).splitlines()[0]}", where="command line"
+        ) from error
 
 
 def dump_yaml(value: Any) -> str:

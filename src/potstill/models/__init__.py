@@ -9,9 +9,14 @@ from potstill.models.embedded import (
     is_fetched,
 )
 from potstill.models.files import cached_file_hash
-from potstill.models.heads import OutputHead, hidden_states, output_head
+from potstill.models.heads import (
+    OutputHead,
+    can_share_prefix,
+    hidden_states,
+    hidden_states_after,
+    output_head,
+)
 from potstill.models.loading import LoadedModel, choose_device, load, supports_bf16
-from potstill.models.size import parameter_count
 from potstill.models.source import TransformersModel, adapter_base, find_source, identity, parameter_count
 from potstill.models.tokenizers import (
     DEFAULT_CHAT_TEMPLATE,
@@ -32,6 +37,7 @@ __all__ = [
     "TransformersModel",
     "adapter_base",
     "cached_file_hash",
+    "can_share_prefix",
     "check_same_vocabulary",
     "choose_device",
     "convert_gguf",
@@ -39,12 +45,12 @@ __all__ = [
     "fetch_embedded",
     "find_source",
     "hidden_states",
+    "hidden_states_after",
     "identity",
     "is_fetched",
     "load",
     "load_tokenizer",
     "output_head",
-    "parameter_count",
     "parameter_count",
     "supports_bf16",
     "template_hash",

@@ -11,7 +11,9 @@ from potstill.core.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OutputHead", "hidden_states", "output_head"]
+__all__ = ["OutputHead", "can_share_prefix", "hidden_states", "hidden_states_after", "output_head"]
+
+_SHARES_PREFIX = frozenset({"gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3"})
 
 
 def _plain(model: Any) -> Any:
@@ -23,6 +25,11 @@ def _plain(model: Any) -> Any:
     )
 
 
+def _trunk(model: Any) -> Any:
+    plain = _plain(model)
+    return getattr(plain, plain.base_model_prefix)
+
+
 def hidden_states(
     model: Any, input_ids_BT: "torch.Tensor", attention_mask_BT: "torch.Tensor | None" = None
 ) -> "torch.Tensor":
@@ -30,9 +37,34 @@ def hidden_states(
 
     Adapters take part. Right padding only: positions count from the left.
     """
-    plain = _plain(model)
-    trunk = getattr(plain, plain.base_model_prefix)
+    trunk = _trunk(model)
     output = trunk(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    hidden_BTH: torch.Tensor = output.last_hidden_state
+    return hidden_BTH
+
+
+def can_share_prefix(model: Any) -> bool:
+    """Whether `hidden_states_after` is right for a model: full causal attention, nothing recomputed."""
+    config = _plain(model).config
+    layers = getattr(config, "layer_types", None) or ["full_attention"]
+    recomputes = bool(getattr(_plain(model), "is_activation_checkpointing", False))
+    return config.model_type in _SHARES_PREFIX and set(layers) == {"full_attention"} and not recomputes
+
+
+def hidden_states_after(model: Any, input_ids_BT: "torch.Tensor", prefix_tokens: int) -> "torch.Tensor":
+    """`hidden_states` behind a prefix that all rows share, [B, T - P, H], running the prefix once for all.
+
+    Rows meet a shared prefix only through its keys and values, so these are computed for one row and
+    repeated; gradients flow back through the repetition. For models of which `can_share_prefix` is true.
+    """
+    from transformers import DynamicCache
+
+    trunk, rows = _trunk(model), len(input_ids_BT)
+    once, repeated = DynamicCache(), DynamicCache()
+    trunk(input_ids=input_ids_BT[:1, :prefix_tokens], past_key_values=once, use_cache=True)
+    for index, layer in enumerate(once.layers):
+        repeated.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
+    output = trunk(input_ids=input_ids_BT[:, prefix_tokens:], past_key_values=repeated, use_cache=True)
     hidden_BTH: torch.Tensor = output.last_hidden_state
     return hidden_BTH
 

@@ -40,6 +40,6 @@ def hub_commit(name: str, revision: str | None) -> str:
         f"is no folder and not in the local hub cache, and {reason}",
         where=name if revision is None else f"{name}@{revision}",
         expected="a model folder of that path, or a hub model that is cached or can be fetched",
-        mend="check the spelling; where the hub is reachable, run `hf download` for it (with HF_TOKEN if it is "
+        mend="check the spelling; with the hub in reach, run `hf download` for it (with HF_TOKEN if it is "
         "gated) and copy the cache here; or use one that potstill brings (`potstill models list`)",
     ) from cause

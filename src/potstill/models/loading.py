@@ -72,18 +72,19 @@ def load(
 
     The weights' type is `dtype`, else what the settings state, else float32 for a full model to be trained
     and bfloat16, where the device has it, for frozen weights. With `trainable` an adapter's weights
-    (float32), or all of a full model's, take gradients; without it none do. Raises ModelError, also for a
-    model whose logits would come out wrong from its halves (`hidden_states`, `output_head`).
+    (float32), or all of a full model's, take gradients; without it none do, and never those in 4 bits.
+    Raises ModelError, also for a model whose logits would come out wrong from its halves (`hidden_states`,
+    `output_head`).
     """
     import torch
 
     source = find_source(settings.path)
     tokenizer, device = load_tokenizer(settings), choose_device(settings)
+    all_trained = trainable and source.kind != "adapter" and settings.quantize is None
     if dtype is None and settings.dtype is not None:
         dtype = getattr(torch, settings.dtype)
     if dtype is None:
-        full = trainable and source.kind != "adapter"
-        dtype = torch.bfloat16 if supports_bf16(device) and not full else torch.float32
+        dtype = torch.bfloat16 if supports_bf16(device) and not all_trained else torch.float32
     with quiet_transformers():
         if source.kind == "adapter":
             base = adapter_base(source.folder)
@@ -92,7 +93,7 @@ def load(
         else:
             model = _load_full(settings, dtype, device)
     model.eval()
-    if not trainable:
+    if not (all_trained or (trainable and source.kind == "adapter")):
         model.requires_grad_(requires_grad=False)
     loaded = LoadedModel(model, tokenizer, identity(settings))
     _check_halves(loaded, settings.path)
@@ -109,7 +110,13 @@ def _load_full(settings: TransformersModel, dtype: "torch.dtype", device: "torch
     if settings.quantize is None:
         return read_weights(name, where=settings.path, **options).to(device)
     options |= {"quantization_config": _nf4(settings.path, dtype), "device_map": {"": device}}
-    return read_weights(name, where=settings.path, **options)
+    model = read_weights(name, where=settings.path, **options)
+    # On a CPU, bitsandbytes repacks a layer's weights when it first runs outside training, for a kernel
+    # without a backward pass: from then on gradients through that layer are lost, in training as well.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _nf4(where: str, dtype: "torch.dtype") -> Any:

@@ -32,7 +32,9 @@ class Inputs:
         """The artifacts of a data reference, each with its view; MissingInput where one is not made yet."""
         if reference.is_path:
             return [(Artifact.open(Path(reference)), None)]
-        return [(self._made(step.name), reference.view) for step in self.graph.steps_named(reference, self.node)]
+        return [
+            (self._made(step.name), reference.view) for step in self.graph.steps_named(reference, self.node)
+        ]
 
     def model(self, reference: ModelRef) -> Settings:
         """The settings of the model a reference names."""
@@ -67,7 +69,9 @@ class Inputs:
         found: dict[str, Any] = {}
         for reference, steps in self.graph.needs_of(self.node):
             if steps:
-                found[str(reference)] = {step.name: self._made(step.name).manifest.fingerprint for step in steps}
+                found[str(reference)] = {
+                    step.name: self._made(step.name).manifest.fingerprint for step in steps
+                }
             elif isinstance(reference, ModelRef):
                 found[str(reference)] = meaning(self.model(reference))
         return found

@@ -40,7 +40,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """Steps and declared models of one recipe; RecipeError where a reference leads nowhere or round in a circle."""
+    """Steps and declared models; RecipeError where a reference leads nowhere or round in a circle."""
 
     nodes: Mapping[str, Node]
     models: Mapping[str, Settings]
@@ -49,7 +49,7 @@ class Graph:
         _ = self.order
 
     def steps_named(self, reference: Reference, consumer: Node) -> list[Node]:
-        """The steps a reference means to a consumer: its own `each` value where both have it, else all of them."""
+        """The steps a reference means to a consumer: its own `each` value where both have it, else all."""
         target = reference.target
         if target in self.nodes:
             return [self.nodes[target]]
@@ -63,13 +63,16 @@ class Graph:
             instances = [
                 node
                 for node in instances
-                if all(node.values[key] == consumer.values[key] for key in node.values.keys() & consumer.values.keys())
+                if all(
+                    node.values[key] == consumer.values[key]
+                    for key in node.values.keys() & consumer.values.keys()
+                )
             ]
         if instances:
             return instances
         known = {*self.nodes, *(node.base for node in self.nodes.values()), *self.models}
         raise RecipeError(
-            f"step {consumer.name!r} refers to {str(reference)!r}, which is neither a step nor a declared model",
+            f"{consumer.name!r} refers to {str(reference)!r}, which is neither a step nor a declared model",
             where=consumer.origin or None,
             expected="the name of a step or model of this recipe, or a path or hub id with a '/'",
             mend=nearest(target, known),
@@ -105,7 +108,7 @@ class Graph:
                 )
         if len(found) > 1 and not isinstance(reference, DataRef):
             raise RecipeError(
-                f"{key}: {str(reference)!r} means several models here ({', '.join(one.name for one in found)})",
+                f"{key}: {str(reference)!r} means several models: {', '.join(one.name for one in found)}",
                 where=where,
                 expected="one model",
                 mend=f"name one, such as {found[0].name!r}, or give this step the same each:",

@@ -1,4 +1,4 @@
-"""What a recipe will do, before anything is spent: settings, figures a step, and everything missing or impossible."""
+"""What a recipe will do, before anything is spent, and everything that is missing or impossible."""
 
 import json
 import os
@@ -71,10 +71,15 @@ class Plan:
         ]
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
         lines = [f"plan of {self.name}", ""]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            for row in [head, *rows]
+        ]
         lines.append("")
         for step in self.steps:
-            settings = ", ".join(f"{key}={value}" for key, value in step.settings.items() if value not in (None, {}, []))
+            settings = ", ".join(
+                f"{key}={value}" for key, value in step.settings.items() if value not in (None, {}, [])
+            )
             lines.append(f"  {step.name}: {settings}")
         lines += ["", *(f"note: {note}" for note in self.notes)]
         lines += [f"problem: {problem}" for problem in self.problems]
@@ -115,7 +120,9 @@ class _Planner:
 
     def step(self, name: str) -> None:
         node = self.graph.nodes[name]
-        planned = PlannedStep(name, node.kind, "to make", self.graph.needs[name], node.settings.model_dump(mode="json"))
+        planned = PlannedStep(
+            name, node.kind, "to make", self.graph.needs[name], node.settings.model_dump(mode="json")
+        )
         self.steps[name] = planned
         inputs = Inputs(self.graph, node, self.made)
         try:
@@ -151,7 +158,7 @@ class _Planner:
             return None
 
     def parameters(self, node: Node, reference: ModelRef) -> int | None:
-        """Parameters of the model behind a reference; for one not made yet those of the model it is made from."""
+        """Parameters of the model behind a reference; where it is not made yet, of the one it comes from."""
         inputs = Inputs(self.graph, node, self.made)
         try:
             settings = inputs.model(reference)
@@ -229,7 +236,11 @@ def _plan_evaluate(planner: _Planner, node: Node, planned: PlannedStep) -> None:
 
 
 def _upstream_tokens(planner: _Planner, node: Node) -> int | None:
-    makers = [name for name in planner.graph.needs[node.name] if planner.graph.nodes[name].kind in ("generate", "cache")]
+    makers = [
+        name
+        for name in planner.graph.needs[node.name]
+        if planner.graph.nodes[name].kind in ("generate", "cache")
+    ]
     tokens = [planner.steps[name].tokens for name in makers]
     return None if not tokens or None in tokens else sum(one or 0 for one in tokens)
 
@@ -244,10 +255,13 @@ _ESTIMATES: dict[str, Callable[[_Planner, Node, PlannedStep], None]] = {
 
 
 def _machine_problems(steps: list[PlannedStep], store: Store) -> Iterator[str]:
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GB if hasattr(os, "sysconf") else None
+    memory_gb = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GB if hasattr(os, "sysconf") else None
+    )
     for step in steps:
         if step.memory_gb and memory_gb and step.memory_gb > memory_gb:
-            yield f"step {step.name} needs about {step.memory_gb:.0f} GB of memory; this machine has {memory_gb:.0f} GB"
+            needed = f"step {step.name} needs about {step.memory_gb:.0f} GB of memory"
+            yield f"{needed}; this machine has {memory_gb:.0f} GB"
     folder = next(one for one in (store.root, *store.root.parents) if one.exists())
     if not os.access(folder, os.W_OK):
         yield f"the store {store.root} cannot be written; name another with --store"
@@ -267,5 +281,3 @@ def make_plan(recipe: Runnable, store: Store) -> Plan:
     for problem in _machine_problems(steps, store):
         planner.problem(problem)
     return Plan(recipe.name, steps, planner.problems, planner.notes)
-
-

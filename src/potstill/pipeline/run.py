@@ -40,9 +40,13 @@ def _steps(graph: Graph) -> list[tuple[str, str, list[str]]]:
 
 
 def run_recipe(
-    recipe: Runnable, folder: Path, store: Store, display: Display = "plain", options: RunOptions | None = None
+    recipe: Runnable,
+    folder: Path,
+    store: Store,
+    display: Display = "plain",
+    options: RunOptions | None = None,
 ) -> RunView:
-    """Run a recipe into a folder: artifacts linked as they are made, report and model cards written at the end.
+    """Run a recipe into a folder: artifacts linked as they are made, report and model cards at the end.
 
     The report is written as well when a step fails or the run is interrupted, as far as the run came.
     """
@@ -50,7 +54,9 @@ def run_recipe(
     open_run_folder(folder, recipe.to_yaml())
     reporter = Reporter(display, folder / EVENTS_FILE)
     steps = _steps(recipe.graph)
-    described: list[dict[str, Any]] = [{"name": name, "kind": kind, "needs": needs} for name, kind, needs in steps]
+    described: list[dict[str, Any]] = [
+        {"name": name, "kind": kind, "needs": needs} for name, kind, needs in steps
+    ]
     outcome = "failed"
     try:
         reporter.event("run_started", recipe=recipe.name, seed=recipe.seed, steps=described)
@@ -91,5 +97,3 @@ def run_sweep(
     ]
     write_comparison(views, folder / REPORT_FILE)
     return views
-
-

@@ -31,7 +31,7 @@ def open_run_folder(folder: Path, recipe_text: str) -> Path:
 
 
 def link_artifact(folder: Path, step: str, artifact: Artifact) -> None:
-    """Point `<run folder>/<step>` at an artifact: a link, or a file that names it where links are not allowed."""
+    """Point `<run folder>/<step>` at an artifact: a link, or a file that names it."""
     link = folder / step
     partial = folder / f".{step}.{os.getpid()}.partial"
     partial.unlink(missing_ok=True)
@@ -52,7 +52,7 @@ def _linked(folder: Path, step: str) -> Artifact | None:
 
 
 def load_run(folder: Path, steps: Sequence[tuple[str, str, list[str]]] | None = None) -> RunView:
-    """What a run folder holds, for the report. `steps` is (name, kind, needs); without it the recipe is read again."""
+    """What a run folder holds, for the report. `steps` is (name, kind, needs), by default from its events."""
     recipe = folder / RECIPE_FILE
     if not recipe.is_file():
         raise StoreError(
@@ -65,7 +65,11 @@ def load_run(folder: Path, steps: Sequence[tuple[str, str, list[str]]] | None = 
     latest = events[last_start:]
     if steps is None:
         steps = next(
-            ([(one["name"], one["kind"], one["needs"]) for one in event["steps"]] for event in latest if "steps" in event),
+            (
+                [(one["name"], one["kind"], one["needs"]) for one in event["steps"]]
+                for event in latest
+                if "steps" in event
+            ),
             [],
         )
     reused = {event["step"] for event in latest if event["event"] == "step_reused"}
@@ -84,5 +88,9 @@ def load_run(folder: Path, steps: Sequence[tuple[str, str, list[str]]] | None = 
             )
         )
     return RunView(
-        name=folder.name, recipe_text=recipe.read_text(encoding="utf-8"), steps=views, events=events, folder=folder
+        name=folder.name,
+        recipe_text=recipe.read_text(encoding="utf-8"),
+        steps=views,
+        events=events,
+        folder=folder,
     )

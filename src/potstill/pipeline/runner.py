@@ -39,7 +39,7 @@ def _check_names(graph: Graph, options: RunOptions) -> None:
 
 
 def _check_inputs(graph: Graph, names: list[str]) -> None:
-    """Read what the steps read from outside, so that a late step's mistake shows before an early one is paid for."""
+    """Read all that comes from outside, so that a late step's mistake shows before anything is paid for."""
     for name in names:
         node = graph.nodes[name]
         meaning(node.settings)
@@ -61,9 +61,11 @@ def run_graph(
     Raises Interrupted when `options.stop` is set between or inside steps, StepFailed when a step fails.
     """
     _check_names(graph, options)
-    wanted = graph.order if options.only is None else [
-        name for name in graph.order if name in graph.ancestors(options.only) | {options.only}
-    ]
+    wanted = (
+        graph.order
+        if options.only is None
+        else [name for name in graph.order if name in graph.ancestors(options.only) | {options.only}]
+    )
     _check_inputs(graph, wanted)
     made: dict[str, Artifact] = {}
     for position, name in enumerate(wanted, start=1):
@@ -76,7 +78,9 @@ def run_graph(
         found = None if name in options.force else store.find(node.kind, fingerprint)
         if found is None and options.only is not None and name != options.only:
             raise RecipeError(
-                f"{options.only!r} needs {name!r}, which has not been made", where="--only", mend="run without --only once"
+                f"{options.only!r} needs {name!r}, which has not been made",
+                where="--only",
+                mend="run without --only once",
             )
         if found is None:
             with store.lock(fingerprint, on_wait=_waiter(reporter, label)):
@@ -87,7 +91,11 @@ def run_graph(
             made[name] = found
             reporter.say(f"{label}: {node.kind} already made ({_counts(found)})")
             reporter.event(
-                "step_reused", step=name, kind=node.kind, folder=str(found.folder), seconds=found.manifest.seconds
+                "step_reused",
+                step=name,
+                kind=node.kind,
+                folder=str(found.folder),
+                seconds=found.manifest.seconds,
             )
         on_made(name, made[name])
     return made
@@ -103,7 +111,9 @@ def _waiter(reporter: Reporter, label: str) -> Callable[[int | None], None]:
 
 
 def _counts(artifact: Artifact) -> str:
-    counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in artifact.manifest.counts.items())
+    counts = ", ".join(
+        f"{value:,} {name.replace('_', ' ')}" for name, value in artifact.manifest.counts.items()
+    )
     return counts or artifact.manifest.fingerprint[:12]
 
 
@@ -119,7 +129,9 @@ def _make(
 ) -> Artifact:
     folder = store.prepare(node.kind, fingerprint, discard=node.name in options.force)
     reporter.say(f"{label}: {node.kind}")
-    reporter.event("step_started", step=node.name, kind=node.kind, fingerprint=fingerprint, folder=str(folder))
+    reporter.event(
+        "step_started", step=node.name, kind=node.kind, fingerprint=fingerprint, folder=str(folder)
+    )
     context = StepContext(
         name=node.name,
         kind=node.kind,
@@ -143,7 +155,9 @@ def _make(
     except MissingInput:
         raise
     except Exception as error:
-        reporter.event("step_failed", step=node.name, kind=node.kind, error=f"{type(error).__name__}: {error}")
+        reporter.event(
+            "step_failed", step=node.name, kind=node.kind, error=f"{type(error).__name__}: {error}"
+        )
         raise
     seconds = time.monotonic() - started
     artifact = store.seal(

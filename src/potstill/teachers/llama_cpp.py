@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import httpx
     import xllamacpp
 
-__all__ = ["LlamaCppModel", "LlamaCppTeacher", "available_cores"]
+__all__ = ["LlamaCppModel", "LlamaCppTeacher"]
 
 _SILENT = -1
 _CONNECT_TIMEOUT_S = 10.0
@@ -95,8 +95,7 @@ class LlamaCppModel(Settings):
                     raise ModelError("is not a GGUF file (its first bytes are not 'GGUF')", where=source.name)
 
 
-def available_cores() -> int:
-    """How many cores this process may use."""
+def _available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -124,7 +123,7 @@ class LlamaCppTeacher:
         )
         # Two more than are decoded keep the slots busy while answers travel.
         self.concurrency = settings.slots + 2
-        self.sampling: dict[str, Any] = {}
+        self.sampling: dict[str, Any] = {"context_tokens": settings.context_tokens}
         self._reuse_prefixes = settings.slots > 1
         self._written_bytes = _written_bytes(self.renderer.tokenizer)
         connection: dict[str, Any] = {
@@ -254,7 +253,7 @@ def _start(path: Path, settings: LlamaCppModel, key: str) -> "xllamacpp.Server":
     parameters.n_parallel = settings.slots
     parameters.n_ctx = settings.context_tokens * settings.slots
     for cores in (parameters.cpuparams, parameters.cpuparams_batch):
-        cores.n_threads = settings.threads or available_cores()
+        cores.n_threads = settings.threads or _available_cores()
     parameters.hostnames = ["127.0.0.1"]
     parameters.port = 0
     parameters.api_keys = [key]

@@ -241,19 +241,14 @@ class TransformersTeacher:
             batch = self._next_batch()
             if not batch:
                 continue
-            try:
-                answers = await asyncio.to_thread(self._decode, [request for request, _ in batch])
-            except (
-                Exception
-            ) as error:  # torch and transformers raise what they like; all of the batch hears it
-                failure = error if isinstance(error, EngineError) else _broken(error, len(batch))
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(failure)
-            else:
-                for (request, future), answer in zip(batch, answers, strict=True):
-                    if not future.done():
-                        future.set_result(answer if request.logprobs else replace(answer, logprobs=None))
+            found = await asyncio.to_thread(self._decode_or_error, [request for request, _ in batch])
+            for number, (_, future) in enumerate(batch):
+                if future.done():  # its asker has gone
+                    continue
+                if isinstance(found, EngineError):
+                    future.set_exception(found)
+                else:
+                    future.set_result(found[number])
 
     def _next_batch(self) -> list[tuple[Request, "asyncio.Future[Answer]"]]:
         """Those waiting that can be decoded together with the first."""
@@ -262,9 +257,22 @@ class TransformersTeacher:
         self._waiting = [one for one, kind in zip(waiting, kinds, strict=True) if kind != kinds[0]]
         return [one for one, kind in zip(waiting, kinds, strict=True) if kind == kinds[0]]
 
+    def _decode_or_error(self, requests: list[Request]) -> list[Answer] | EngineError:
+        try:
+            answers = self._decode(requests)
+        except Exception as error:  # torch and transformers raise what they like; all of the batch hears it
+            return EngineError(
+                f"decoding a batch of {len(requests)} failed: {type(error).__name__}: {error}",
+                where="transformers engine",
+                mend="where memory ran out, lower `concurrency` (the rows of a batch) or `max_new_tokens`",
+            )
+        if self._stop.is_set():
+            return EngineError("closed while it decoded")  # what there is was cut off
+        return answers
+
     def _decode(self, requests: list[Request]) -> list[Answer]:
         first = requests[0]
-        return generate_batch(
+        answers = generate_batch(
             self._loaded,
             self.renderer,
             [request.prompt_token_ids or [] for request in requests],
@@ -274,6 +282,10 @@ class TransformersTeacher:
             seeds=[request.seed for request in requests],
             stop=self._stop,
         )
+        return [
+            answer if request.logprobs else replace(answer, logprobs=None)
+            for request, answer in zip(requests, answers, strict=True)
+        ]
 
     async def close(self) -> None:
         """End the batch under way and forget who waits."""
@@ -285,11 +297,3 @@ class TransformersTeacher:
 
 def _kind(request: Request) -> tuple[float, float, int]:
     return request.temperature, request.top_p, request.max_new_tokens
-
-
-def _broken(error: Exception, rows: int) -> EngineError:
-    return EngineError(
-        f"decoding a batch of {rows} failed: {type(error).__name__}: {error}",
-        where="transformers engine",
-        mend="where memory ran out, lower `concurrency` (the rows of a batch) or `max_new_tokens`",
-    )

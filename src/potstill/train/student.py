@@ -15,16 +15,21 @@ from potstill.losses.blend import blend
 from potstill.losses.head import supervised_pairs, weighted_loss
 from potstill.losses.response import response_loss
 from potstill.losses.types import Sparse, TeacherSignal
-from potstill.models import hidden_states, output_head
+from potstill.models import can_share_prefix, hidden_states, hidden_states_after, output_head
 
 __all__ = ["MicroBatch", "StudentWithLoss", "make_micro_batch"]
+
+
+# Below this a second pass through the layers costs more than the tokens it saves.
+_WORTH_SHARING = 8
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows padded on the right, and the teacher's signal for their supervised tokens, row by row in order.
 
-    `tokens` and `supervised` count real tokens; `row_ids` name the records in messages.
+    `tokens` and `supervised` count real tokens; `row_ids` name the records in messages. `shared_prefix`
+    counts the first tokens that all rows have in common and none of which predicts a supervised one.
     """
 
     input_ids_BT: Tensor
@@ -33,6 +38,7 @@ class MicroBatch:
     supervised: int
     teacher: TeacherSignal | None = None
     row_ids: tuple[str, ...] = ()
+    shared_prefix: int = 0
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The micro-batch on a device."""
@@ -57,7 +63,17 @@ def make_micro_batch(
         supervised=sum(row.supervised_tokens for row in rows),
         teacher=teacher,
         row_ids=row_ids,
+        shared_prefix=_shared_prefix(rows),
     )
+
+
+def _shared_prefix(rows: list[Rendered]) -> int:
+    """How many first tokens all rows share, short of the first that predicts a supervised token."""
+    first, others = rows[0].ids, [row.ids for row in rows[1:]]
+    end = min(row.mask.index(1) if 1 in row.mask else len(row.mask) for row in rows) - 1
+    if not others:
+        return 0
+    return next((i for i in range(end) if any(ids[i] != first[i] for ids in others)), max(end, 0))
 
 
 class StudentWithLoss(nn.Module):
@@ -82,6 +98,11 @@ class StudentWithLoss(nn.Module):
         )
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether a prefix that all rows share (a system prompt, say) is run once for all of them."""
+        return can_share_prefix(self.model)
+
+    @property
     def device(self) -> torch.device:
         """Where the student's weights are."""
         device: torch.device = self.model.device
@@ -95,8 +116,16 @@ class StudentWithLoss(nn.Module):
         needed, because causal attention never looks at the padding on the right.
         """
         with torch.autocast(batch.input_ids_BT.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden_BTH = hidden_states(self.model, batch.input_ids_BT)
-            hidden_NH, targets_N = supervised_pairs(hidden_BTH, batch.input_ids_BT, batch.loss_mask_BT)
+            prefix = (
+                batch.shared_prefix if self.shares_prefixes and batch.shared_prefix >= _WORTH_SHARING else 0
+            )
+            if prefix:
+                hidden_BTH = hidden_states_after(self.model, batch.input_ids_BT, prefix)
+            else:
+                hidden_BTH = hidden_states(self.model, batch.input_ids_BT)
+            hidden_NH, targets_N = supervised_pairs(
+                hidden_BTH, batch.input_ids_BT[:, prefix:], batch.loss_mask_BT[:, prefix:]
+            )
             if batch.teacher is None:
                 quantities = response_loss(targets_N)
             else:

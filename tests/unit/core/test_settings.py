@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from potstill.core.settings import DataRef, InputPath, ModelRef, Settings, execution, meaning, references
 
@@ -16,13 +16,18 @@ class Inner(Settings):
 
 class Outer(Settings):
     data: DataRef
-    models: dict[str, ModelRef] = {}
+    models: dict[str, ModelRef] = Field({})
     inner: Inner | None = None
     lr: float = 1e-4
 
 
 def test_unknown_keys_and_wrong_types_are_refused() -> None:
-    for wrong in ({"data": "x", "rate": 1}, {"data": "x", "lr": "fast"}, {"data": "x", "lr": True}, {"data": 3}):
+    for wrong in (
+        {"data": "x", "rate": 1},
+        {"data": "x", "lr": "fast"},
+        {"data": "x", "lr": True},
+        {"data": 3},
+    ):
         with pytest.raises(ValidationError):
             Outer.model_validate(wrong)
 
@@ -32,8 +37,14 @@ def test_a_whole_number_serves_as_a_float() -> None:
 
 
 def test_references_are_found_wherever_they_stand() -> None:
-    settings = Outer.model_validate({"data": "traces:held_out", "models": {"a": "base"}, "inner": {"model": "teacher"}})
-    assert references(settings) == [(("data",), "traces:held_out"), (("models", "a"), "base"), (("inner", "model"), "teacher")]
+    settings = Outer.model_validate(
+        {"data": "traces:held_out", "models": {"a": "base"}, "inner": {"model": "teacher"}}
+    )
+    assert references(settings) == [
+        (("data",), "traces:held_out"),
+        (("models", "a"), "base"),
+        (("inner", "model"), "teacher"),
+    ]
 
 
 def test_a_reference_has_a_target_and_a_view_but_a_path_has_none() -> None:

@@ -1,4 +1,4 @@
-"""Artifacts are sealed by a manifest written last; what is unfinished or damaged is never taken for finished."""
+"""Artifacts are sealed by a manifest written last; what is unfinished or damaged is never taken as done."""
 
 import multiprocessing
 import os
@@ -43,7 +43,9 @@ def test_a_missing_or_cut_file_makes_the_artifact_unmade(tmp_path: Path) -> None
     assert artifact.damage() == "rows is missing"
 
 
-def test_preparing_again_keeps_what_an_interrupted_attempt_left_unless_told_to_discard(tmp_path: Path) -> None:
+def test_preparing_again_keeps_what_an_interrupted_attempt_left_unless_told_to_discard(
+    tmp_path: Path,
+) -> None:
     store = Store(tmp_path)
     artifact = _make(store, rows="whole")
     folder = store.prepare("generate", FINGERPRINT)
@@ -81,7 +83,9 @@ def test_a_second_maker_waits_and_hears_the_firsts_pid(tmp_path: Path) -> None:
 
     with Store(tmp_path).lock(FINGERPRINT, on_wait=on_wait):
         assert heard == [holder.pid]
-        assert (tmp_path / "locks" / f"{FINGERPRINT[:24]}.pid").read_text(encoding="utf-8") == str(os.getpid())
+        assert (tmp_path / "locks" / f"{FINGERPRINT[:24]}.pid").read_text(encoding="utf-8") == str(
+            os.getpid()
+        )
     holder.join(30)
     assert holder.exitcode == 0
 

@@ -16,7 +16,9 @@ def _read(tmp_path: Path, text: str) -> tuple[dict[str, object], dict[tuple[str,
 
 
 def test_every_key_knows_its_line(tmp_path: Path) -> None:
-    value, lines = _read(tmp_path, "name: x\nsteps:\n  a: {do: train,\n      lr: 1}\n  b:\n    list: [1,\n 2]\n")
+    value, lines = _read(
+        tmp_path, "name: x\nsteps:\n  a: {do: train,\n      lr: 1}\n  b:\n    list: [1,\n 2]\n"
+    )
     assert value == {"name": "x", "steps": {"a": {"do": "train", "lr": 1}, "b": {"list": [1, 2]}}}
     assert lines[("steps", "a", "lr")] == 4
     assert lines[("steps", "b", "list", "1")] == 7
@@ -29,7 +31,15 @@ def test_a_name_given_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-4", 1e-4), ("3.0e-4", 3e-4), ("3", 3), ("true", True), ("[a, 2]", ["a", 2]), ("1-2", "1-2"), ("", None)],
+    [
+        ("1e-4", 1e-4),
+        ("3.0e-4", 3e-4),
+        ("3", 3),
+        ("true", True),
+        ("[a, 2]", ["a", 2]),
+        ("1-2", "1-2"),
+        ("", None),
+    ],
 )
 def test_values_are_typed(text: str, value: object) -> None:
     assert parse_value(text) == value

@@ -175,6 +175,42 @@ def test_nf4_without_bitsandbytes_names_the_extra(tiny_model_folder, monkeypatch
     assert "potstill[bnb]" in str(caught.value.mend)
 
 
+@pytest.fixture
+def in_4_bits(tiny_model_folder):
+    """The tiny model in NF4, and a plain twin with the same values."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    settings = TransformersModel(path=str(tiny_model_folder), device="cpu", quantize="nf4")
+    quantized = load(settings, dtype=torch.float32, trainable=True).model
+    plain = load_folder(tiny_model_folder, dtype=torch.float32).model
+    layers = []
+    for name, module in quantized.named_modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            layers.append(name)
+            with torch.no_grad():
+                plain.get_submodule(name).weight.copy_(functional.dequantize_4bit(module.weight.data, state))
+    assert len(layers) == 14
+    return quantized, plain
+
+
+def gradient_at_the_input(model):
+    embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    model(inputs_embeds=embeddings, use_cache=False).logits.logsumexp(-1).sum().backward()
+    return embeddings.grad
+
+
+def test_gradients_pass_through_4_bit_layers_even_after_an_evaluation(in_4_bits):
+    quantized, plain = in_4_bits
+    assert not any(p.requires_grad for p in quantized.parameters())
+    with torch.no_grad():
+        expected = plain(IDS, use_cache=False).logits
+        torch.testing.assert_close(
+            quantized.eval()(IDS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4
+        )
+    found, expected = gradient_at_the_input(quantized.train()), gradient_at_the_input(plain.train())
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_cached_hub_model_loads_without_the_hub(tiny_model_folder, tmp_path, monkeypatch):
     import huggingface_hub
 

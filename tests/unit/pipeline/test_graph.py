@@ -24,7 +24,11 @@ def graph(*nodes: Node, models: tuple[str, ...] = ()) -> Graph:
 
 
 def test_steps_run_behind_what_they_need() -> None:
-    made = graph(node("exam", "evaluate", model="student"), node("student", "train", data="traces"), node("traces", "generate"))
+    made = graph(
+        node("exam", "evaluate", model="student"),
+        node("student", "train", data="traces"),
+        node("traces", "generate"),
+    )
     assert made.order == ["traces", "student", "exam"]
     assert made.ancestors("exam") == {"student", "traces"}
 
@@ -71,5 +75,7 @@ def test_steps_with_the_same_each_key_pair_up_and_others_get_all() -> None:
 def test_one_model_is_wanted_where_a_reference_means_several() -> None:
     with pytest.raises(RecipeError, match="means several models"):
         graph(
-            node("expert[a]", "train", {"k": "a"}), node("expert[b]", "train", {"k": "b"}), node("x", "train", model="expert")
+            node("expert[a]", "train", {"k": "a"}),
+            node("expert[b]", "train", {"k": "b"}),
+            node("x", "train", model="expert"),
         )

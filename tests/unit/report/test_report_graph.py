@@ -101,3 +101,9 @@ def test_a_long_name_is_shortened_and_whole_in_its_hint() -> None:
 
 def test_a_need_outside_of_the_run_is_passed_over(build_run: Callable[..., RunView]) -> None:
     assert _curves(draw_graph(_run(("a", ["elsewhere"])))) == []
+
+
+def test_a_short_name_with_markup_is_text() -> None:
+    svg = draw_graph(_run(("<i>a</i>", [])))
+    assert "<i>" not in svg
+    assert svg.count("&lt;i&gt;a&lt;/i&gt;") == 2

@@ -17,7 +17,7 @@ from potstill.teachers import OpenAIModel, Request, RequestError, check_teacher,
 from potstill.teachers.openai import OpenAITeacher
 from potstill.teachers.server_errors import retry_after_s
 
-from .servers import Reply, ScriptedServer, completion, error, running_server
+from ...servers import Reply, ScriptedServer, completion, error, running_server
 
 KEY = "sk-canary-4711"
 
