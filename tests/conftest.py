@@ -63,7 +63,7 @@ def _quiet_libraries() -> None:
     import torch
     import transformers
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # on tiny tensors threads only wait for each other
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

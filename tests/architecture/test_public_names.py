@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 import pytest
+import typer
 
 import potstill
 
@@ -23,12 +24,16 @@ def test_a_module_lists_its_public_names(name):
     assert len(set(listed)) == len(listed)
     missing = [public for public in listed if not hasattr(module, public)]
     assert not missing, f"{name}.__all__ names what is not there"
+    # A command's function is reached through its app.
+    apps = [value for value in vars(module).values() if isinstance(value, typer.Typer)]
+    commands = {command.callback for app in apps for command in app.registered_commands}
     defined = {
         public
         for public, value in vars(module).items()
         if not public.startswith("_")
         and (inspect.isfunction(value) or inspect.isclass(value))
         and value.__module__ == name
+        and value not in commands
     }
     assert not defined - set(listed), f"{name}.__all__ leaves out what {name} defines"
 

@@ -108,7 +108,7 @@ MISTAKES: dict[str, tuple[Mistake, list[str]]] = {
         _set(
             "models", "teacher", value={"engine": "solver", "function": "potstill.teachers.solvers:chain_sum"}
         ),
-        ["solver"],
+        ["gives no logits", "engine: transformers"],
     ),
 }
 

@@ -21,6 +21,7 @@ __all__ = [
     "MODEL_CARD_FILE",
     "SCRATCH_FOLDER",
     "Artifact",
+    "FileEntry",
     "Manifest",
     "Store",
     "default_store_root",

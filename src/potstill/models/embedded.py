@@ -201,6 +201,7 @@ def convert_gguf(path: Path) -> Path:
 
 def _convert(path: Path, target: Path) -> None:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer, GgufConfig
 
     # The bar that transformers draws over the tensors heeds none of its switches.
@@ -215,7 +216,10 @@ def _convert(path: Path, target: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None
-        model.save_pretrained(target)
+        try:
+            model.save_pretrained(target)
+        except SafetensorError as error:  # what a full disk becomes in there
+            raise OSError(str(error)) from error
         tokenizer.save_pretrained(target)
 
 

@@ -121,7 +121,11 @@ class _Planner:
     def step(self, name: str) -> None:
         node = self.graph.nodes[name]
         planned = PlannedStep(
-            name, node.kind, "to make", self.graph.needs[name], node.settings.model_dump(mode="json")
+            name,
+            node.kind,
+            "to make",
+            self.graph.needs[name],
+            node.settings.model_dump(mode="json", exclude_none=True),
         )
         self.steps[name] = planned
         inputs = Inputs(self.graph, node, self.made)

@@ -13,6 +13,7 @@ from potstill.data.batches import collate, micro_batches
 from potstill.data.chat import Rendered, Renderer, fit
 from potstill.data.sources import read
 from potstill.models import TransformersModel, find_source, identity, load
+from potstill.models.pretrained import quiet_transformers
 from potstill.student import InitSettings
 from potstill.student.depth import block_importance, bypass, decoder_blocks, drop_blocks
 
@@ -51,8 +52,9 @@ def initialise(settings: InitSettings, context: StepContext) -> StepResult:
         f"{len(kept)} of {count} blocks and {parameters:,} of {parameters_before:,} parameters kept; "
         f"left out: {', '.join(map(str, dropped)) or 'none'}"
     )
-    model.save_pretrained(context.folder)
-    loaded.tokenizer.save_pretrained(context.folder)
+    with quiet_transformers():
+        model.save_pretrained(context.folder)
+        loaded.tokenizer.save_pretrained(context.folder)
     del model, loaded
     _check_saved(model_settings.model_copy(update={"path": str(context.folder)}), probe_BT, expected_BTV)
     return StepResult(

@@ -20,6 +20,7 @@ from potstill.models import (
     load,
     supports_bf16,
 )
+from potstill.models.pretrained import quiet_transformers
 from potstill.train import checkpoints, cpu
 from potstill.train.lora import add_adapter, save_adapter
 from potstill.train.rows import SignalSource, TrainingData, logit_artifacts, read_caches, read_traces
@@ -63,12 +64,17 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
     watcher.train(trainer, checkpoint)
     _save(loaded, context)
     history = [point for point in map(history_point, trainer.state.log_history) if point]
-    extra: dict[str, Any] = {"precision": "bf16 autocast over fp32 weights" if student.bf16 else "fp32"}
+    untouched = trainer.untouched()
+    if untouched:
+        context.say(
+            f"{len(untouched):,} trained tensors never received a gradient: {', '.join(untouched[:4])} ..."
+        )
+    extra: dict[str, Any] = {"precision": _precision(student)}
     if hasattr(loaded.model, "peft_config"):
         extra |= _base_of(model_settings)
     return StepResult(
         counts={**counts, "steps": trainer.state.global_step},
-        metrics={**_final_figures(history), "untouched": trainer.untouched(), "history": history},
+        metrics={**_final_figures(history), "untouched": untouched, "history": history},
         extra=extra,
         tokenizer=renderer.tokenizer_hash,
         model_identity=identity(TransformersModel(path=str(context.folder))),
@@ -172,6 +178,16 @@ def _say_what_is_trained(
     }
 
 
+def _precision(student: StudentWithLoss) -> dict[str, str]:
+    """The types of trained and of frozen weights, and the type that autocast multiplies in."""
+    found = {}
+    for kind, trained in (("trained", True), ("frozen", False)):
+        types = {str(one.dtype) for one in student.parameters() if one.requires_grad is trained}
+        if types:
+            found[kind] = ", ".join(sorted(types)).replace("torch.", "")
+    return {**found, "autocast": "bfloat16"} if student.bf16 else found
+
+
 def _arguments(settings: TrainSettings, context: StepContext, device: torch.device) -> DistillationArguments:
     known = {one.name for one in dataclasses.fields(TrainingArguments) if one.init}
     for name in settings.trainer:
@@ -232,7 +248,7 @@ def _set_generation_config(loaded: LoadedModel, renderer: Renderer) -> None:
 
 def _save(loaded: LoadedModel, context: StepContext) -> None:
     """Write model and tokenizer so that plain transformers loads them."""
-    with checkpoints.writing(context.folder):
+    with checkpoints.writing(context.folder), quiet_transformers():
         if hasattr(loaded.model, "peft_config"):
             save_adapter(loaded.model, context.folder)
         else:

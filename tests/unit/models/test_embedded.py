@@ -228,6 +228,20 @@ def test_a_conversion_that_fails_leaves_nothing(gguf_file, store_root):
     assert left_over(store_root) == []
 
 
+def test_a_disk_that_is_full_says_so(gguf_file, store_root, monkeypatch):
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def fail(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(ModelError, match="No space left on device") as caught:
+        convert_gguf(gguf_file)
+    assert "free some space" in str(caught.value.mend)
+    assert list((store_root / "models").glob("*-hf")) == []
+
+
 def test_a_file_that_is_no_gguf_says_so(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"PK\x03\x04")
     with pytest.raises(ModelError, match="is not a GGUF file"):

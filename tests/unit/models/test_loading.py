@@ -176,19 +176,20 @@ def test_nf4_without_bitsandbytes_names_the_extra(tiny_model_folder, monkeypatch
 
 
 @pytest.fixture
-def in_4_bits(tiny_model_folder):
-    """The tiny model in NF4, and a plain twin with the same values."""
+def in_4_bits(build_tiny_model, tiny_tokenizer, tmp_path):
+    """A model in NF4, as wide as one block of 64 weights, and a plain twin with the same values."""
     functional = pytest.importorskip("bitsandbytes.functional")
-    settings = TransformersModel(path=str(tiny_model_folder), device="cpu", quantize="nf4")
+    build_tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "wide")
+    tiny_tokenizer.save_pretrained(tmp_path / "wide")
+    settings = TransformersModel(path=str(tmp_path / "wide"), device="cpu", quantize="nf4")
     quantized = load(settings, dtype=torch.float32, trainable=True).model
-    plain = load_folder(tiny_model_folder, dtype=torch.float32).model
-    layers = []
+    plain = load_folder(tmp_path / "wide", dtype=torch.float32).model
+    layers = 0
     for name, module in quantized.named_modules():
         if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
-            layers.append(name)
-            with torch.no_grad():
-                plain.get_submodule(name).weight.copy_(functional.dequantize_4bit(module.weight.data, state))
-    assert len(layers) == 14
+            layers += 1
+            plain.get_submodule(name).weight.copy_(functional.dequantize_4bit(module.weight.data, state))
+    assert layers == 14
     return quantized, plain
 
 

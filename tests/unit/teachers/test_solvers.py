@@ -14,14 +14,14 @@ def problem(question: str, **meta: str) -> Record:
     return Record("p", [{"role": "user", "content": question}], meta=dict(meta))
 
 
-def test_every_term_is_a_line_and_the_result_comes_last() -> None:
-    trace = chain_sum(problem("?", expression="4 - 1 - 7"))
-    assert trace == "<think>\n4 - 1 = 3\n3 - 7 = -4\n</think>\n-4"
+def test_every_place_of_a_term_is_a_line_and_the_result_comes_last() -> None:
+    trace = chain_sum(problem("?", expression="4 - 17 + 207 - 0"))
+    assert trace == "<think>\n4-10=-6\n-6-7=-13\n-13+200=187\n187+7=194\n194-0=194\n</think>\n194"
 
 
 def test_the_prompt_is_read_where_no_expression_is_given() -> None:
     question = "State the final answer to the following arithmetic problem: 12 + 7 - 30 ="
-    assert split_reasoning(chain_sum(problem(question))) == ("12 + 7 = 19\n19 - 30 = -11", "-11")
+    assert split_reasoning(chain_sum(problem(question))) == ("12+7=19\n19-30=-11", "-11")
 
 
 @pytest.mark.parametrize("negation", [False, True])
@@ -34,7 +34,7 @@ def test_it_agrees_with_the_data_set(terms: int, digits: int, negation: bool) ->
         for meta in (row["meta"], {}):
             record = Record("p", messages, reference=row["answer"], task="reasoning_gym:chain_sum", meta=meta)
             trace = chain_sum(record)
-            assert trace.count(" = ") == terms - 1
+            assert terms - 1 <= trace.count("=") <= digits * (terms - 1)
             assert split_reasoning(trace)[1] == row["answer"]
             assert verify(record, trace) == {"well_formed": True, "correct": True}
 

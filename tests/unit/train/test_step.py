@@ -15,6 +15,7 @@ from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact
 from potstill.models import TransformersModel, load
 from potstill.train import TrainSettings, run
+from potstill.train.student import StudentWithLoss
 
 
 def settings(**fields: Any) -> TrainSettings:
@@ -240,6 +241,7 @@ def test_an_adapter_is_saved_with_its_base_and_trained_on_without_lora(
 ) -> None:
     result, folder, _ = train("first", epochs=1, lora={"rank": 4, "dropout": 0.1})
     assert 0 < result.counts["trained_parameters"] < 0.3 * result.counts["parameters"]
+    assert result.extra["precision"]["trained"] == "float32"
     assert result.extra["base"] == {"engine": "transformers", "path": base.path, "trust_remote_code": False}
     assert not (folder / "model.safetensors").exists()
     seal(folder, "train", result)
@@ -308,6 +310,32 @@ def test_a_training_argument_reaches_the_trainer(train: Training) -> None:
     assert weights(adam) != weights(sgd)
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_activation_checkpointing_changes_nothing_but_memory(
+    train: Training, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls = {"kept": 0, "recomputed": 0}
+    losses = {}
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(
+        StudentWithLoss, "shares_prefixes", False
+    )  # it is off where activations are recomputed
+    for name in calls:
+
+        def counted(module: Any, hidden: Any, name: str = name) -> Any:
+            calls[name] += 1
+            return plain(module, hidden)
+
+        monkeypatch.setattr(LlamaMLP, "forward", counted)
+        extra = {"activation_checkpointing": name == "recomputed"}
+        result, _, _ = train(name, max_steps=3, lora=lora, trainer=extra)
+        losses[name] = [point["loss"] for point in result.metrics["history"] if "loss" in point]
+    assert calls["recomputed"] == calls["kept"] + 3 * 2  # once more in each step's backward, in both blocks
+    assert losses["recomputed"] == losses["kept"]
+
+
 # --- interruption
 
 
@@ -371,5 +399,5 @@ def test_a_full_disk_stops_with_what_to_do(train: Training, monkeypatch: pytest.
 def test_it_trains_on_a_gpu(train: Training) -> None:
     result, folder, _ = train(epochs=3, device="cuda")
     assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"]
-    assert result.extra["precision"] == "bf16 autocast over fp32 weights"
+    assert result.extra["precision"] == {"trained": "float32", "autocast": "bfloat16"}
     assert weights(folder)

@@ -1,0 +1,149 @@
+"""Commands do what their help says, for people and for machines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..servers import running_server
+from .conftest import Command, write_recipe
+
+Recipe = dict[str, Any]
+
+
+def without_exam(recipe: Recipe) -> Recipe:
+    steps = {name: step for name, step in recipe["steps"].items() if name != "exam"}
+    return {**recipe, "steps": steps}
+
+
+def test_a_plan_tells_what_will_be_made_and_makes_nothing(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", small)
+    outcome = potstill("plan", recipe, "--store", tmp_path / "store", "--json")
+    assert outcome.code == 0, outcome.err
+    plan = json.loads(outcome.out)
+    steps = {step["name"]: step for step in plan["steps"]}
+    assert plan["runs"] is True
+    assert [step["status"] for step in plan["steps"]] == ["to make"] * 5
+    assert steps["traces"]["rows"] == 24
+    assert steps["traces"]["tokens"] == 24 * 12
+    assert steps["student"]["tokens"] == 2 * 24 * 12
+    assert steps["student"]["memory_gb"] > 0
+    assert not (tmp_path / "store" / "artifacts").exists()
+
+
+def test_a_plan_knows_what_a_run_has_made_and_what_a_change_makes_again(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", without_exam(small))
+    assert potstill("run", recipe, "--store", tmp_path / "store").code == 0
+
+    def statuses(*overrides: str) -> list[str]:
+        outcome = potstill("plan", recipe, *overrides, "--store", tmp_path / "store", "--json")
+        return [step["status"] for step in json.loads(outcome.out)["steps"]]
+
+    assert statuses() == ["made"] * 4
+    assert statuses("student.lr=0.5") == ["made", "made", "made", "to make"]
+    assert statuses("student.max_tokens=64") == ["made"] * 4
+
+
+def test_a_plan_that_cannot_run_says_why_and_exits_1(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    api = {
+        "engine": "openai",
+        "base_url": "http://127.0.0.1:9/v1",
+        "model": "m",
+        "api_key_env": "NO_SUCH_KEY",
+    }
+    small["models"]["api"] = api
+    small["steps"]["traces"]["model"] = "api"
+    small["steps"]["exam"]["tasks"]["sums"]["task"] = "chain_sums"
+    outcome = potstill("plan", write_recipe(tmp_path / "recipe.yaml", small), "--store", tmp_path / "store")
+    assert outcome.code == 1
+    assert "NO_SUCH_KEY" in outcome.out
+    assert "chain_sums" in outcome.out
+    assert "cannot run" in outcome.out
+
+
+def test_a_plan_asks_an_api_for_no_answer(potstill: Command, small: Recipe, tmp_path: Path) -> None:
+    with running_server() as server:
+        small["models"]["api"] = {"engine": "openai", "base_url": server.base_url, "model": "m"}
+        small["steps"] = {"traces": {**small["steps"]["traces"], "model": "api"}}
+        outcome = potstill(
+            "plan", write_recipe(tmp_path / "recipe.yaml", small), "--store", tmp_path / "store"
+        )
+        assert outcome.code == 0, outcome.out
+        assert all(list(request) == ["messages"] for request in server.requests), "only the list of models"
+
+
+def test_force_makes_a_step_again_and_only_makes_one(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    recipe, store = write_recipe(tmp_path / "recipe.yaml", without_exam(small)), tmp_path / "store"
+    early = potstill("run", recipe, "--store", store, "--only", "logits")
+    assert early.code == 1
+    assert "'logits' needs 'traces'" in early.err
+    assert potstill("run", recipe, "--store", store, "--only", "traces").code == 0
+    assert potstill("run", recipe, "--store", store, "--only", "logits").code == 0
+    assert not list((store / "artifacts").glob("train-*"))
+    forced = potstill("run", recipe, "--store", store, "--only", "logits", "--force", "logits")
+    assert "traces: generate already made" in forced.err
+    assert "logits: done in" in forced.err
+
+
+def test_a_sweep_runs_once_a_value_and_compares(potstill: Command, small: Recipe, tmp_path: Path) -> None:
+    recipe, store = write_recipe(tmp_path / "recipe.yaml", small), tmp_path / "store"
+    outcome = potstill(
+        "run", recipe, "--store", store, "--sweep", "student.lr=1e-3,1e-2", "--output", "swept"
+    )
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("traces: done in") == 1
+    assert outcome.err.count("student: done in") == 2
+    assert "lr=0.001" in outcome.out
+    assert "lr=0.01" in outcome.out
+    assert (tmp_path / "swept" / "report.html").is_file()
+    assert (tmp_path / "swept" / "lr=0.01" / "student").is_dir()
+    again = potstill("report", "swept/lr=0.001", "swept/lr=0.01", "--output", "both.html")
+    assert again.code == 0, again.err
+    assert "<script" not in (tmp_path / "both.html").read_text(encoding="utf-8")
+
+
+def test_machines_read_json_and_quiet_says_nothing(potstill: Command, small: Recipe, tmp_path: Path) -> None:
+    small["steps"] = {"traces": small["steps"]["traces"]}
+    recipe, store = write_recipe(tmp_path / "recipe.yaml", small), tmp_path / "store"
+    spoken = potstill("run", recipe, "--store", store, "--json")
+    lines = [json.loads(line) for line in spoken.out.splitlines()]
+    assert [line.get("event") for line in lines][:2] == ["run_started", "step_started"]
+    assert lines[-1]["report"] == "runs/small/report.html"
+    quiet = potstill("run", recipe, "--store", store, "--quiet")
+    assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+
+
+def test_a_step_command_is_a_recipe_of_one_step(
+    potstill: Command, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    rows = [json.dumps({"prompt": f"{n} + 1 =", "response": f"{n + 1}"}) for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    arguments = [f"student={tiny_model_folder}", "data=./rows.jsonl", "batch=4", "lora.rank=2"]
+    outcome = potstill("train", *arguments, "--store", tmp_path / "store")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "runs" / "train" / "train" / "adapter_config.json").is_file()
+    again = potstill("run", "runs/train/recipe.yaml", "--store", tmp_path / "store")
+    assert "train: train already made" in again.err
+
+
+def test_shipped_recipes_are_listed_shown_and_copied(potstill: Command, tmp_path: Path) -> None:
+    assert "quickstart" in potstill("recipes", "list").out
+    shown = potstill("recipes", "show", "quickstart").out
+    assert potstill("recipes", "copy", "quickstart", "mine.yaml").code == 0
+    assert (tmp_path / "mine.yaml").read_text(encoding="utf-8") == shown
+    assert "name another target" in potstill("recipes", "copy", "quickstart", "mine.yaml").err
+    assert "did you mean 'quickstart'" in potstill("recipes", "show", "quikstart").err
+
+
+def test_the_machine_the_models_and_the_schema_are_told(potstill: Command) -> None:
+    assert {"name", "ok", "finding", "hint"} == json.loads(potstill("doctor", "--json").out)[0].keys()
+    models = json.loads(potstill("models", "list", "--json").out)
+    assert models == [{**models[0], "name": "smollm2-135m-instruct", "fetched": False}]
+    assert json.loads(potstill("schema").out)["title"] == "potstill recipe"
