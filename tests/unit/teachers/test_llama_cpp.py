@@ -24,7 +24,7 @@ from potstill.teachers import (
 )
 from potstill.teachers.llama_cpp import LlamaCppTeacher, _aligned
 
-from ..models.test_embedded import to_gguf  # noqa: TID252 - the one writer of GGUF files in the tests
+from ..models.test_embedded import to_gguf
 
 CONTEXT_TOKENS = 256  # llama.cpp makes no smaller one
 QUESTIONS = [f"What is {number} + {number}?" for number in range(6)]
