@@ -13,10 +13,11 @@ _STEP = re.compile(r" ([+-]) (-?\d+)")
 
 
 def chain_sum(record: Record) -> str:
-    """Add and subtract from left to right, one decimal place a line in a think block, then the result.
+    """Add up what is added and what is taken away, then subtract, one decimal place a line; then the result.
 
-    `4 - 17` becomes `4-10=-6`, `-6-7=-13` and -13: a place at a time, no line carries more than once. The sum
-    is the problem's own expression, else the first one in the prompt. DataError when there is none.
+    `4 - 17 + 20` becomes `4+20=24`, `24-10=14`, `14-7=7` and 7. Every subtraction takes less from more, so no
+    line holds a negative number but the one that turns a result below zero round: `4-17=-(17-4)`. The sum is
+    the problem's own expression, else the first one in the prompt. DataError when there is none.
     """
     prompt = record.messages[-1]["content"] if record.messages else ""
     found = _SUM.search(str(record.meta.get("expression") or prompt))
@@ -27,14 +28,26 @@ def chain_sum(record: Record) -> str:
             expected="whole numbers joined by + and -, such as 4 - 1 + 7 =",
         )
     first, _, _ = found[0].partition(" ")
-    total, lines = int(first), []
-    for sign, term in _STEP.findall(found[0]):
-        sign = sign if int(term) >= 0 else {"+": "-", "-": "+"}[sign]
-        for part in _places(abs(int(term))):
-            result = total + part if sign == "+" else total - part
-            lines.append(f"{total}{sign}{part}={result}")
-            total = result
-    return "\n".join([THINK_OPEN, *lines, THINK_CLOSE, str(total)])
+    terms = [int(first), *(int(term) * (1 if sign == "+" else -1) for sign, term in _STEP.findall(found[0]))]
+    lines: list[str] = []
+    added = _fold([term for term in terms if term >= 0], "+", lines)
+    taken = _fold([-term for term in terms if term < 0], "+", lines)
+    if taken <= added:
+        result = _fold([added, taken], "-", lines) if taken else added
+    else:
+        lines.append(f"{added}-{taken}=-({taken}-{added})")
+        result = -_fold([taken, added], "-", lines)
+    return "\n".join([THINK_OPEN, *lines, THINK_CLOSE, str(result)])
+
+
+def _fold(numbers: list[int], sign: str, lines: list[str]) -> int:
+    """The first number with all others added or taken away, a line for each of their decimal places."""
+    total, *others = numbers or [0]
+    for part in (part for number in others for part in _places(number)):
+        result = total + part if sign == "+" else total - part
+        lines.append(f"{total}{sign}{part}={result}")
+        total = result
+    return total
 
 
 def _places(number: int) -> list[int]:

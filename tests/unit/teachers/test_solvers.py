@@ -1,5 +1,7 @@
 """The chain_sum solver works each problem out aloud and arrives at the data set's own answer."""
 
+import re
+
 import pytest
 
 from potstill.core.errors import DataError
@@ -10,18 +12,45 @@ from potstill.teachers.solvers import chain_sum
 from potstill.verifiers import verify
 
 
+def holds(line: str) -> bool:
+    """Whether both sides of an equation such as 12-7=5 or 4-17=-(17-4) are worth the same."""
+
+    def worth(side: str) -> int:
+        if side.startswith("-("):
+            return -worth(side[2:-1])
+        numbers = [int(number) for number in re.findall(r"^-?\d+|[+-]\d+", side)]
+        return sum(numbers)
+
+    left, _, right = line.partition("=")
+    return worth(left) == worth(right)
+
+
 def problem(question: str, **meta: str) -> Record:
     return Record("p", [{"role": "user", "content": question}], meta=dict(meta))
 
 
-def test_every_place_of_a_term_is_a_line_and_the_result_comes_last() -> None:
-    trace = chain_sum(problem("?", expression="4 - 17 + 207 - 0"))
-    assert trace == "<think>\n4-10=-6\n-6-7=-13\n-13+200=187\n187+7=194\n194-0=194\n</think>\n194"
+@pytest.mark.parametrize(
+    ("expression", "lines", "result"),
+    [
+        ("4 + 17 + 207 + 0", ["4+10=14", "14+7=21", "21+200=221", "221+7=228", "228+0=228"], "228"),
+        ("65 - 33 + 61", ["65+60=125", "125+1=126", "126-30=96", "96-3=93"], "93"),
+        ("4 - 17 - 20", ["17+20=37", "4-37=-(37-4)", "37-4=33"], "-33"),
+        ("9 - 4 - 5", ["4+5=9", "9-9=0"], "0"),
+        ("3 - -4", ["3+4=7"], "7"),
+        ("-3 - 4", ["3+4=7", "0-7=-(7-0)", "7-0=7"], "-7"),
+    ],
+)
+def test_what_is_added_and_what_is_taken_away_are_summed_apart_place_by_place(
+    expression: str, lines: list[str], result: str
+) -> None:
+    trace = chain_sum(problem("?", expression=expression))
+    assert trace == "\n".join(["<think>", *lines, "</think>", result])
 
 
 def test_the_prompt_is_read_where_no_expression_is_given() -> None:
     question = "State the final answer to the following arithmetic problem: 12 + 7 - 30 ="
-    assert split_reasoning(chain_sum(problem(question))) == ("12+7=19\n19-30=-11", "-11")
+    reasoning = "12+7=19\n19-30=-(30-19)\n30-10=20\n20-9=11"
+    assert split_reasoning(chain_sum(problem(question))) == (reasoning, "-11")
 
 
 @pytest.mark.parametrize("negation", [False, True])
@@ -34,8 +63,9 @@ def test_it_agrees_with_the_data_set(terms: int, digits: int, negation: bool) ->
         for meta in (row["meta"], {}):
             record = Record("p", messages, reference=row["answer"], task="reasoning_gym:chain_sum", meta=meta)
             trace = chain_sum(record)
-            assert terms - 1 <= trace.count("=") <= digits * (terms - 1)
-            assert split_reasoning(trace)[1] == row["answer"]
+            reasoning, answer = split_reasoning(trace)
+            assert all(holds(line) for line in (reasoning or "").splitlines())
+            assert answer == row["answer"]
             assert verify(record, trace) == {"well_formed": True, "correct": True}
 
 
