@@ -4,9 +4,12 @@ from importlib import import_module, metadata
 from typing import Any
 
 # Where each public name lives; imported when it is first asked for, so that `import potstill` stays cheap.
-_HOMES: dict[str, str] = {}
+_HOMES: dict[str, str] = {
+    "DistillationArguments": "potstill.train.trainer",
+    "DistillationTrainer": "potstill.train.trainer",
+}
 
-__all__ = ["__version__"]
+__all__ = ["DistillationArguments", "DistillationTrainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

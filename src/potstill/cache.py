@@ -3,121 +3,383 @@
 Shapes: B rows, T positions, N supervised tokens, H hidden size, V vocabulary.
 """
 
+import asyncio
+import json
+import time
 from array import array
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from potstill.core.errors import DataError, ModelError
 from potstill.core.settings import ModelRef, Settings, execution
 from potstill.core.step import StepContext, StepResult
+from potstill.core.store import Artifact, Store, write_atomically
 from potstill.data.batches import collate, micro_batches
 from potstill.data.chat import Rendered, Renderer
 from potstill.data.sources import Data, read
-from potstill.models import LoadedModel, TransformersModel, hidden_states, load, output_head
+from potstill.models import (
+    LoadedModel,
+    TransformersModel,
+    hidden_states,
+    load,
+    load_tokenizer,
+    output_head,
+    vocabulary_size,
+)
+from potstill.teachers import OpenAIModel, OpenAITeacher, RequestError, server_context_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
-    from potstill.logits.codecs import TopK
+    from potstill.logits.codecs import Codec, TopK
     from potstill.logits.shards import CachedRow
 
-__all__ = ["CacheSettings", "run"]
+__all__ = ["CacheSettings", "import_artifact", "run"]
+
+# Past this many tokens a CPU's matrix products get no faster; a GPU's need more of them.
+_MOST_CPU_TOKENS, _MOST_GPU_TOKENS, _LEAST_BATCH_TOKENS = 4096, 65_536, 256
+# One refused request drops the other answers of its batch.
+_SERVER_TOKENS = 16_384
 
 
 class CacheSettings(Settings):
-    """Keep a teacher's top-k log-probabilities for every supervised token of traces or plain text."""
+    """Keep what a teacher gives to every supervised token of traces or plain text.
+
+    Codec `topk` keeps the likeliest ids with their log-probabilities, `sampled` ids drawn from the teacher's
+    distribution at one temperature: about a seventh of the bytes, and unbiased gradients.
+    """
 
     kind: ClassVar[str] = "cache"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
 
     do: Literal["cache"]
     model: ModelRef
     data: Data
-    top_k: int = Field(64, ge=1, description="ids kept a token")
+    codec: Literal["topk", "sampled"] = Field(
+        "topk", description="keep the likeliest ids, or draw ids at random (RS-KD)"
+    )
+    top_k: int = Field(64, ge=1, description="ids kept a token by codec topk")
+    draws: int = Field(50, ge=1, le=65535, description="ids drawn a token by codec sampled, with replacement")
     temperatures: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        [1.0], description="temperatures that training may ask for; 1 is always among them"
+        [1.0],
+        description="temperatures that training may ask for; of topk 1 is always among them, of sampled it "
+        "is the one temperature of the draws",
     )
     max_length: int | None = Field(
-        None, ge=2, description="longer rows are left out; by default the model's context"
+        None,
+        ge=2,
+        description="longer conversations are left out, longer texts cut into windows; by default the "
+        "model's context",
     )
 
-    batch_tokens: int = execution(4096, ge=1, description="padded tokens a forward pass")
+    batch_tokens: int | None = execution(
+        None, ge=1, description="padded tokens a forward pass; by default found from the memory that is free"
+    )
 
     @field_validator("temperatures")
     @classmethod
-    def _with_one(cls, temperatures: list[float]) -> list[float]:
-        return sorted({1.0, *temperatures})
+    def _check_temperatures(cls, temperatures: list[float], info: ValidationInfo) -> list[float]:
+        if info.data.get("codec") != "sampled":
+            return sorted({1.0, *temperatures})
+        if len(set(temperatures)) != 1:
+            raise ValueError(
+                "codec sampled draws at one temperature, the only one that training may then ask for; "
+                "name one, or take codec topk"
+            )
+        return temperatures[:1]
+
+    @model_validator(mode="after")
+    def _check_codec(self) -> Self:
+        fields = type(self).model_fields
+        for codec, name in (("topk", "top_k"), ("sampled", "draws")):
+            if self.codec != codec and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} belongs to codec {codec}, and codec is {self.codec}")
+        return self
 
 
 def run(settings: CacheSettings, context: StepContext) -> StepResult:
     """Score every row with the teacher and seal what is kept; resumes after the last sealed shard.
 
-    Raises DataError, by row number, for a row with nothing to learn or with another tokenizer's ids, and
-    ModelError for a model whose logits are out of reach.
+    Raises DataError, by row number or record, for a row with nothing to learn, with another tokenizer's ids
+    or with a token that the teacher gives no distribution for, and ModelError for a model whose logits are
+    out of reach.
     """
-    from potstill.logits.codecs import TopK
     from potstill.logits.shards import LogitCache, ShardWriter, write_index
 
-    model = context.model(settings.model)
-    if not isinstance(model, TransformersModel):
-        raise ModelError(
-            f"{settings.model!r} gives no logits over the whole vocabulary",
-            expected="a model that transformers runs here (engine: transformers)",
-            mend="declare the teacher's weights once more with engine: transformers, and name that here",
+    with _open_scorer(settings, context) as scorer:
+        rows, too_long = _rows(settings, context, scorer)
+        codec = _codec(settings, context, scorer.vocabulary_size)
+        writer = ShardWriter(
+            context.folder, codec, tokenizer=scorer.renderer.tokenizer_hash, model=scorer.identity
         )
-    teacher = load(model)
-    renderer = Renderer(teacher.tokenizer)
-    rows, too_long = _rows(settings, context, renderer, _context_tokens(teacher))
-    codec = TopK(settings.top_k, teacher.vocabulary_size, tuple(settings.temperatures))
-    writer = ShardWriter(context.folder, codec, tokenizer=renderer.tokenizer_hash, model=teacher.identity)
-
-    first = {row.key: number for number, row in reversed(list(enumerate(rows)))}
-    lengths = [len(row.token_ids) for row in rows]
-    # Batches are made of all rows, captured or not, so that an interruption changes none of their numbers.
-    plan = micro_batches(lengths, sorted(first.values()), settings.batch_tokens)
-    with context.progress("scoring", sum(lengths[number] for number in first.values()), "tokens") as progress:
-        for batch in ([rows[number] for number in numbers] for numbers in plan):
-            context.check_stop()
-            missing = [row.key not in writer for row in batch]
-            if any(missing):
-                for row, is_missing, kept in zip(batch, missing, _score(teacher, codec, batch), strict=True):
-                    if is_missing:
-                        writer.append(row, kept)
-            progress.advance(sum(len(row.token_ids) for row in batch))
+        first = {row.key: number for number, row in reversed(list(enumerate(rows)))}
+        lengths = [len(row.token_ids) for row in rows]
+        size = _BatchSize(context, settings.batch_tokens or scorer.batch_tokens())
+        # Batches are made of all rows, captured or not, so that an interruption changes no numbers.
+        plan = micro_batches(lengths, sorted(first.values()), size.tokens)
+        total = sum(lengths[number] for number in first.values())
+        with context.progress("scoring", total, "tokens") as progress:
+            for batch in ([rows[number] for number in numbers] for numbers in plan):
+                context.check_stop()
+                missing = [row.key not in writer for row in batch]
+                if any(missing):
+                    scored = size.score(scorer, codec, batch)
+                    for row, is_missing, kept in zip(batch, missing, scored, strict=True):
+                        if is_missing:
+                            writer.append(row, kept)
+                progress.advance(sum(len(row.token_ids) for row in batch))
     writer.seal()
     write_index(context.folder, rows)
     cache = LogitCache.open(context.folder)
-    counts = {
-        "rows": len(rows),
-        "distinct_rows": len(first),
-        "too_long": too_long,
-        "tokens": sum(lengths),
-        "supervised_tokens": sum(sum(row.mask) for row in rows),
-    }
     return StepResult(
-        counts=counts,
+        counts={**cache.counts(), "distinct_rows": len(first), "too_long": too_long},
         metrics=cache.figures(),
         extra=cache.description,
         tokenizer=cache.tokenizer,
         model_identity=cache.model,
-        tokens=sum(lengths[number] for number in first.values()),
+        tokens=total,
     )
 
 
-def _context_tokens(teacher: LoadedModel) -> int | None:
-    return getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+class _Scorer(Protocol):
+    """A teacher that scores rows."""
+
+    renderer: Renderer
+    vocabulary_size: int
+    identity: str
+    context_tokens: int | None
+
+    def batch_tokens(self) -> int:
+        """Padded tokens that a batch should have on this machine."""
+
+    def score(self, codec: "Codec", batch: "list[CachedRow]") -> "Iterable[dict[str, Tensor]]":
+        """What the codec keeps of each row's supervised tokens."""
 
 
-def _rows(
-    settings: CacheSettings, context: StepContext, renderer: Renderer, context_tokens: int | None
-) -> "tuple[list[CachedRow], int]":
-    """Every row that fits, in order and in four bytes a token, and how many do not."""
+@contextmanager
+def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Scorer]":
+    model = context.model(settings.model)
+    if isinstance(model, TransformersModel):
+        yield _LocalScorer(load(model))
+    elif isinstance(model, OpenAIModel) and model.tokenizer is not None:
+        if settings.codec != "topk" or settings.temperatures != [1.0]:
+            raise ModelError(
+                f"{settings.model!r} is a server, which gives its likeliest ids at temperature 1",
+                expected="codec: topk with temperatures: [1.0]",
+                mend="let transformers run the teacher here for other temperatures or codec: sampled",
+            )
+        context.say(
+            "a server's log-probabilities depend on the order of requests while it caches prefixes: "
+            "serve by vLLM with --no-enable-prefix-caching"
+        )
+        with closing(_ServerScorer(model)) as scorer:
+            if scorer.context_tokens is None and settings.max_length is None:
+                raise ModelError(
+                    f"the server of {settings.model!r} does not say how long a prompt may be",
+                    where=model.base_url,
+                    expected="`max_model_len` in its list of models, as vLLM gives it, or `max_length`",
+                    mend="set the cache step's `max_length` to one token less than the server's context",
+                )
+            yield scorer
+    else:
+        raise ModelError(
+            f"{settings.model!r} gives no logits over the whole vocabulary",
+            expected="a model that transformers runs here, or a vLLM server with a `tokenizer`",
+            mend="declare the teacher's weights once more with engine: transformers, and name that here",
+        )
+
+
+class _LocalScorer:
+    """A model in memory."""
+
+    def __init__(self, teacher: LoadedModel) -> None:
+        self._teacher = teacher
+        self.renderer = Renderer(teacher.tokenizer)
+        self.vocabulary_size, self.identity = teacher.vocabulary_size, teacher.identity
+        config = teacher.model.config.get_text_config()
+        self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
+
+    def batch_tokens(self) -> int:
+        """As many as a quarter of the free memory holds the widest layers' activations of, within bounds."""
+        import psutil
+        import torch
+
+        model = self._teacher.model
+        config, on_gpu = model.config.get_text_config(), model.device.type == "cuda"
+        width = 16 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+        free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+        fits = int(free / 4 / (width * model.dtype.itemsize))
+        return max(_LEAST_BATCH_TOKENS, min(fits, _MOST_GPU_TOKENS if on_gpu else _MOST_CPU_TOKENS))
+
+    def score(self, codec: "Codec", batch: "list[CachedRow]") -> "Iterable[dict[str, Tensor]]":
+        """From the chunked head: no more than one chunk of logits exists at a time."""
+        import torch
+
+        from potstill.losses.head import per_token, supervised_pairs
+
+        teacher = self._teacher
+        rendered = [Rendered(list(row.token_ids), list(row.mask)) for row in batch]
+        tensors = collate(rendered, pad_id=0)
+        ids_BT, attention_BT, loss_mask_BT = (
+            tensors[name].to(teacher.model.device) for name in ("input_ids", "attention_mask", "loss_mask")
+        )
+        with torch.no_grad():
+            hidden_BTH = hidden_states(teacher.model, ids_BT, attention_BT)
+        hidden_NH, _ = supervised_pairs(hidden_BTH, ids_BT, loss_mask_BT)
+        head = output_head(teacher.model, teacher.vocabulary_size)
+        counts = [row.supervised_tokens for row in rendered]
+        kept = per_token(hidden_NH, head, codec.encoder([row.key for row in batch], counts))
+        split = {name: torch.split(values, counts) for name, values in kept.items()}
+        return [{name: parts[number] for name, parts in split.items()} for number in range(len(batch))]
+
+
+class _ServerScorer:
+    """A server that gives the log-probabilities of a prompt's tokens, asked by token ids."""
+
+    def __init__(self, model: OpenAIModel) -> None:
+        assert model.tokenizer is not None
+        served = server_context_tokens(model)
+        # One token is always generated.
+        self.context_tokens = None if served is None else served - 1
+        self.renderer = Renderer(load_tokenizer(TransformersModel(path=model.tokenizer)))
+        self.vocabulary_size = vocabulary_size(self.renderer.tokenizer)
+        self._runner = asyncio.Runner()
+        self._server = OpenAITeacher(model)
+        self.identity = self._server.identity
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._runner.run(self._server.close())
+        self._runner.close()
+
+    def batch_tokens(self) -> int:
+        """Enough for the server to have many rows at once."""
+        return _SERVER_TOKENS
+
+    def score(self, codec: "Codec", batch: "list[CachedRow]") -> "Iterable[dict[str, Tensor]]":
+        """The tail is what the kept ids leave over; the logsumexp stays unknown (NaN)."""
+        from potstill.logits.codecs import TopK
+
+        assert isinstance(codec, TopK)
+        return self._runner.run(self._score(codec, batch))
+
+    async def _score(self, codec: "TopK", batch: "list[CachedRow]") -> "list[dict[str, Tensor]]":
+        places = asyncio.Semaphore(self._server.concurrency)
+
+        async def one(row: "CachedRow") -> "dict[str, Tensor]":
+            async with places:
+                try:
+                    found = await self._server.prompt_logprobs(row.token_ids, codec.k)
+                except RequestError as error:
+                    raise RequestError(
+                        error.what,
+                        status=error.status,
+                        blames_row=error.blames_row,
+                        where=f"{error.where}, record {row.record_id}",
+                        expected=error.expected,
+                        mend=error.mend,
+                    ) from error
+            return codec.from_log_probs(
+                [likeliest for likeliest, supervised in zip(found, row.mask[1:], strict=True) if supervised]
+            )
+
+        return await asyncio.gather(*map(one, batch))
+
+
+class _BatchSize:
+    """Padded tokens a batch, and into how many pieces a batch must be cut to fit into memory.
+
+    Both stay in the step's scratch folder, so that a capture which is taken up again computes the same
+    batches: another shape would round otherwise.
+    """
+
+    def __init__(self, context: StepContext, tokens: int) -> None:
+        self._context, self._path = context, context.scratch / "batches.json"
+        self.tokens, self.pieces = tokens, 1
+        if self._path.exists():
+            self.tokens, self.pieces = json.loads(self._path.read_text(encoding="utf-8"))
+        else:
+            self._save()
+
+    def _save(self) -> None:
+        write_atomically(self._path, json.dumps([self.tokens, self.pieces]))
+
+    def score(
+        self, scorer: _Scorer, codec: "Codec", batch: "list[CachedRow]"
+    ) -> "Iterator[dict[str, Tensor]]":
+        """Score a batch in as few pieces as fit; that number stays for what comes after."""
+        start = 0
+        while start < len(batch):
+            rows = max(1, -(-len(batch) // self.pieces))
+            try:
+                scored = list(scorer.score(codec, batch[start : start + rows]))
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if rows == 1:
+                    raise ModelError(
+                        f"a row of {len(batch[start].token_ids):,} tokens does not fit into memory",
+                        mend="lower `max_length`, or use a machine or device with more memory",
+                    ) from error
+                self.pieces *= 2
+                self._save()
+                self._context.say(f"out of memory: batches are scored in {self.pieces} pieces from here on")
+                continue
+            yield from scored
+            start += len(scored)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def import_artifact(path: Path, folder: Path) -> Artifact:
+    """A cache made of an HDF5 file (`logits.hdf5` has its layout), sealed as a step's artifact is.
+
+    Raises as `import_hdf5` does.
+    """
+    from potstill.logits.hdf5 import import_hdf5
+
+    started = time.monotonic()
+    cache = import_hdf5(path, folder)
+    assert cache.imported is not None
+    return Store(folder.parent).seal(
+        folder,
+        kind=CacheSettings.kind,
+        fingerprint=cache.imported,
+        settings={"imported": path.name},
+        seed=0,
+        seconds=round(time.monotonic() - started, 3),
+        counts=cache.counts(),
+        metrics=cache.figures(),
+        extra=cache.description,
+        tokenizer=cache.tokenizer,
+        model_identity=cache.model,
+    )
+
+
+def _codec(settings: CacheSettings, context: StepContext, vocabulary_size: int) -> "Codec":
+    from potstill.logits.codecs import Draws, TopK
+
+    temperatures = tuple(settings.temperatures)
+    if settings.codec == "topk":
+        return TopK(settings.top_k, vocabulary_size, temperatures)
+    return Draws(settings.draws, vocabulary_size, temperatures, context.derive_seed("draws"))
+
+
+def _rows(settings: CacheSettings, context: StepContext, scorer: _Scorer) -> "tuple[list[CachedRow], int]":
+    """Every row that fits, in order and in four bytes a token, and how many do not; texts come in windows."""
     from potstill.logits.shards import CachedRow
 
-    limit = min((one for one in (settings.max_length, context_tokens) if one is not None), default=None)
+    renderer, stated = scorer.renderer, (settings.max_length, scorer.context_tokens)
+    limit = min((one for one in stated if one is not None), default=None)
     rows, too_long = [], 0
     for number, record in enumerate(read(settings.data, context), start=1):
         if record.response_token_ids is not None and record.tokenizer != renderer.tokenizer_hash:
@@ -128,10 +390,13 @@ def _rows(
                 mend="cache the model that wrote these rows, or another of its family",
             )
         rendered = renderer.render(record, row_number=number)
+        windows = [rendered]
         if limit is not None and len(rendered.ids) > limit:
-            too_long += 1
-            continue
-        rows.append(CachedRow(array("I", rendered.ids), bytes(rendered.mask), record.held_out, record.id))
+            windows = [] if record.messages else _windows(rendered, limit)
+            too_long += bool(record.messages)
+        rows += [
+            CachedRow(array("I", one.ids), bytes(one.mask), record.held_out, record.id) for one in windows
+        ]
     if too_long:
         context.say(f"{too_long:,} rows of more than {limit:,} tokens left out")
     if not rows:
@@ -143,22 +408,10 @@ def _rows(
     return rows, too_long
 
 
-def _score(teacher: LoadedModel, codec: "TopK", batch: "list[CachedRow]") -> "Iterator[dict[str, Tensor]]":
-    """What the codec keeps of each row's supervised tokens."""
-    import torch
-
-    from potstill.losses.head import per_token, supervised_pairs
-
-    rendered = [Rendered(list(row.token_ids), list(row.mask)) for row in batch]
-    tensors = collate(rendered, pad_id=0)
-    ids_BT, attention_BT, loss_mask_BT = (
-        tensors[name].to(teacher.model.device) for name in ("input_ids", "attention_mask", "loss_mask")
-    )
-    with torch.no_grad():
-        hidden_BTH = hidden_states(teacher.model, ids_BT, attention_BT)
-    hidden_NH, _ = supervised_pairs(hidden_BTH, ids_BT, loss_mask_BT)
-    head = output_head(teacher.model, teacher.vocabulary_size)
-    kept = per_token(hidden_NH, head, lambda logits_CV, rows: codec.encode(logits_CV))
-    counts = [row.supervised_tokens for row in rendered]
-    split = {name: torch.split(values, counts) for name, values in kept.items()}
-    return ({name: parts[number] for name, parts in split.items()} for number in range(len(batch)))
+def _windows(text: Rendered, length: int) -> list[Rendered]:
+    """A long text in pieces, each from the last token of the one before: every token is scored once."""
+    windows = []
+    for start in range(0, len(text.ids) - 1, length - 1):
+        part = slice(start, start + length)
+        windows.append(Rendered(text.ids[part], [0, *text.mask[part][1:]]))
+    return windows

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from potstill.core.events import Display
@@ -30,6 +31,23 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="Models that come with potstill: list them, fetch one.")
 recipes_app = typer.Typer(no_args_is_help=True, help="Recipes that come with potstill: list, show, copy.")
+
+
+class _CacheGroup(TyperGroup):
+    """Takes `cache key=value ...` for `cache make key=value ...`, as other steps' commands are written."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+cache_app = typer.Typer(
+    cls=_CacheGroup,
+    no_args_is_help=True,
+    help="Cache a teacher's logits over traces: potstill cache KEY=VALUE... Look into caches, exchange them.",
+)
+app.add_typer(cache_app, name="cache")
 app.add_typer(models_app, name="models")
 app.add_typer(recipes_app, name="recipes")
 
@@ -165,7 +183,7 @@ def plan(
         raise typer.Exit(1)
 
 
-def _step_command(kind: str, summary: str) -> None:
+def _step_command(kind: str, summary: str, group: typer.Typer = app, name: str | None = None) -> None:
     def command(
         settings: Annotated[
             list[str],
@@ -183,17 +201,72 @@ def _step_command(kind: str, summary: str) -> None:
         _run(one_step_recipe(kind, settings), output, store, _display(quiet, as_json), options)
 
     command.__doc__ = f"{summary} A one-step recipe: settings as key=value."
-    app.command(kind)(command)
+    group.command(name or kind)(command)
 
 
 for _kind, _summary in {
     "generate": "Let a teacher answer prompts.",
-    "cache": "Cache a teacher's top-k log-probabilities over traces.",
     "init": "Make a smaller student out of a model.",
     "train": "Train a student on traces or cached logits.",
     "evaluate": "Compare models on held-out traces and tasks.",
 }.items():
     _step_command(_kind, _summary)
+_step_command("cache", "Cache a teacher's logits over traces.", cache_app, "make")
+
+CacheFolder = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="A run's step folder, such as runs/a/logits, or an artifact's."),
+]
+
+
+@cache_app.command("inspect")
+def inspect_cache(folder: CacheFolder, as_json: JsonOption = False) -> None:
+    """Say what a cache holds: rows, tokens, mass kept, distinct ids, bytes a token, whose logits."""
+    from potstill.logits.shards import LogitCache
+
+    cache = LogitCache.open(folder)
+    found = {**cache.description, **cache.counts(), **cache.figures()}
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        shown = (
+            f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        )
+        print(f"{name.replace('_', ' '):20} {shown}")
+
+
+@cache_app.command("verify")
+def verify_cache(folder: CacheFolder, as_json: JsonOption = False) -> None:
+    """Read every shard of a cache against its checksum; exits 1 at the first that is damaged."""
+    from potstill.logits.shards import LogitCache
+
+    shards = LogitCache.open(folder).verify()
+    print(json.dumps({"shards": shards}) if as_json else f"shards verified: {shards:,}")
+
+
+@cache_app.command("export")
+def export_cache(
+    folder: CacheFolder,
+    path: Annotated[Path, typer.Argument(metavar="FILE.h5", help="The HDF5 file to write.")],
+) -> None:
+    """Write a top-k cache as one HDF5 file with gzip, for other distillation scripts."""
+    from potstill.logits.hdf5 import export_hdf5
+    from potstill.logits.shards import LogitCache
+
+    export_hdf5(LogitCache.open(folder), path)
+    print(path)
+
+
+@cache_app.command("import")
+def import_cache(
+    path: Annotated[Path, typer.Argument(metavar="FILE.h5", help="An HDF5 file of top-k logits.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to make the cache.")],
+) -> None:
+    """Make a cache of an HDF5 file's top-k logits, to train on as on any other: data=./FOLDER."""
+    from potstill.cache import import_artifact
+
+    print(import_artifact(path, folder).folder)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ __all__ = ["Recipe", "json_schema", "load_recipe", "one_step_recipe", "shipped_r
 
 _TOP_KEYS = ("name", "description", "seed", "extends", "models", "steps", "variants")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_COMMAND_LINE = "command line"
+# What a stage inherits in every case: what kind of step it is, and whom the first stage trains.
+_NOT_IN_A_STAGE = ("do", "student", "each", "stages")
 _SOURCE_KEYS = frozenset({"path", "dataset", "task"})
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -43,11 +47,15 @@ class Recipe:
 
 @dataclass
 class _Raw:
-    """A merged recipe mapping, where each key was written, and the folders its paths are relative to."""
+    """A merged recipe mapping, where each key was written, and the folders its paths are relative to.
+
+    `overridden` has every key that the command line set, as it was typed there.
+    """
 
     mapping: dict[str, Any]
     origins: dict[KeyPath, Origin]
     folders: list[Path] = field(default_factory=list)
+    overridden: dict[KeyPath, str] = field(default_factory=dict)
 
     def where(self, path: Sequence[str]) -> str:
         """The nearest known place of a key: file and line, or the command line."""
@@ -103,31 +111,65 @@ def _read(name: str, folder: Path, chain: tuple[Path, ...] = ()) -> _Raw:
     return _Raw(_merge(base.mapping, mapping), {**base.origins, **origins}, [path.parent, *base.folders])
 
 
-def _override(raw: _Raw, assignment: str, source: str = "command line") -> None:
-    """Set one dotted key: `seed=3`, `steps.student.lr=1e-4`, or `student.lr=1e-4` for a step's key."""
+def _override(raw: _Raw, assignment: str, step: str | None = None) -> None:
+    """Set one dotted key: `seed=3`, `steps.student.lr=1e-4`, or `student.lr=1e-4` for a step's key.
+
+    Inside a list a part of the key is an item's number or its name, as in `student.stages.all.lr=1e-5`.
+    With `step` the whole key is one of that step's.
+    """
     dotted, equals, text = assignment.partition("=")
-    path = dotted.strip().split(".")
-    if not equals or not all(path):
+    dotted = dotted.strip()
+    keys = dotted.split(".")
+    if not equals or not all(keys):
         raise RecipeError(
-            f"{assignment!r} is no override", where=source, expected="key=value, such as student.lr=1e-4"
+            f"{assignment!r} is no override",
+            where=_COMMAND_LINE,
+            expected="key=value, such as student.lr=1e-4",
         )
-    if path[0] not in _TOP_KEYS:
-        path = ["steps", *path]
+    if step is not None:
+        keys = ["steps", step, *keys]
+    elif keys[0] not in _TOP_KEYS:
+        keys = ["steps", *keys]
         known = raw.mapping.get("steps") or {}
-        if len(path) == 2 or path[1] not in known:
+        if len(keys) == 2 or keys[1] not in known:
             raise RecipeError(
-                f"{assignment!r} names {path[1]!r}, which is neither a step nor a key of a recipe",
-                where=source,
+                f"{assignment!r} names {keys[1]!r}, which is neither a step nor a key of a recipe",
+                where=_COMMAND_LINE,
                 expected="name=, seed=, models.<name>.<key>=, or <step>.<key>=",
-                mend=nearest(path[1], [*known, *_TOP_KEYS]),
+                mend=nearest(keys[1], [*known, *_TOP_KEYS]),
             )
-    target = raw.mapping
-    for key in path[:-1]:
-        target = target.setdefault(key, {})
-        if not isinstance(target, dict):
-            raise RecipeError(f"{dotted}: {key!r} holds a value, not a mapping", where=source)
-    target[path[-1]] = parse_value(text)
-    raw.origins[tuple(path)] = Origin(source)
+    target: Any = raw.mapping
+    path: list[str] = []
+    for depth, key in enumerate(keys):
+        if isinstance(target, list):
+            place: Any = _item_number(target, key, dotted)
+        elif isinstance(target, dict):
+            place = key
+        else:
+            raise RecipeError(f"{dotted}: {path[-1]!r} holds a value, not a mapping", where=_COMMAND_LINE)
+        path.append(str(place))
+        if depth == len(keys) - 1:
+            target[place] = parse_value(text)
+        else:
+            target = target[place] if isinstance(target, list) else target.setdefault(place, {})
+    raw.origins[tuple(path)] = Origin(_COMMAND_LINE)
+    raw.overridden[tuple(path)] = dotted
+
+
+def _item_number(items: Sequence[Any], key: str, dotted: str) -> int:
+    """Which item of a list a part of a dotted key means: the one of that name, or of that number from 0."""
+    names = [str(item.get("name")) if isinstance(item, dict) and "name" in item else None for item in items]
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    named = [name for name in names if name is not None]
+    raise RecipeError(
+        f"{dotted}: the list has no item {key!r}",
+        where=_COMMAND_LINE,
+        expected=f"its number, below {len(items)}" + (", or its name" if named else ""),
+        mend=nearest(key, named) if named else None,
+    )
 
 
 def _explain(error: ValidationError, raw: _Raw, prefix: KeyPath, root: type[BaseModel] | None) -> RecipeError:
@@ -138,6 +180,9 @@ def _explain(error: ValidationError, raw: _Raw, prefix: KeyPath, root: type[Base
         shown = ".".join(path)
         if fault["type"] == "extra_forbidden":
             known = _keys_at(root, fault["loc"][:-1])
+            if root is not None and len(fault["loc"]) == 1:
+                # What a step may have beside the settings of its kind.
+                known += ["each", "stages"] if root is settings_class("train") else ["each"]
             hint = nearest(path[-1], known) if known else "remove it"
             messages.append(f"{raw.where(path)}: unknown key {shown}\n  to mend:  {hint}")
         elif fault["type"] == "missing":
@@ -234,6 +279,105 @@ def _substitute(value: Any, values: Mapping[str, str]) -> Any:
     return value
 
 
+def _expand_stages(raw: _Raw) -> None:
+    """Put a chain of train steps in the place of each step with `stages`, one step a stage.
+
+    The last keeps the step's name, so that references to it mean the trained model; an earlier one is called
+    `step-stage`. Each trains on what the one before made, with the step's settings and its own laid on them;
+    an adapter is created by the first and trained on by the others.
+    """
+    declared, steps = _check_mapping(raw, "steps"), {}
+    for name, step in declared.items():
+        if step.get("do") != "train":
+            steps[name] = step
+            continue
+        inherited = {key: value for key, value in step.items() if key != "stages"}
+        if step.get("stages") is None:
+            steps[name] = inherited
+            continue
+        stages = _checked_stages(raw, name, step["stages"])
+        _refuse_hidden_overrides(raw, name, stages)
+        for number, stage in enumerate(stages):
+            own = name if number == len(stages) - 1 else f"{name}-{stage['name']}"
+            if own in steps or (own != name and own in declared):
+                raise RecipeError(
+                    f"the stage {stage['name']!r} of {name!r} makes a step {own!r}, and there is one already",
+                    where=raw.where(["steps", name, "stages", str(number)]),
+                    mend="rename the stage or the step",
+                )
+            steps[own] = _merge(inherited, {key: value for key, value in stage.items() if key != "name"})
+            _copy_origins(raw, ("steps", name), ("steps", own))
+            _copy_origins(raw, ("steps", name, "stages", str(number)), ("steps", own))
+            inherited = {key: value for key, value in inherited.items() if key != "lora"} | {"student": own}
+    raw.mapping = {**raw.mapping, "steps": steps}
+
+
+def _checked_stages(raw: _Raw, name: str, stages: Any) -> list[dict[str, Any]]:
+    """The stages of a step: one at least, each with its own name, and nothing that only a step may set."""
+    path = ("steps", name, "stages")
+    form = "stages: [{name: head, epochs: 1, groups: [...]}, {name: all, epochs: 2}]"
+    if not isinstance(stages, list) or not stages:
+        raise RecipeError(f"{'.'.join(path)} is empty or no list", where=raw.where(path), expected=form)
+    labels: set[str] = set()
+    for number, stage in enumerate(stages):
+        place = (*path, str(number))
+        label = stage.get("name") if isinstance(stage, dict) else None
+        if not isinstance(label, str) or not _NAME.fullmatch(label) or label in labels:
+            raise RecipeError(
+                f"{'.'.join(place)} has no name of its own", where=raw.where(place), expected=form
+            )
+        labels.add(label)
+        for key in _NOT_IN_A_STAGE + (("lora",) if number else ()):
+            if key in stage:
+                lora = "set lora in the step or its first stage: later stages train that adapter on"
+                raise RecipeError(
+                    f"a stage cannot set {key}" if key != "lora" else "a later stage cannot set lora",
+                    where=raw.where([*place, key]),
+                    mend=lora if key == "lora" else f"set {key} in the step itself",
+                )
+    return stages
+
+
+def _refuse_hidden_overrides(raw: _Raw, name: str, stages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RecipeError where the command line sets a step's key that any of its stages sets itself."""
+    for path, typed in raw.overridden.items():
+        keys = path[2:]
+        if path[:2] != ("steps", name) or not keys or keys[0] in ("name", "stages"):
+            continue
+        hiding = [repr(stage["name"]) for stage in stages if _sets(stage, keys)]
+        if not hiding:
+            continue
+        reached = "any" if len(hiding) == len(stages) else "every"
+        key, step = ".".join(keys), typed.split(".")[: -len(keys)]
+        places = [str(number) if "." in one["name"] else one["name"] for number, one in enumerate(stages)]
+        if keys[0] == "lora":
+            del places[1:]
+        raise RecipeError(
+            f"{typed} would not reach {reached} stage: {key} is set in {' and in '.join(hiding)}",
+            where=_COMMAND_LINE,
+            mend="set it where it counts: "
+            + ", ".join(".".join([*step, "stages", one, key]) + "=" for one in places),
+        )
+
+
+def _sets(stage: Any, keys: Sequence[str]) -> bool:
+    """Whether a stage has its own value at a key of the step, or in the place of what the key lies in."""
+    for key in keys:
+        if not isinstance(stage, dict):
+            return True
+        if key not in stage:
+            return False
+        stage = stage[key]
+    return True
+
+
+def _copy_origins(raw: _Raw, path: KeyPath, to: KeyPath) -> None:
+    """Say of the keys below one place that another place's stand there too."""
+    for origin, place in list(raw.origins.items()):
+        if origin[: len(path)] == path and path != to:
+            raw.origins[*to, *origin[len(path) :]] = place
+
+
 def _nodes(raw: _Raw) -> dict[str, Node]:
     nodes = {}
     for name, step in _check_mapping(raw, "steps").items():
@@ -287,6 +431,8 @@ def _build(raw: _Raw) -> Recipe:
             models[model] = adapter.validate_python(settings, context={"folders": raw.folders})
         except ValidationError as error:
             raise _explain(error, raw, ("models", model), None) from None
+    _expand_stages(raw)
+    mapping = raw.mapping
     nodes = _nodes(raw)
     if not nodes:
         raise RecipeError(
@@ -348,10 +494,10 @@ def load_recipe(
 
 def one_step_recipe(kind: str, assignments: Sequence[str]) -> Recipe:
     """The recipe behind `potstill <kind> key=value ...`: one step, named after its kind."""
-    raw = _Raw({"name": kind, "steps": {kind: {"do": kind}}}, {(): Origin("command line")}, [Path.cwd()])
+    raw = _Raw({"name": kind, "steps": {kind: {"do": kind}}}, {(): Origin(_COMMAND_LINE)}, [Path.cwd()])
     for assignment in assignments:
         key = assignment.partition("=")[0].partition(".")[0]
-        _override(raw, assignment if key in ("name", "seed") else f"steps.{kind}.{assignment}")
+        _override(raw, assignment, None if key in ("name", "seed") else kind)
     return _build(raw)
 
 
@@ -364,10 +510,14 @@ def sweep_variants(
         key, equals, text = sweep.partition("=")
         if equals:
             values = parse_value(f"[{text}]")
-            short = key.rpartition(".")[2]
+            short = key.partition(".stages.")[2] or key.rpartition(".")[2]
             axes.append(
                 [
-                    (f"{short}={value}", None, [f"{key}={dump_yaml(value).splitlines()[0]}"])
+                    (
+                        f"{short}={value}",
+                        None,
+                        [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"],
+                    )
                     for value in values
                 ]
             )
@@ -379,13 +529,32 @@ def sweep_variants(
         variants = [part[1] for part in combination if part[1] is not None]
         if len(variants) > 1:
             raise RecipeError(
-                "one sweep over variants at a time", where="command line", expected="--sweep a,b"
+                "one sweep over variants at a time", where=_COMMAND_LINE, expected="--sweep a,b"
             )
         extra = [assignment for part in combination for assignment in part[2]]
         recipes[label] = load_recipe(
             name, [*overrides, *extra], variants[0] if variants else None, strict=strict
         )
     return recipes
+
+
+def _stages_schema(train: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a train step's `stages`: a name, and any of the step's own settings."""
+    settings = {key: one for key, one in train["properties"].items() if key not in _NOT_IN_A_STAGE}
+    stage = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "pattern": f"^{_NAME.pattern}$"}, **settings},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "array",
+        "minItems": 1,
+        "items": stage,
+        "description": "a chain of train steps: each a name and what differs from this step's settings; "
+        "optimiser and schedule begin anew. `student.stages.all.lr=1e-5` on the command line overrides one "
+        "stage, by its name or its number from 0; what a stage sets itself cannot be overridden in the step",
+    }
 
 
 def json_schema() -> dict[str, Any]:
@@ -401,6 +570,8 @@ def json_schema() -> dict[str, Any]:
     steps = []
     for kind in STEP_KINDS:
         found = schema(settings_class(kind))
+        if kind == "train":
+            found["properties"]["stages"] = _stages_schema(found)
         found["properties"] = {**found["properties"], "each": each}
         steps.append(found)
     recipe = {

@@ -1,6 +1,7 @@
 """What the documentation tells a reader to type works, its links lead somewhere, its tables are current."""
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -8,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from potstill.recipe import load_recipe
+from potstill.cli import app
+from potstill.core.errors import RecipeError
+from potstill.recipe import load_recipe, sweep_variants
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,6 +30,16 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return found
 
 
+def check_run(arguments: list[str]) -> None:
+    """Load what `potstill run` would run: its one recipe, or every recipe of its sweep."""
+    command = typer.main.get_group(app).commands["run"]
+    given = command.make_context("run", list(arguments)).params
+    if given["sweep"]:
+        sweep_variants(given["recipe"], given["sweep"], given["overrides"] or ())
+    else:
+        load_recipe(given["recipe"], given["overrides"] or ())
+
+
 COMMANDS = [(page, line) for page, text in blocks("sh") for line in text.strip().splitlines()]
 
 
@@ -39,18 +53,24 @@ def test_commands_run(page: str, line: str, tmp_path: Path, monkeypatch: pytest.
     assert Path(words[0]).name == "potstill", f"{page}: what is {words[0]}?"
     command, arguments = words[1], words[2:]
     if command == "run":
-        options = [one for one in arguments[1:] if "=" in one and not one.startswith("--")]
-        load_recipe(arguments[0], options)
+        check_run(arguments)
         return
     if command in ("chat", "report", "plan"):
         arguments = ["--help"]
     monkeypatch.chdir(tmp_path)
     from typer.testing import CliRunner
 
-    from potstill.cli import app
-
     result = CliRunner().invoke(app, [command, *arguments])
     assert result.exit_code == 0, result.output
+
+
+def test_a_command_with_a_sweep_is_checked_as_one() -> None:
+    check_run(["logit-kd", "--sweep", "student.alpha=0.0,0.5", "--output", "runs/x"])
+    check_run(["logit-kd", "--sweep", "two-stages,one-stage", "seed=3"])
+    with pytest.raises(RecipeError, match="no variant 'three-stages'"):
+        check_run(["logit-kd", "--sweep", "two-stages,three-stages"])
+    with pytest.raises(RecipeError, match="command line: steps"):
+        check_run(["logit-kd", "--sweep", "student.batch=1,many"])
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"))
@@ -58,6 +78,29 @@ def test_recipes_in_the_documentation_load(page: str, text: str, tmp_path: Path)
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     assert load_recipe(str(path)).graph.order
+
+
+@pytest.mark.slow
+def test_the_python_in_the_readme_runs_on_a_run_of_the_recipe_it_names(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from potstill.core.store import Store
+    from potstill.pipeline.run import run_recipe
+    from potstill.pipeline.runner import RunOptions
+
+    model = {"path": str(tiny_model_folder)}
+    server = {**model, "engine": "transformers", "model": None}
+    overrides = {"models": {"teacher-server": server, "teacher": model}}
+    small = {"traces": {"max_new_tokens": 8, "data": {"task": "chain_sum", "size": 16}}}
+    steps = {**small, "pruned": {"layers": 1}, "logits": {"top_k": 8}, "student": None, "exam": None}
+    recipe = {"extends": "quickstart", **overrides, "steps": steps}
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    loaded = load_recipe("small.yaml")
+    run_recipe(loaded, Path("runs/quickstart"), Store(tmp_path / "store"), "quiet", RunOptions())
+    [(_, script)] = blocks("python")
+    exec(compile(script, "README.md", "exec"), {})
+    assert Path("my-student/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

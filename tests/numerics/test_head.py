@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from potstill.losses.blend import blend
-from potstill.losses.divergences import log1mexp
 from potstill.losses.head import full_precision_logits, per_token, supervised_pairs, weighted_loss
 from potstill.losses.metrics import comparison
 from potstill.losses.response import response_loss
-from potstill.losses.types import Dense, Live, Sparse
+from potstill.losses.types import Dense, Live
 from potstill.models import hidden_states, output_head
 
 N, H, V = 11, 6, 17
@@ -91,24 +90,6 @@ def test_loss_and_gradients_are_those_of_the_whole_at_every_chunk_size(chunk_tok
     assert {name: (len(value), value.requires_grad) for name, value in values.items()} == dict.fromkeys(
         ("loss", "cross_entropy", "kl", "agreement"), (N, False)
     )
-
-
-def test_gradcheck_of_hidden_states_weight_and_bias() -> None:
-    tokens, width, vocabulary, k = 5, 2, 4, 2
-    log_probs_NV = _random(tokens, vocabulary, seed=1).div(2).log_softmax(-1)
-    log_probs_NK, ids_NK = log_probs_NV.topk(k, -1)
-    teacher = Sparse(ids_NK, log_probs_NK, log1mexp(log_probs_NK.logsumexp(-1)), temperature=2.0)
-    quantities = blend(torch.tensor([0, 3, 1, 2, 0]), teacher, alpha=0.5, temperature=2.0)
-    weights_N = torch.tensor([0.1, 0.3, 0.2, 0.0, 0.4], dtype=torch.float64)
-
-    def loss(hidden_NH: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        head = _Head(weight, bias, cap=2.0)
-        total, _ = weighted_loss(hidden_NH, head, quantities, weights_N, chunk_tokens=2)
-        assert head.calls == 3
-        return 3 * total  # a gradient from above other than one
-
-    inputs = [_random(tokens, width, seed=2), _random(vocabulary, width, seed=3), _random(vocabulary, seed=4)]
-    assert torch.autograd.gradcheck(loss, [one.requires_grad_() for one in inputs])
 
 
 def test_no_more_than_one_chunk_of_logits_is_alive() -> None:

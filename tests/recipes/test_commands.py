@@ -47,6 +47,26 @@ def test_a_plan_knows_what_a_run_has_made_and_what_a_change_makes_again(
     assert statuses("student.max_tokens=64") == ["made"] * 4
 
 
+def test_a_plan_takes_a_teachers_speed_from_that_teachers_own_work(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    small["models"]["solver"] = {"engine": "solver", "function": "potstill.teachers.solvers:chain_sum"}
+    small["models"]["other"] = {**small["models"]["teacher"], "identity": "another"}
+    small["steps"] = {"traces": small["steps"]["traces"]}
+    recipe = write_recipe(tmp_path / "recipe.yaml", small)
+    assert potstill("run", recipe, "--store", tmp_path / "store").code == 0
+
+    def planned(model: str) -> tuple[int | None, bool]:
+        overrides = [f"traces.model={model}", "traces.max_new_tokens=24"]
+        outcome = potstill("plan", recipe, *overrides, "--store", tmp_path / "store", "--json")
+        step = json.loads(outcome.out)["steps"][0]
+        return step["tokens"], step["seconds"] is not None
+
+    assert planned("teacher") == (24 * 24, True)
+    assert planned("other") == (24 * 24, False)
+    assert planned("solver") == (None, False)
+
+
 def test_a_plan_that_cannot_run_says_why_and_exits_1(
     potstill: Command, small: Recipe, tmp_path: Path
 ) -> None:

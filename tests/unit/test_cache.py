@@ -5,18 +5,23 @@ import hashlib
 import io
 import itertools
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import h5py
+import numpy as np
+import psutil
 import pytest
 import torch
 from pydantic import ValidationError
 
-from potstill.cache import CacheSettings, run
-from potstill.core.errors import DataError, Interrupted, ModelError
+from potstill.cache import CacheSettings, import_artifact, run
+from potstill.core.errors import DataError, EngineError, Interrupted, ModelError, StoreError
 from potstill.core.events import Reporter
 from potstill.core.records import RECORDS_FILE, Record, write_records
 from potstill.core.settings import Settings, meaning
@@ -25,8 +30,20 @@ from potstill.core.store import Artifact, Store
 from potstill.data.batches import collate
 from potstill.data.chat import Renderer
 from potstill.logits import shards
+from potstill.logits.hdf5 import export_hdf5
 from potstill.logits.shards import LogitCache
-from potstill.models import TransformersModel, hidden_states, load, load_tokenizer, tokenizer_hash
+from potstill.losses.types import Sampled, Sparse
+from potstill.models import (
+    LoadedModel,
+    TransformersModel,
+    hidden_states,
+    load,
+    load_tokenizer,
+    tokenizer_hash,
+)
+from potstill.teachers import OpenAIModel
+
+from ..servers import Reply, ScriptedServer, error, running_server
 
 # Rows of several lengths; the last is the first again, under another id.
 RESPONSES = [
@@ -49,6 +66,9 @@ RECORDS = [
     )
     for number in range(7)
 ]
+
+# The widest layers' float32 activations of a token in the tiny model, of hidden size 32 and 48 in between.
+TOKEN_BYTES = 4 * (16 * 32 + 4 * 48)
 
 
 class Bench:
@@ -89,12 +109,22 @@ class Bench:
 
 def _settings(**settings: Any) -> CacheSettings:
     return CacheSettings.model_validate(
-        {"do": "cache", "model": "teacher", "data": "traces", "top_k": 8, **settings}
+        {
+            "do": "cache",
+            "model": "teacher",
+            "data": "traces",
+            **({} if settings.get("codec") == "sampled" else {"top_k": 8}),
+            **settings,
+        }
     )
 
 
 def _bytes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -120,7 +150,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "ShardWriter", functools.partial(shards.ShardWriter, shard_tokens=17))
 
 
-def test_the_cached_signal_is_the_teachers_softmax_within_fp16_rounding(
+def test_the_cached_signal_is_the_teachers_softmax_within_the_codecs_error(
     bench: Bench, forward_passes: list[int]
 ) -> None:
     result, cache = bench.run(temperatures=[2.0], batch_tokens=150)
@@ -142,14 +172,14 @@ def test_the_cached_signal_is_the_teachers_softmax_within_fp16_rounding(
         for temperature in (1.0, 2.0):
             wanted_NK, ids_NK = (logits_TV[predicted] / temperature).log_softmax(-1).topk(8, -1)
             signal = cache.signal(number, temperature)
-            largest = logits_TV[predicted].log_softmax(-1).topk(8, -1).values.abs().max().item()
+            assert isinstance(signal, Sparse)
             assert torch.equal(signal.ids_NK, ids_NK)
-            torch.testing.assert_close(
-                signal.log_probs_NK.double(), wanted_NK, rtol=0, atol=largest * 2**-10 / temperature
-            )
+            # Rounding, and as much again for the sum that is put right.
+            limit_NK = 2 * (1 + logits_TV[predicted].log_softmax(-1).topk(8, -1).values.abs()) / 512
+            assert ((signal.log_probs_NK - wanted_NK).abs() <= limit_NK / temperature + 2**-10).all()
     assert result.extra == {
         "codec": "topk",
-        "codec_version": 1,
+        "codec_version": 2,
         "k": 8,
         "vocabulary_size": 300,
         "temperatures": [1.0, 2.0],
@@ -180,16 +210,21 @@ def test_an_equal_row_is_scored_once(bench: Bench, forward_passes: list[int]) ->
     assert cache.row(0).record_id != cache.row(6).record_id
 
 
+@pytest.mark.parametrize("codec", [{"codec": "topk"}, {"codec": "sampled"}], ids=["topk", "sampled"])
 @pytest.mark.parametrize("passes_before", [2, 5])
 @pytest.mark.usefixtures("small_shards")
 def test_pitfall_15_an_interrupted_capture_ends_with_the_same_bytes(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, forward_passes: list[int], passes_before: int
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    forward_passes: list[int],
+    passes_before: int,
+    codec: dict[str, Any],
 ) -> None:
     bench.records = [
         Record(f"p{number}", [{"role": "user", "content": "1" * (number % 7)}], response=f"{number} apples")
         for number in range(16)
     ]
-    whole_result, _ = bench.run("whole", batch_tokens=70)
+    whole_result, _ = bench.run("whole", batch_tokens=70, **codec)
     whole_passes = [*forward_passes]
     forward_passes.clear()
 
@@ -202,16 +237,16 @@ def test_pitfall_15_an_interrupted_capture_ends_with_the_same_bytes(
 
     monkeypatch.setattr("potstill.cache.collate", stops)
     with pytest.raises(Interrupted):
-        run(_settings(batch_tokens=70), context)
+        run(_settings(batch_tokens=70, **codec), context)
     assert len(forward_passes) == passes_before
-    sealed = sum(len(shards._open(path).get_tensor("keys")) for path in context.folder.glob("shard-*"))
+    sealed = sum(len(shards._load(path)["keys"]) for path in context.folder.glob("shard-*"))
     assert 0 < sealed < 16
     assert sealed not in itertools.accumulate(whole_passes), "no shard ends inside a batch"
     assert not (context.folder / "index.safetensors").exists()
 
     monkeypatch.setattr("potstill.cache.collate", collate)
     forward_passes.clear()
-    result, _ = bench.run("interrupted", batch_tokens=70)
+    result, _ = bench.run("interrupted", batch_tokens=70, **codec)
     assert 0 < len(forward_passes) < len(whole_passes), "nothing was taken over from the first attempt"
     assert result == whole_result
     assert _bytes(bench.root / "interrupted") == _bytes(bench.root / "whole")
@@ -259,6 +294,22 @@ def test_pitfall_11_a_row_with_nothing_to_learn_is_refused_by_number(bench: Benc
     assert not list((bench.root / "cache").glob("shard-*"))
 
 
+@pytest.mark.parametrize("codec", ["topk", "sampled"])
+def test_a_row_that_the_teacher_gives_no_distribution_for_is_named(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    longest = max(RECORDS[:6], key=lambda record: len(str(record.messages)) + len(record.response))
+
+    def overflowing(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        hidden_BTH = hidden_states(model, ids_BT, mask_BT)
+        hidden_BTH[mask_BT.sum(-1).argmax()] = torch.nan
+        return hidden_BTH
+
+    monkeypatch.setattr("potstill.cache.hidden_states", overflowing)
+    with pytest.raises(DataError, match=rf"record {longest.id}: token 0 of those kept has no distribution"):
+        bench.run(codec=codec, batch_tokens=5000)
+
+
 def test_rows_that_are_too_long_are_left_out_and_told(bench: Bench) -> None:
     _, everything = bench.run("everything")
     lengths = sorted(everything.lengths.tolist())
@@ -284,6 +335,236 @@ def test_rows_past_the_models_context_are_left_out(
     bench.model = TransformersModel(path=str(folder), dtype="float32")
     _, cache = bench.run()
     assert set(cache.lengths.tolist()) == {shortest}
+
+
+def test_a_long_text_is_cut_into_windows_that_score_every_token_once(bench: Bench) -> None:
+    text = " ".join(RESPONSES) * 3
+    bench.records = [Record("text", [], response=text), Record("short", [], response="12 + 7")]
+    _, whole = bench.run("whole")
+    result, cut = bench.run("cut", max_length=20)
+    assert result.counts["too_long"] == 0
+    assert cut.lengths.max() == 20
+    assert len(cut) > len(whole) == 2
+    windows = [cut.row(number) for number in range(len(cut) - 1)]
+    ids, first = list(whole.row(0).token_ids), list(windows[0].token_ids)
+    for before, window in itertools.pairwise(windows):
+        assert window.token_ids[0] == before.token_ids[-1]
+        first += window.token_ids[1:]
+    assert first == ids
+    assert all(list(window.mask) == [0] + [1] * (len(window.token_ids) - 1) for window in windows)
+    assert sum(cut.supervised) == sum(whole.supervised)
+    assert {window.record_id for window in windows} == {bench.records[0].id}
+    # What a window's tokens are predicted from is the window.
+    assert torch.equal(cut.signal(0).top_ids, whole.signal(0).rows(slice(0, 19)).top_ids)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, forward_passes: list[int]
+) -> None:
+    _, whole = bench.run("whole", batch_tokens=2000)
+    assert max(forward_passes) == 6
+    forward_passes.clear()
+    refused: list[int] = []
+
+    def small_memory(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        if len(ids_BT) > 2:
+            refused.append(len(ids_BT))
+            raise torch.OutOfMemoryError("out of memory")
+        forward_passes.append(len(ids_BT))
+        return hidden_states(model, ids_BT, mask_BT)
+
+    monkeypatch.setattr("potstill.cache.hidden_states", small_memory)
+    _, found = bench.run("found", batch_tokens=2000)
+    assert refused == [6, 3]
+    assert sum(forward_passes) == 6
+    assert "out of memory: batches are scored in 4 pieces from here on" in bench.said.getvalue()
+    for number in range(7):
+        assert found.row(number) == whole.row(number)
+        assert torch.equal(found.signal(number).top_ids, whole.signal(number).top_ids)
+    assert json.loads((bench.root / "found" / "scratch" / "batches.json").read_text()) == [2000, 4]
+
+
+def test_a_row_that_fits_into_no_memory_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("potstill.cache.hidden_states", no_memory)
+    with pytest.raises(ModelError, match=r"a row of \d+ tokens does not fit into memory"):
+        bench.run()
+
+
+def test_the_batch_size_found_first_stays_when_a_capture_is_taken_up_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, forward_passes: list[int]
+) -> None:
+    bench.run(batch_tokens=100)
+    passes = [*forward_passes]
+    for path in (bench.root / "cache").glob("*.safetensors"):
+        path.unlink()
+    forward_passes.clear()
+    bench.run(batch_tokens=2000)
+    assert forward_passes == passes
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "tokens"),
+    [(0, 256), (4 * 1000 * TOKEN_BYTES, 1000), (4 * 3999 * TOKEN_BYTES, 3999), (2**60, 4096)],
+)
+def test_the_batch_size_is_what_a_quarter_of_the_free_memory_holds_within_bounds(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, free_bytes: int, tokens: int
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_bytes))
+    bench.run()
+    found, _ = json.loads((bench.root / "cache" / "scratch" / "batches.json").read_text())
+    assert found == tokens
+
+
+def _prompt_logprobs(teacher: LoadedModel, body: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM answers: entry i holds the k likeliest ids in the place of token i, and token i itself."""
+    ids = body["prompt"]
+    with torch.no_grad():
+        logits_TV = teacher.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :, :300]
+    entries: list[Any] = [None]
+    for log_probs_V, id_ in zip(logits_TV.log_softmax(-1), ids[1:], strict=False):
+        chosen = {*log_probs_V.topk(body["prompt_logprobs"]).indices.tolist(), id_}
+        entries.append({str(one): {"logprob": log_probs_V[one].item(), "rank": 1} for one in chosen})
+    return {"choices": [{"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": entries}]}
+
+
+def _vllm(
+    answer: Callable[[dict[str, Any]], Reply], max_model_len: int | None = 4096
+) -> Callable[[dict[str, Any]], Reply]:
+    """A server's list of models, and its answers to prompts."""
+    models = {"object": "list", "data": [{"id": "other"}, {"id": "tiny", "max_model_len": max_model_len}]}
+    return lambda body: answer(body) if "prompt" in body else Reply(body=models)
+
+
+@pytest.fixture
+def tiny_teacher(tiny_model_folder: Path) -> LoadedModel:
+    """The tiny model in memory."""
+    return load(TransformersModel(path=str(tiny_model_folder), dtype="float32"))
+
+
+@pytest.fixture
+def server(bench: Bench, tiny_model_folder: Path, tiny_teacher: LoadedModel) -> Iterator[ScriptedServer]:
+    """A server of the tiny model, which is then the bench's model."""
+    with running_server() as running:
+        bench.model = OpenAIModel(
+            engine="openai", base_url=running.base_url, model="tiny", tokenizer=str(tiny_model_folder)
+        )
+        running.always = _vllm(lambda body: Reply(body=_prompt_logprobs(tiny_teacher, body)))
+        yield running
+
+
+def test_pitfall_7_a_cache_from_a_servers_prompt_logprobs_is_that_of_the_model(
+    bench: Bench, tiny_model_folder: Path, server: ScriptedServer
+) -> None:
+    result, served = bench.run("served")
+    prompts = [request for request in server.requests if "prompt" in request]
+    assert len(prompts) == 6
+    assert all(request["max_tokens"] == 1 and request["prompt_logprobs"] == 8 for request in prompts)
+    bench.model = TransformersModel(path=str(tiny_model_folder), dtype="float32")
+    _, local = bench.run("local")
+    assert (served.tokenizer, result.model_identity) == (local.tokenizer, f"tiny at {server.base_url}")
+    for number in range(7):
+        assert served.row(number) == local.row(number)
+        found, wanted = served.signal(number), local.signal(number)
+        assert isinstance(found, Sparse)
+        assert isinstance(wanted, Sparse)
+        assert torch.equal(found.ids_NK, wanted.ids_NK)
+        torch.testing.assert_close(found.log_probs_NK, wanted.log_probs_NK, rtol=0, atol=0.02)
+        torch.testing.assert_close(found.log_tail_N, wanted.log_tail_N, rtol=0, atol=2**-9)
+
+
+@pytest.mark.parametrize("settings", [{"temperatures": [2.0]}, {"codec": "sampled"}])
+@pytest.mark.usefixtures("server")
+def test_a_server_gives_its_likeliest_ids_at_temperature_1_only(
+    bench: Bench, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(ModelError, match="is a server, which gives its likeliest ids at temperature 1"):
+        bench.run(**settings)
+
+
+def test_a_server_without_prompt_logprobs_is_refused(bench: Bench, server: ScriptedServer) -> None:
+    server.always = _vllm(lambda body: Reply(body={"choices": [{"text": "x"}]}))
+    with pytest.raises(EngineError, match="the answer holds no log-probabilities of the prompt's"):
+        bench.run()
+
+
+def test_a_server_that_gives_fewer_ids_than_asked_for_is_refused(
+    bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel
+) -> None:
+    server.always = _vllm(
+        lambda body: Reply(body=_prompt_logprobs(tiny_teacher, {**body, "prompt_logprobs": 3}))
+    )
+    with pytest.raises(EngineError, match=r"ids for a token, though 8 were asked for"):
+        bench.run()
+
+
+def test_a_vllm_that_allows_fewer_log_probabilities_is_told_how_to_be_served(
+    bench: Bench, server: ScriptedServer
+) -> None:
+    refusal = "Requested prompt logprobs of 64, which is greater than max allowed: 20"
+    server.always = _vllm(lambda body: Reply(400, error(refusal)))
+    with pytest.raises(EngineError, match=r"max allowed: 20(.|\n)*--max-logprobs of at least top_k"):
+        bench.run()
+
+
+def test_rows_past_a_servers_context_are_left_out(
+    bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel
+) -> None:
+    _, everything = bench.run("everything")
+    lengths = sorted(everything.lengths.tolist())
+
+    def answer(body: dict[str, Any]) -> Reply:
+        if len(body["prompt"]) + body["max_tokens"] > lengths[3] + 1:
+            return Reply(400, error("this model's maximum context length is exceeded"))
+        return Reply(body=_prompt_logprobs(tiny_teacher, body))
+
+    server.always = _vllm(answer, max_model_len=lengths[3] + 1)
+    result, cache = bench.run("fitting")
+    assert cache.lengths.max() == lengths[3]
+    assert result.counts["too_long"] == 7 - len(cache) > 0
+
+
+def test_a_server_that_does_not_say_its_context_needs_max_length(
+    bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel
+) -> None:
+    server.always = _vllm(lambda body: Reply(body=_prompt_logprobs(tiny_teacher, body)), max_model_len=None)
+    with pytest.raises(ModelError, match=r"does not say how long a prompt may be(.|\n)*`max_length`"):
+        bench.run()
+    assert not [request for request in server.requests if "prompt" in request]
+    _, cache = bench.run(max_length=2000)
+    assert len(cache) == 7
+
+
+def test_pitfall_20_a_row_that_the_server_refuses_is_named(
+    bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel
+) -> None:
+    _, everything = bench.run("everything")
+    longest = int(everything.lengths.argmax())
+    refused = everything.row(longest)
+
+    def answer(body: dict[str, Any]) -> Reply:
+        if body["prompt"] == refused.token_ids:
+            return Reply(400, error("the prompt holds what may not be"))
+        return Reply(body=_prompt_logprobs(tiny_teacher, body))
+
+    server.always = _vllm(answer)
+    with pytest.raises(EngineError, match=rf"record {refused.record_id}: HTTP 400: the prompt holds"):
+        bench.run("refused")
+
+
+@pytest.mark.usefixtures("server")
+def test_one_refused_row_costs_no_more_than_a_small_batch_of_answers(bench: Bench) -> None:
+    bench.run()
+    tokens, _ = json.loads((bench.root / "cache" / "scratch" / "batches.json").read_text())
+    assert tokens <= 16_384
+
+
+@pytest.mark.usefixtures("server")
+def test_pitfall_24_a_capture_from_a_server_says_to_serve_without_prefix_caching(bench: Bench) -> None:
+    bench.run()
+    assert "serve by vLLM with --no-enable-prefix-caching" in bench.said.getvalue()
 
 
 def test_a_model_without_logits_is_refused(bench: Bench) -> None:
@@ -312,7 +593,118 @@ def test_a_temperature_that_is_not_positive_and_finite_is_refused(temperature: f
         _settings(temperatures=[temperature])
 
 
+def test_a_sampled_cache_holds_draws_at_its_one_temperature(bench: Bench) -> None:
+    result, cache = bench.run(codec="sampled", draws=20, temperatures=[2.0])
+    signal = cache.signal(0, 2.0)
+    assert isinstance(signal, Sampled)
+    torch.testing.assert_close(signal.shares_NK.sum(-1), torch.ones(len(signal.shares_NK)))
+    assert result.extra["codec"] == "sampled"
+    assert (result.extra["draws"], result.extra["temperatures"]) == (20, [2.0])
+    with pytest.raises(DataError, match="temperature 1 was not declared"):
+        cache.signal(0, 1.0)
+
+
+@pytest.mark.parametrize("first", [4, 2])
+def test_draws_do_not_depend_on_the_batches(bench: Bench, first: int) -> None:
+    _, whole = bench.run("whole", codec="sampled", batch_tokens=2000)
+    bench.records = [RECORDS[5], *RECORDS[:first]]
+    _, other = bench.run("other", codec="sampled", batch_tokens=64)
+    found, wanted = other.signal(1), whole.signal(0)
+    assert isinstance(found, Sampled)
+    assert isinstance(wanted, Sampled)
+    assert torch.equal(found.ids_NK, wanted.ids_NK)
+    assert torch.equal(found.shares_NK, wanted.shares_NK)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"codec": "sampled", "top_k": 8}, "top_k belongs to codec topk, and codec is sampled"),
+        ({"codec": "topk", "draws": 20}, "draws belongs to codec sampled, and codec is topk"),
+        ({"codec": "sampled", "temperatures": [1.0, 2.0]}, "codec sampled draws at one temperature"),
+        ({"codec": "sampled", "temperatures": []}, "codec sampled draws at one temperature"),
+    ],
+)
+def test_settings_of_another_codec_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        _settings(**settings)
+
+
 def test_the_settings_import_nothing_heavy() -> None:
     code = "import json, sys, potstill.cache; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "pyarrow", "numpy", "safetensors"} & set(json.loads(done.stdout))
+
+
+def _hdf5_file(bench: Bench, name: str, **settings: Any) -> Path:
+    _, cache = bench.run(f"exported-{name}", **settings)
+    export_hdf5(cache, bench.root / name)
+    return bench.root / name
+
+
+def test_an_import_into_a_folder_with_anything_else_in_it_is_refused_and_harms_nothing(bench: Bench) -> None:
+    path, folder = _hdf5_file(bench, "a.h5"), bench.root / "home"
+    (folder / "scratch").mkdir(parents=True)
+    (folder / "scratch" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(StoreError, match=r"home: holds scratch, which no import of a\.h5 made"):
+        import_artifact(path, folder)
+    assert [one.name for one in folder.rglob("*")] == ["scratch", "notes.txt"]
+
+
+def test_an_import_into_a_cache_of_another_file_is_refused_and_leaves_it_sealed(bench: Bench) -> None:
+    first, other = _hdf5_file(bench, "a.h5"), bench.root / "b.h5"
+    # The same rows, model and codec: only the logits differ.
+    shutil.copy(first, other)
+    with h5py.File(other, "r+") as file:
+        file["top_k_values"][:] = np.sort(file["top_k_values"][:] - 1)[:, ::-1]
+    sealed = import_artifact(first, bench.root / "home")
+    with pytest.raises(StoreError, match=r"home: holds the logits of another file than .*b\.h5"):
+        import_artifact(other, bench.root / "home")
+    found = Artifact.open(bench.root / "home")
+    assert (found.manifest.fingerprint, found.damage()) == (sealed.manifest.fingerprint, None)
+
+
+def test_a_cache_that_no_import_made_is_not_imported_into(bench: Bench) -> None:
+    path = _hdf5_file(bench, "a.h5")
+    shutil.rmtree(bench.root / "exported-a.h5" / "scratch")
+    before = _bytes(bench.root / "exported-a.h5")
+    with pytest.raises(StoreError, match="holds the logits of another file"):
+        import_artifact(path, bench.root / "exported-a.h5")
+    assert _bytes(bench.root / "exported-a.h5") == before
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_an_interrupted_import_of_the_same_file_is_taken_up_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = _hdf5_file(bench, "a.h5"), bench.root / "home"
+    whole = import_artifact(path, bench.root / "whole")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("potstill.logits.hdf5.write_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_artifact(path, folder)
+    assert list(folder.glob("shard-*"))
+    (folder / ".cache.json.4711.partial").write_text("{", encoding="utf-8")
+    assert import_artifact(path, folder).manifest.files == whole.manifest.files
+
+
+def test_an_import_that_fails_over_a_finished_one_leaves_no_manifest_behind(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = _hdf5_file(bench, "a.h5"), bench.root / "home"
+    whole = import_artifact(path, folder)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("potstill.logits.hdf5.write_index", killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_artifact(path, folder)
+    with pytest.raises(StoreError, match="not a finished artifact"):
+        Artifact.open(folder)
+    assert import_artifact(path, folder).manifest.content == whole.manifest.content

@@ -95,6 +95,208 @@ def test_each_makes_one_step_a_value_and_fills_in_placeholders(tmp_path: Path) -
     assert loaded.graph.needs["student"] == ["traces[chain_sum]", "traces[products]"]
 
 
+# --- stages
+
+
+def staged(tmp_path: Path, *stages: dict[str, Any], **step: Any) -> str:
+    student = {**BASE["steps"]["student"], "epochs": 2, "lr": 1e-3, "stages": list(stages), **step}
+    exam = {"do": "evaluate", "models": ["student"], "data": "traces:held_out"}
+    steps = {**BASE["steps"], "student": student, "exam": exam}
+    return write(tmp_path / "staged.yaml", {**BASE, "steps": steps})
+
+
+HEAD = {"name": "head", "epochs": 1, "groups": [{"match": "layers", "lr": 0}]}
+
+
+def test_stages_become_a_chain_whose_last_step_keeps_the_name(tmp_path: Path) -> None:
+    recipe = load_recipe(staged(tmp_path, HEAD, {"name": "top", "lr": 5e-4}, {"name": "all"}))
+    graph = recipe.graph
+    assert graph.order == ["traces", "student-head", "student-top", "student", "exam"]
+    assert graph.needs["student-top"] == ["student-head", "traces"]
+    assert graph.needs["student"] == ["student-top", "traces"]
+    assert graph.needs["exam"] == ["student", "traces"]
+    head, top, last = (settings(recipe, name) for name in ("student-head", "student-top", "student"))
+    assert (head.student, head.epochs, head.lr, head.groups[0].lr) == ("teacher", 1, 1e-3, 0)
+    assert (top.epochs, top.lr, top.groups) == (2, 5e-4, [])
+    assert (last.epochs, last.lr) == (2, 1e-3)
+    assert [one.lora is not None for one in (head, top, last)] == [True, False, False]
+
+
+def test_a_stage_may_have_its_own_data_and_take_a_setting_away(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        staged(tmp_path, {**HEAD, "data": "some/rows.jsonl"}, {"name": "all", "max_steps": None}, max_steps=9)
+    )
+    head, last = settings(recipe, "student-head"), settings(recipe, "student")
+    assert (head.data, head.max_steps) == ("some/rows.jsonl", 9)
+    assert (last.data, last.max_steps) == ("traces", None)
+
+
+def test_the_resolved_recipe_of_stages_is_the_chain(tmp_path: Path) -> None:
+    recipe = load_recipe(staged(tmp_path, HEAD, {"name": "all"}))
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml(), encoding="utf-8")
+    same = load_recipe(str(again)).graph
+    assert {one.name: one.settings for one in same.nodes.values()} == {
+        one.name: one.settings for one in recipe.graph.nodes.values()
+    }
+
+
+def test_stages_of_each_value_follow_one_another(tmp_path: Path) -> None:
+    path = staged(tmp_path, HEAD, {"name": "all"}, each={"seeded": ["a", "b"]})
+    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    del recipe["steps"]["exam"]
+    graph = load_recipe(write(Path(path), recipe)).graph
+    assert graph.needs["student[b]"] == ["student-head[b]", "traces"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"epochs": 1}], r"stages\.0 has no name"),
+        ([HEAD, HEAD], r"stages\.1 has no name of its own"),
+        ([HEAD, {"name": "all", "student": "teacher"}], r"staged\.yaml:\d+: a stage cannot set student"),
+        ([HEAD, {"name": "all", "lora": {"rank": 2}}], "a later stage cannot set lora"),
+        ([HEAD, {"name": "all", "epoch": 2}], r"unknown key steps\.student\.epoch\n.*did you mean 'epochs'"),
+        ([{**HEAD, "lr": "fast"}, {"name": "all"}], r"steps\.student-head\.lr"),
+        ([], "stages is empty"),
+    ],
+)
+def test_a_wrong_stage_is_told_with_its_place(tmp_path: Path, stages: list[Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(staged(tmp_path, *stages))
+
+
+LAST = {"name": "all", "epochs": 1, "lr": 1e-4}
+
+
+@pytest.mark.parametrize("stage", ["all", "1"])
+def test_an_override_reaches_a_stage_by_name_and_by_number(tmp_path: Path, stage: str) -> None:
+    recipe = load_recipe(
+        staged(tmp_path, HEAD, LAST),
+        [f"student.stages.{stage}.lr=1e-5", "student.stages.head.groups.0.lr=0.5"],
+    )
+    head, last = settings(recipe, "student-head"), settings(recipe, "student")
+    assert (head.lr, head.groups[0].lr, last.lr, last.epochs) == (1e-3, 0.5, 1e-5, 1)
+
+
+def test_an_override_reaches_an_item_of_any_list(tmp_path: Path) -> None:
+    path = staged(
+        tmp_path, {"name": "all"}, groups=[{"match": "layers", "lr": 0}, {"match": "embed", "lr": 0}]
+    )
+    groups = settings(load_recipe(path, ["student.groups.1.lr=0.1"]), "student").groups
+    assert [one.lr for one in groups] == [0, 0.1]
+
+
+def test_an_override_of_what_no_stage_sets_reaches_every_stage(tmp_path: Path) -> None:
+    recipe = load_recipe(staged(tmp_path, HEAD, LAST), ["student.batch=3"])
+    assert [settings(recipe, name).batch for name in ("student-head", "student")] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "student.epochs=4",
+            r"reach any stage[^\n]*\n.*student\.stages\.head\.epochs=, student\.stages\.all\.epochs=",
+        ),
+        ("student.lr=1e-5", r"command line: student\.lr would not reach every stage: lr is set in 'all'\n"),
+        ("student.groups.0.lr=1", r"groups\.0\.lr is set in 'head'\n.*student\.stages\.head\.groups\.0\.lr="),
+        (
+            "steps.student.lr=1e-5",
+            r"mend: .* steps\.student\.stages\.head\.lr=, steps\.student\.stages\.all\.lr=",
+        ),
+    ],
+)
+def test_an_override_that_some_stage_hides_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(staged(tmp_path, HEAD, LAST), [override])
+
+
+def test_a_hidden_setting_of_an_adapter_is_overridden_in_the_first_stage_alone(tmp_path: Path) -> None:
+    path = staged(tmp_path, {**HEAD, "lora": {"rank": 2}}, LAST)
+    with pytest.raises(RecipeError, match=r"counts: student\.stages\.head\.lora\.rank=$"):
+        load_recipe(path, ["student.lora.rank=8"])
+
+
+def test_a_hidden_setting_in_a_step_command_is_named_as_it_is_typed() -> None:
+    arguments = ["student=some/model", "data=./x.jsonl", "stages=[{name: a.b, lr: 1}, {name: c}]", "lr=2"]
+    with pytest.raises(RecipeError, match=r"counts: stages\.0\.lr=, stages\.c\.lr="):
+        one_step_recipe("train", arguments)
+
+
+def test_what_merges_with_a_stages_mapping_is_not_hidden(tmp_path: Path) -> None:
+    path = staged(tmp_path, {**HEAD, "trainer": {"adam_epsilon": 1e-7}}, LAST)
+    recipe = load_recipe(path, ["student.trainer.torch_empty_cache_steps=3"])
+    assert settings(recipe, "student-head").trainer == {"adam_epsilon": 1e-7, "torch_empty_cache_steps": 3}
+
+
+def test_a_sweep_of_a_stages_setting_is_labelled_with_the_stage(tmp_path: Path) -> None:
+    path = staged(tmp_path, HEAD, LAST)
+    recipes = sweep_variants(path, ["student.stages.head.lr=1e-3,1e-5", "student.stages.all.lr=1e-4"], [])
+    assert list(recipes) == ["head.lr=0.001,all.lr=0.0001", "head.lr=1e-05,all.lr=0.0001"]
+    assert [settings(one, "student-head").lr for one in recipes.values()] == [1e-3, 1e-5]
+
+
+@pytest.mark.parametrize("sweep", ["student.groups=[]", "student.lr=1e-3,1e-5"])
+def test_a_sweep_that_the_stages_hide_is_refused(sweep: str) -> None:
+    with pytest.raises(RecipeError, match=r"student\.stages\.blocks\.\w+=, student\.stages\.all\.\w+="):
+        sweep_variants("logit-kd", [sweep], [])
+
+
+def test_stages_set_to_null_are_absent(tmp_path: Path) -> None:
+    graph = load_recipe(staged(tmp_path, HEAD, LAST), ["student.stages=null", "student.lr=1e-5"]).graph
+    assert graph.order == ["traces", "student", "exam"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.stagess=1", "did you mean 'stages'"),
+        ("student.eech=1", "did you mean 'each'"),
+        ("traces.eech=1", "did you mean 'each'"),
+        ("student.stages.al.lr=1", "has no item 'al'\n.*below 2, or its name\n.*did you mean 'all'"),
+        ("student.stages.2.lr=1", "has no item '2'"),
+        ("student.stages.all.lr.x=1", "'lr' holds a value"),
+    ],
+)
+def test_a_wrong_key_of_stages_is_told_with_the_near_one(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(staged(tmp_path, HEAD, LAST), [override])
+
+
+def test_a_stage_that_would_take_a_steps_name_is_refused(tmp_path: Path) -> None:
+    path = staged(tmp_path, {"name": "x"}, {"name": "all"})
+    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    recipe["steps"]["student-x"] = recipe["steps"]["traces"]
+    with pytest.raises(RecipeError, match="makes a step 'student-x', and there is one already"):
+        load_recipe(write(Path(path), recipe))
+
+
+def test_the_schema_knows_stages_and_what_they_may_set() -> None:
+    steps = json_schema()["properties"]["steps"]["additionalProperties"]["oneOf"]
+    kinds = {one["properties"]["do"]["const"]: one["properties"] for one in steps}
+    stage = kinds["train"]["stages"]["items"]["properties"]
+    assert {"name", "groups", "lr", "epochs", "data"} <= stage.keys()
+    assert not {"do", "student", "stages", "each"} & stage.keys()
+    assert "stages" not in kinds["generate"]
+
+
+def test_a_plan_counts_every_stage_and_knows_an_adapter_that_is_trained_on(tmp_path: Path) -> None:
+    from potstill.core.store import Store
+    from potstill.pipeline.plan import make_plan
+
+    path = staged(tmp_path, HEAD, {"name": "all", "epochs": 3})
+    recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    recipe["models"] = {}
+    recipe["steps"]["traces"]["model"] = recipe["steps"]["student"]["student"] = "smollm2-135m-instruct"
+    plan = make_plan(load_recipe(write(Path(path), recipe)), Store(tmp_path / "store"))
+    steps = {step.name: step for step in plan.steps}
+    head, last = steps["student-head"], steps["student"]
+    assert head.tokens is not None
+    assert last.tokens == 3 * head.tokens
+    assert last.memory_gb == head.memory_gb
+
+
 def test_a_sweep_over_values_and_over_named_variants(tmp_path: Path) -> None:
     path = write(
         tmp_path / "sweep.yaml",
@@ -111,6 +313,15 @@ def test_a_sweep_over_values_and_over_named_variants(tmp_path: Path) -> None:
     last = settings(recipes["lr=0.0003,wide"], "student")
     assert (last.lr, last.batch, last.lora.rank, recipes["lr=0.0003,wide"].seed) == (3e-4, 32, 4, 5)
     assert settings(recipes["lr=0.0001,plain"], "student").lora is None
+
+
+def test_a_sweep_over_lists_and_mappings_keeps_all_of_each(base: str) -> None:
+    recipes = sweep_variants(
+        base, ["student.groups=[],[{match: 'layers', lr: 0.5}]", "student.betas=[0.8, 0.9]"], []
+    )
+    plain, grouped = (settings(one, "student") for one in recipes.values())
+    assert (plain.groups, list(plain.betas)) == ([], [0.8, 0.9])
+    assert [(one.match, one.lr) for one in grouped.groups] == [("layers", 0.5)]
 
 
 def test_an_unknown_variant_is_refused(base: str) -> None:
@@ -139,5 +350,7 @@ def test_the_schema_knows_every_key_of_the_shipped_recipes() -> None:
     for path in shipped_recipes().values():
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert raw.keys() <= schema["properties"].keys()
-        for step in raw["steps"].values():
-            assert step.keys() <= kinds[step["do"]]["properties"].keys()
+        nodes = load_recipe(str(path)).graph.nodes.values()
+        kind_of = {node.base: node.kind for node in nodes}  # an extending recipe leaves `do` to its base
+        for name, step in raw["steps"].items():
+            assert step.keys() <= kinds[kind_of[name]]["properties"].keys()

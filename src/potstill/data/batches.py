@@ -13,7 +13,7 @@ from potstill.data.chat import Rendered
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["collate", "epoch_plan", "micro_batches"]
+__all__ = ["collate", "collate_packed", "epoch_plan", "micro_batches", "packs"]
 
 # Rows are sorted by length within groups of this many steps: enough that a step's rows are alike in length,
 # few enough that which rows meet in a step stays random.
@@ -55,6 +55,41 @@ def micro_batches(lengths: Sequence[int], rows: Sequence[int], max_tokens: int) 
         batches[-1].append(row)
         room -= 1
     return batches
+
+
+def packs(lengths: Sequence[int], rows: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """One step's rows in micro-batches of at most `max_tokens` tokens without padding, by first fit.
+
+    Longest rows first, each into the first micro-batch that has room for it; a row that is longer than
+    `max_tokens` is alone.
+    """
+    batches: list[list[int]] = []
+    rooms: list[int] = []
+    for row in sorted(rows, key=lengths.__getitem__, reverse=True):
+        place = next((at for at, room in enumerate(rooms) if lengths[row] <= room), None)
+        if place is None:
+            batches.append([row])
+            rooms.append(max_tokens - lengths[row])
+        else:
+            batches[place].append(row)
+            rooms[place] -= lengths[row]
+    return batches
+
+
+def collate_packed(rows: Sequence[Rendered]) -> dict[str, "torch.Tensor"]:
+    """Rows one behind the other as one: input_ids 1T (int64), loss_mask 1T (bool), position_ids 1T (int64).
+
+    Positions begin again with each row. The first token of a row is never supervised, so that nothing is
+    predicted from the row before.
+    """
+    import torch
+
+    assert all(row.mask[0] == 0 for row in rows)
+    return {
+        "input_ids": torch.tensor([[id_ for row in rows for id_ in row.ids]], dtype=torch.int64),
+        "loss_mask": torch.tensor([[one for row in rows for one in row.mask]], dtype=torch.bool),
+        "position_ids": torch.tensor([[at for row in rows for at in range(len(row.ids))]], dtype=torch.int64),
+    }
 
 
 def collate(rows: Sequence[Rendered], pad_id: int) -> dict[str, "torch.Tensor"]:

@@ -12,7 +12,7 @@ from potstill.core.errors import DataError
 from potstill.core.events import Reporter
 from potstill.core.hashing import derive_seed
 from potstill.core.records import RECORDS_FILE, Record, count_records, prompt_identity, read_records
-from potstill.core.settings import DataRef, Reference
+from potstill.core.settings import DataRef, InputPath, Reference
 from potstill.core.step import StepContext
 from potstill.data.chat import split_reasoning
 from potstill.data.files import PlacedRow, read_rows
@@ -38,6 +38,7 @@ __all__ = [
     "count_rows",
     "prompts",
     "read",
+    "read_file",
     "source_of_path",
 ]
 
@@ -78,9 +79,18 @@ def count_rows(data: Data, seed: int) -> int | None:
         for one in members
     ):
         return None
-    context = StepContext(
-        name="count",
-        kind="count",
+    return sum(1 for _ in read(data, _outside_a_run(seed)))
+
+
+def read_file(path: str | Path) -> Iterator[Record]:
+    """The records of a data file, outside a run: a malformed row is an error."""
+    return read(FileSource(path=InputPath(path), strict=True), _outside_a_run(seed=0))
+
+
+def _outside_a_run(seed: int) -> StepContext:
+    return StepContext(
+        name="read",
+        kind="read",
         folder=Path(),
         seed=seed,
         cache_folder=Path(),
@@ -88,11 +98,10 @@ def count_rows(data: Data, seed: int) -> int | None:
         resolve_model=_unresolved,
         resolve_data=_unresolved,
     )
-    return sum(1 for _ in read(data, context))
 
 
 def _unresolved(reference: Reference) -> NoReturn:
-    raise AssertionError(f"counting rows needs no {reference}")
+    raise AssertionError(f"reading a source needs no {reference}")
 
 
 def prompts(records: Iterable[Record]) -> Iterator[Record]:

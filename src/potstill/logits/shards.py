@@ -1,17 +1,20 @@
 """A folder of teacher logits: sealed shards that a killed capture resumes after, read in constant memory.
 
 `cache.json` states the codec and what the logits belong to. Each shard holds whole rows: token ids,
-supervised mask and what the codec keeps of every supervised token, under the SHA-256 of ids and mask.
+supervised mask and what the codec keeps of every supervised token, under the SHA-256 of ids and mask. Rows
+lie in compressed blocks, so that a row is read by unpacking one block.
 `index.safetensors` is written last and gives the rows in the order of the data; equal rows share one entry. A
-file gets its name only once it is whole.
+file gets its name only once it is whole, and holds the SHA-256 of its content.
 """
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,39 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from potstill.core.errors import DataError, StoreError
-from potstill.core.store import write_atomically
-from potstill.logits.codecs import Array, TopK, id_type
-from potstill.losses.types import Sparse
+from potstill.core.store import MANIFEST_FILE, write_atomically
+from potstill.logits.codecs import Codec, codec_of, describe, id_type
+from potstill.logits.packing import (
+    Array,
+    Block,
+    Stream,
+    compress,
+    decompress,
+    frequency_classes,
+    ids_by_frequency,
+    pack_block,
+)
+from potstill.losses.types import Sampled, Sparse
 
-__all__ = ["SHARD_TOKENS", "CachedRow", "LogitCache", "ShardWriter", "row_key", "write_index"]
+__all__ = [
+    "SHARD_TOKENS",
+    "CachedRow",
+    "LogitCache",
+    "ShardWriter",
+    "prepare_import",
+    "row_key",
+    "write_index",
+]
 
 SHARD_TOKENS = 16_384
+# Enough for a byte's code table to pay, few enough that one row can be read without many others.
+_BLOCK_IDS = 8_192
 _HEADER_FILE, _INDEX_FILE = "cache.json", "index.safetensors"
-# Mapped pages count as resident: a few open shards bound what random reading keeps in memory.
-_OPEN_SHARDS = 4
+_SEALED_NAME = re.compile(r"(cache|manifest)\.json|(index|shard-\d+-\d+)\.safetensors")
+_PARTIAL_NAME = re.compile(r"(\.(cache|manifest)\.json\.\d+|index|shard-\d+-\d+)\.partial")
+# What is kept of a shard between reads (its ids by frequency, where its blocks lie) is about 100 KB.
+_OPEN_SHARDS, _UNPACKED_BLOCKS = 64, 8
+_MASS_BINS = 10_000
 _KEY_BYTES = 32
 
 
@@ -59,22 +85,26 @@ class ShardWriter:
     """Appends rows to a cache folder and seals a shard every `shard_tokens` supervised tokens.
 
     It continues after the last sealed shard: `key in writer` says which rows are there. Several writers, each
-    with its own number, may fill one folder. Raises StoreError when it holds logits of other settings.
+    with its own number, may fill one folder. `imported` is the SHA-256 of the file that the rows come from,
+    where they do. Raises StoreError when the folder holds logits of other settings.
     """
 
     def __init__(
         self,
         folder: Path,
-        codec: TopK,
+        codec: Codec,
         *,
         tokenizer: str,
         model: str,
+        imported: str | None = None,
         writer: int = 0,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.folder, self.codec, self.shard_tokens = folder, codec, shard_tokens
         self._prefix = f"shard-{writer:03d}-"
-        header = {**codec.describe(), "tokenizer": tokenizer, "model": model}
+        header = {**describe(codec), "tokenizer": tokenizer, "model": model}
+        if imported is not None:
+            header["imported"] = imported
         if (folder / _HEADER_FILE).exists():
             _check_same(_read_header(folder), header, folder)
         else:
@@ -82,20 +112,37 @@ class ShardWriter:
         (folder / _INDEX_FILE).unlink(missing_ok=True)
         for unfinished in folder.glob(f"{self._prefix}*.partial"):
             unfinished.unlink()
-        self._number = len(list(folder.glob(f"{self._prefix}*.safetensors")))
-        self._keys = {key for path in _shard_paths(folder) for key in _keys(_open(path))}
+        # One past the last, not how many there are: a damaged one may have been deleted.
+        numbers = [
+            int(path.stem.removeprefix(self._prefix)) for path in folder.glob(f"{self._prefix}*.safetensors")
+        ]
+        self._number = max(numbers, default=-1) + 1
+        self._keys = {key for path in _shard_paths(folder) for key in _keys(_load(path))}
         self._pending: list[tuple[bytes, CachedRow, dict[str, Array]]] = []
         self._pending_tokens = 0
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._keys
 
-    def append(self, row: CachedRow, quantities: Mapping[str, Tensor]) -> None:
-        """Add a row with the codec's quantities of its supervised tokens, in order."""
-        key, packed = row.key, self.codec.pack(quantities)
+    def append(self, row: CachedRow, quantities: Mapping[str, Tensor], *, where: str | None = None) -> None:
+        """Add a row with the codec's quantities of its supervised tokens, in order.
+
+        Raises DataError for a token id past the vocabulary and for a NaN among the quantities; `where` names
+        the row, by default by its record.
+        """
+        where = where or f"record {row.record_id}"
+        size = self.codec.vocabulary_size
+        if (highest := max(row.token_ids)) >= size:
+            raise DataError(
+                f"token id {highest} is past the vocabulary of {size} ids",
+                where=where,
+                expected="ids that the teacher has logits for",
+                mend="use data of the teacher's own tokenizer, or leave the row out",
+            )
+        key, packed = row.key, self.codec.pack(quantities, where=where)
         assert key not in self._keys
         assert row.mask[0] == 0
-        assert all(len(values) == sum(row.mask) > 0 for values in packed.values())
+        assert all(len(values) == sum(row.mask) > 0 for values in quantities.values())
         self._keys.add(key)
         self._pending.append((key, row, packed))
         self._pending_tokens += sum(row.mask)
@@ -107,14 +154,28 @@ class ShardWriter:
         if not self._pending:
             return
         keys, rows, packed = zip(*self._pending, strict=True)
-        id_array = partial(np.array, dtype=id_type(self.codec.vocabulary_size))
+        classes = frequency_classes(
+            np.concatenate([values["ids"].ravel() for values in packed]), self.codec.vocabulary_size
+        )
+        order = ids_by_frequency(classes)
+        numbers = np.zeros(self.codec.vocabulary_size, dtype=id_type(self.codec.vocabulary_size))
+        numbers[order] = np.arange(len(order))
+        block_rows = _block_rows([values["ids"].size for values in packed])
+        frames: list[tuple[bytes, int]] = []
+        for first, last in itertools.pairwise(block_rows):
+            arrays = {name: np.concatenate([one[name] for one in packed[first:last]]) for name in packed[0]}
+            arrays["ids"] = numbers[arrays["ids"]]
+            arrays["token_ids"] = np.concatenate([np.asarray(row.token_ids) for row in rows[first:last]])
+            arrays["mask"] = np.frombuffer(b"".join(bytes(row.mask) for row in rows[first:last]), np.uint8)
+            frames += pack_block(_streams(self.codec), arrays)
         tensors: dict[str, Array] = {
             "keys": _key_array(keys),
-            "lengths": np.array([len(row.token_ids) for row in rows], dtype=np.int64),
-            "supervised": np.array([sum(row.mask) for row in rows], dtype=np.int64),
-            "token_ids": np.concatenate([id_array(row.token_ids) for row in rows]),
-            "mask": np.concatenate([np.frombuffer(bytes(row.mask), dtype=np.uint8) for row in rows]),
-            **{name: np.concatenate([values[name] for values in packed]) for name in packed[0]},
+            "lengths": np.array([len(row.token_ids) for row in rows], dtype=np.uint32),
+            "supervised": np.array([sum(row.mask) for row in rows], dtype=np.uint32),
+            "block_rows": np.array(block_rows, dtype=np.uint32),
+            "frame_bytes": np.array([(len(frame), size) for frame, size in frames], dtype=np.uint32),
+            "frequency_classes": np.frombuffer(compress(classes), dtype=np.uint8),
+            "frames": np.frombuffer(b"".join(frame for frame, _ in frames), dtype=np.uint8),
         }
         _write(self.folder / f"{self._prefix}{self._number:05d}.safetensors", tensors)
         self._number += 1
@@ -122,15 +183,55 @@ class ShardWriter:
         self._pending_tokens = 0
 
 
+def prepare_import(folder: Path, path: Path, file_hash: str) -> None:
+    """Make a folder ready to import a file into: an empty one, or that file's own import.
+
+    What was sealed there is then unfinished. Raises StoreError, and changes nothing, where the folder holds
+    anything else.
+    """
+    names = sorted(one.name for one in folder.iterdir()) if folder.exists() else []
+    partial = [name for name in names if _PARTIAL_NAME.fullmatch(name)]
+    found = [name for name in names if name not in partial]
+    for name in found:
+        if not _SEALED_NAME.fullmatch(name):
+            raise StoreError(
+                f"holds {name}, which no import of {path.name} made",
+                where=str(folder),
+                expected="a new or an empty folder",
+                mend="name another folder",
+            )
+    if found and (_HEADER_FILE not in found or _read_header(folder).get("imported") != file_hash):
+        raise StoreError(
+            f"holds the logits of another file than {path}",
+            where=str(folder),
+            expected="a new folder, or one with an unfinished import of this very file",
+            mend="name another folder, or delete this one",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MANIFEST_FILE, *partial):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_index(folder: Path, rows: Iterable[CachedRow]) -> None:
     """Complete a cache: its rows in order, each found in a sealed shard, or else a DataError."""
     place: dict[bytes, tuple[int, ...]] = {}
     paths = _shard_paths(folder)
     for number, path in enumerate(paths):
-        shard = _open(path)
-        lengths, supervised = shard.get_tensor("lengths"), shard.get_tensor("supervised")
+        shard = _load(path)
+        lengths, supervised = shard["lengths"].astype(np.int64), shard["supervised"].astype(np.int64)
+        block_rows = shard["block_rows"].astype(np.int64)
+        block_of_row = np.repeat(np.arange(len(block_rows) - 1), np.diff(block_rows))
+        first_rows = block_rows[block_of_row]
         starts, supervised_starts = lengths.cumsum() - lengths, supervised.cumsum() - supervised
-        for key, *where in zip(_keys(shard), starts, lengths, supervised_starts, supervised, strict=True):
+        for key, *where in zip(
+            _keys(shard),
+            block_of_row,
+            starts - starts[first_rows],
+            lengths,
+            supervised_starts - supervised_starts[first_rows],
+            supervised,
+            strict=True,
+        ):
             place[key] = (number, *where)
     keys, places, held_out, record_ids = [], [], [], []
     for position, row in enumerate(rows):
@@ -142,33 +243,40 @@ def write_index(folder: Path, rows: Iterable[CachedRow]) -> None:
         record_ids.append(row.record_id.encode("utf-8"))
     assert all(record_ids)
     tensors: dict[str, Array] = {
+        "shards": np.frombuffer(json.dumps([path.name for path in paths]).encode("utf-8"), dtype=np.uint8),
         "keys": _key_array(keys),
-        "places": np.array(places, dtype=np.int64),
+        "places": np.array(places, dtype=np.uint32),
         "held_out": np.array(held_out, dtype=np.uint8),
         "record_ids": np.frombuffer(b"".join(record_ids), dtype=np.uint8),
         "record_id_ends": np.cumsum([len(one) for one in record_ids], dtype=np.int64),
     }
-    _write(folder / _INDEX_FILE, tensors, {"shards": json.dumps([path.name for path in paths])})
+    _write(folder / _INDEX_FILE, tensors)
 
 
 class LogitCache:
-    """A finished cache, which is a training set by itself: rows are read from mapped shards when asked for.
+    """A finished cache, which is a training set by itself: rows are read from the shards when asked for.
 
-    It can be handed to data-loader workers, where each opens the shards for itself.
+    What it holds in memory does not grow with the logits, only by some 60 bytes a row for where each lies.
+    It can be handed to data-loader workers, forked or not.
     """
 
-    def __init__(self, folder: Path, codec: TopK, tokenizer: str, model: str) -> None:
+    def __init__(
+        self, folder: Path, codec: Codec, tokenizer: str, model: str, imported: str | None = None
+    ) -> None:
         self.folder, self.codec, self.tokenizer, self.model = folder, codec, tokenizer, model
-        self._open_shards: dict[str, Any] = {}
-        self._numbers: dict[bytes, int] | None = None
-        index = self._shard(_INDEX_FILE)
-        self._names: list[str] = json.loads(index.metadata()["shards"])
+        self.imported = imported
+        index = _load(folder / _INDEX_FILE)
+        self._names: list[str] = json.loads(index["shards"].tobytes())
         for name in self._names:
             if not (folder / name).is_file():
                 raise DataError(f"{name} is missing", where=str(folder), mend="run the cache step again")
-        self._places: Array = index.get_tensor("places")
-        self._record_id_ends: Array = index.get_tensor("record_id_ends")
-        self.held_out: Array = index.get_tensor("held_out").astype(bool)
+        self._places: Array = index["places"]
+        self._record_ids, self._record_id_ends = index["record_ids"].tobytes(), index["record_id_ends"]
+        self.held_out: Array = index["held_out"].astype(bool)
+        self._numbers: dict[bytes, int] | None = None
+        self._checked: set[str] = set()
+        self._shards: OrderedDict[int, _Shard] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], Block] = OrderedDict()
 
     @classmethod
     def open(cls, folder: Path, *, tokenizer: str | None = None) -> "LogitCache":
@@ -176,6 +284,8 @@ class LogitCache:
 
         Raises DataError for a folder that holds no finished cache, an unknown codec, and another tokenizer.
         """
+        if folder.is_file():  # a run folder's link where there are no links
+            folder = Path(folder.read_text(encoding="utf-8"))
         if not (folder / _INDEX_FILE).is_file():
             raise DataError(
                 "holds no finished cache of teacher logits",
@@ -184,7 +294,7 @@ class LogitCache:
                 mend="run the cache step; an interrupted one goes on where it stopped",
             )
         header = _read_header(folder)
-        codec = TopK.from_description(header, where=str(folder))
+        codec = codec_of(header, where=str(folder))
         if tokenizer is not None and tokenizer != header["tokenizer"]:
             raise DataError(
                 f"these logits belong to another tokenizer ({header['tokenizer'][:12]}) than the model that "
@@ -193,60 +303,78 @@ class LogitCache:
                 expected="one tokenizer for teacher and student: their logits are compared id by id",
                 mend="cache the logits of a teacher of the student's family, or train on responses alone",
             )
-        return cls(folder, codec, header["tokenizer"], header["model"])
+        return cls(folder, codec, header["tokenizer"], header["model"], header.get("imported"))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open_shards": {}}
+        return {**self.__dict__, "_shards": OrderedDict(), "_blocks": OrderedDict()}
 
     @property
     def description(self) -> dict[str, Any]:
         """The codec's settings, and whose logits these are, as JSON."""
-        return {**self.codec.describe(), "tokenizer": self.tokenizer, "model": self.model}
+        return {**describe(self.codec), "tokenizer": self.tokenizer, "model": self.model}
 
     @property
     def lengths(self) -> Array:
         """Tokens of each row."""
-        return self._places[:, 2]
+        lengths: Array = self._places[:, 3].astype(np.int64)
+        return lengths
 
     @property
     def supervised(self) -> Array:
         """Supervised tokens of each row."""
-        return self._places[:, 4]
-
-    def figures(self) -> dict[str, float]:
-        """Means over the stored supervised tokens: mass kept at T = 1, bytes that a token takes."""
-        size_bytes, kept = 0, []
-        for name in self._names:
-            size_bytes += (self.folder / name).stat().st_size
-            log_tail_NT: Array = _open(self.folder / name).get_tensor("log_tail")
-            kept.append(1 - np.exp(log_tail_NT[:, self.codec.temperatures.index(1.0)], dtype=np.float64))
-        kept_N = np.concatenate(kept)
-        return {"mean_kept_mass": float(kept_N.mean()), "bytes_per_token": size_bytes / len(kept_N)}
+        supervised: Array = self._places[:, 5].astype(np.int64)
+        return supervised
 
     def row(self, number: int) -> CachedRow:
         """A row's token ids and mask, and which record it was."""
-        shard, start, length, _, _ = self._places[number].tolist()
+        shard, block, start, length, _, _ = self._places[number].tolist()
+        part, found = slice(start, start + length), self._block(shard, block)
         end = int(self._record_id_ends[number])
         begin = int(self._record_id_ends[number - 1]) if number else 0
         return CachedRow(
-            self._slice(self._names[shard], "token_ids", start, length).tolist(),
-            self._slice(self._names[shard], "mask", start, length).tolist(),
+            found.read("token_ids", part).tolist(),
+            found.read("mask", part).tolist(),
             bool(self.held_out[number]),
-            self._slice(_INDEX_FILE, "record_ids", begin, end - begin).tobytes().decode("utf-8"),
+            self._record_ids[begin:end].decode("utf-8"),
         )
 
-    def signal(self, number: int, temperature: float = 1.0, k: int | None = None) -> Sparse:
-        """What the teacher gives to a row's supervised tokens, in order, at one declared temperature.
+    def signal(self, number: int, temperature: float = 1.0, k: int | None = None) -> Sparse | Sampled:
+        """`signals` of one row."""
+        return self.signals([number], temperature, k)
 
-        `k` takes fewer ids than were kept; the others join the tail. Raises DataError as `TopK.decode` does.
+    def signals(
+        self,
+        numbers: Sequence[int],
+        temperature: float = 1.0,
+        k: int | None = None,
+        *,
+        tokens: Sequence[int] | None = None,
+    ) -> Sparse | Sampled:
+        """What the teacher gives to the supervised tokens of some rows, row by row, at one temperature.
+
+        `k` takes fewer ids than were kept; the others join the tail. `tokens` takes so many of each row's
+        first tokens. Raises DataError as the codec's `decode` does, and for a damaged shard.
         """
-        shard, _, _, start, count = self._places[number].tolist()
-        names = ("ids", "log_probs", "log_tail")
-        stored = {name: self._slice(self._names[shard], name, start, count) for name in names}
+        parts = []
+        for position, (shard, block, _, _, start, count) in enumerate(self._places[list(numbers)].tolist()):
+            wanted = slice(start, start + (count if tokens is None else tokens[position]))
+            assert wanted.stop - start <= count
+            part = self.codec.select(self._block(shard, block).read, wanted)
+            part["ids"] = self._shard(shard).order[part["ids"]]
+            parts.append(part)
+        stored = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return self.codec.decode(stored, temperature, k, where=str(self.folder))
+
+    def logsumexp(self, numbers: Sequence[int]) -> Array:
+        """Of a top-k cache: the logsumexp of logits / T of some rows' supervised tokens, a column a T."""
+        parts = []
+        for shard, block, _, _, start, count in self._places[list(numbers)].tolist():
+            parts.append(self._block(shard, block).read("logsumexp", slice(start, start + count)))
+        logsumexp_NT: Array = np.concatenate(parts).astype(np.float32)
+        return logsumexp_NT
 
     def find(self, token_ids: Sequence[int], mask: Sequence[int]) -> int:
         """The number of the row with these ids and this mask.
@@ -254,7 +382,7 @@ class LogitCache:
         Raises DataError when there is none: training on without the teacher would be another training.
         """
         if self._numbers is None:
-            keys = _keys(self._shard(_INDEX_FILE))
+            keys = _keys(_load(self.folder / _INDEX_FILE, {"keys"}))
             self._numbers = {key: number for number, key in reversed(list(enumerate(keys)))}
         try:
             return self._numbers[row_key(token_ids, mask)]
@@ -266,47 +394,158 @@ class LogitCache:
                 mend="run the cache step on this data, with the chat template and lengths of the training",
             ) from None
 
-    def _shard(self, file_name: str) -> Any:
-        if file_name not in self._open_shards:
-            if len(self._open_shards) == _OPEN_SHARDS:
-                del self._open_shards[next(iter(self._open_shards))]
-            self._open_shards[file_name] = _open(self.folder / file_name)
-        return self._open_shards[file_name]
+    def counts(self) -> dict[str, int]:
+        """Rows, tokens and supervised tokens, a repeated row counted each time."""
+        return {
+            "rows": len(self),
+            "tokens": int(self.lengths.sum()),
+            "supervised_tokens": int(self.supervised.sum()),
+        }
 
-    def _slice(self, file_name: str, name: str, start: int, count: int) -> Array:
-        values: Array = self._shard(file_name).get_slice(name)[start : start + count]
-        return values
+    def figures(self) -> dict[str, float]:
+        """Over stored supervised tokens: bytes a token, distinct ids, and of top-k the mass kept at T = 1.
+
+        Percentiles are to 1/10,000. Reads every shard, in constant memory.
+        """
+        tokens, distinct, mass = 0, 0, 0.0
+        histogram = np.zeros(_MASS_BINS, dtype=np.int64)
+        for number in range(len(self._names)):
+            for block in range(self._shard(number).blocks):
+                stored = self.codec.select(self._block(number, block).read, slice(None))
+                figures = self.codec.token_figures(stored)
+                tokens += len(figures["distinct_ids"])
+                distinct += int(figures["distinct_ids"].sum())
+                if (kept := figures.get("kept_mass")) is not None:
+                    mass += float(kept.sum())
+                    histogram += np.histogram(kept, _MASS_BINS, (0.0, 1.0))[0]
+        size_bytes = sum((self.folder / name).stat().st_size for name in self._names)
+        found = {"bytes_per_token": size_bytes / tokens, "mean_distinct_ids": distinct / tokens}
+        if self.codec.k is not None:
+            found["mean_kept_mass"] = mass / tokens
+            ranks = histogram.cumsum()
+            for percent in (1, 5, 50):
+                bin_ = int(np.searchsorted(ranks, percent / 100 * tokens))
+                found[f"kept_mass_p{percent:02d}"] = (bin_ + 0.5) / _MASS_BINS
+        return found
+
+    def verify(self) -> int:
+        """Read every shard against its checksum and say how many; DataError names one that is damaged."""
+        for name in self._names:
+            _load(self.folder / name)
+        return len(self._names)
+
+    def _shard(self, number: int) -> "_Shard":
+        if (shard := self._shards.get(number)) is None:
+            if len(self._shards) == _OPEN_SHARDS:
+                self._shards.popitem(last=False)
+            name = self._names[number]
+            shard = self._shards[number] = _Shard(
+                self.folder / name, self.codec, check=name not in self._checked
+            )
+            self._checked.add(name)
+        self._shards.move_to_end(number)
+        return shard
+
+    def _block(self, shard: int, number: int) -> Block:
+        if (block := self._blocks.get((shard, number))) is None:
+            if len(self._blocks) == _UNPACKED_BLOCKS:
+                self._blocks.popitem(last=False)
+            block = self._blocks[shard, number] = self._shard(shard).read(number)
+        self._blocks.move_to_end((shard, number))
+        return block
+
+
+class _Shard:
+    """An open shard: which id each number stands for, and where its blocks lie."""
+
+    def __init__(self, path: Path, codec: Codec, *, check: bool) -> None:
+        self._path, self._streams = path, _streams(codec)
+        tensors = _load(path, None if check else {"frequency_classes", "frame_bytes"})
+        self.order = ids_by_frequency(decompress(tensors["frequency_classes"], codec.vocabulary_size))
+        packed_bytes, unpacked_bytes = tensors["frame_bytes"].T
+        self._ends: list[int] = packed_bytes.cumsum(dtype=np.int64).tolist()
+        self._sizes: list[int] = unpacked_bytes.tolist()
+        self._frames = sum(stream.frames for stream in self._streams.values())
+        self.blocks = len(self._ends) // self._frames
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            offsets = json.loads(file.read(header_bytes))["frames"]["data_offsets"]
+        self._start = 8 + header_bytes + offsets[0]
+
+    def read(self, number: int) -> Block:
+        """A block, still packed."""
+        frames = slice(number * self._frames, (number + 1) * self._frames)
+        begin = self._ends[frames.start - 1] if number else 0
+        ends = [end - begin for end in self._ends[frames]]
+        # Opened anew each time: a mapped file's pages would count as this process's memory, and forked
+        # workers share an open file's position.
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._start + begin)
+            data = file.read(ends[-1])
+        return Block(self._streams, data, ends, self._sizes[frames], where=str(self._path))
+
+
+def _streams(codec: Codec) -> dict[str, Stream]:
+    ids = np.dtype(id_type(codec.vocabulary_size)).str
+    return {"token_ids": Stream(ids, None, in_planes=False), "mask": Stream("|u1", None), **codec.streams}
+
+
+def _block_rows(ids_a_row: Sequence[int]) -> list[int]:
+    """The first row of each block, and the number of rows."""
+    firsts, count = [0], 0
+    for row, ids in enumerate(ids_a_row):
+        if count >= _BLOCK_IDS:
+            firsts.append(row)
+            count = 0
+        count += ids
+    return [*firsts, len(ids_a_row)]
 
 
 def _shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.safetensors"))
 
 
-def _open(path: Path) -> Any:
+def _load(path: Path, names: Collection[str] | None = None) -> dict[str, Array]:
+    """A file's tensors: some of them, or all, which are then checked against the file's checksum."""
     try:
-        return safe_open(path, framework="np")
+        with safe_open(path, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+            checksum = (file.metadata() or {}).get("sha256")
+        damage = None if names is not None or checksum == _checksum(tensors) else "its checksum is another"
     except (OSError, SafetensorError) as error:
+        damage = str(error)
+    if damage is not None:
         raise DataError(
-            f"cannot be read ({error})",
+            f"is damaged ({damage})",
             where=str(path),
-            expected="a shard as the cache step sealed it",
-            mend="delete the cache's folder and run the cache step again",
-        ) from error
+            expected="a file as the cache step sealed it",
+            mend="delete it and run the cache step again, which makes what is missing",
+        )
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name} {values.dtype.str} {values.shape} ".encode())
+        digest.update(values.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _key_array(keys: Sequence[bytes]) -> Array:
     return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, _KEY_BYTES)
 
 
-def _keys(shard: Any) -> list[bytes]:
-    return [key.tobytes() for key in shard.get_tensor("keys")]
+def _keys(shard: Mapping[str, Array]) -> list[bytes]:
+    return [key.tobytes() for key in shard["keys"]]
 
 
-def _write(path: Path, tensors: dict[str, Array], metadata: dict[str, str] | None = None) -> None:
+def _write(path: Path, tensors: dict[str, Array]) -> None:
     """Write a file so that it has its name only when all of it is on the disk."""
     unfinished = path.with_suffix(".partial")
     with unfinished.open("wb") as file:
-        file.write(save(tensors, metadata))
+        file.write(save(tensors, {"sha256": _checksum(tensors)}))
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
@@ -324,8 +563,8 @@ def _read_header(folder: Path) -> dict[str, Any]:
 
 
 def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    for name, value in wanted.items():
-        if found.get(name) != value:
+    for name in {**wanted, **found}:
+        if found.get(name) != (value := wanted.get(name)):
             raise StoreError(
                 f"holds logits with {name} {found.get(name)!r}, not {value!r}",
                 where=str(folder),

@@ -8,14 +8,15 @@ from torch import Tensor
 from potstill.losses.divergences import forward_kl
 from potstill.losses.head import TokenFunction
 from potstill.losses.response import cross_entropy
-from potstill.losses.types import Dense, Sparse, TeacherSignal
+from potstill.losses.types import Dense, Sampled, Sparse, TeacherSignal
 
 __all__ = ["agreement", "comparison"]
 
 
-def agreement(student_logits_NV: Tensor, teacher: Dense | Sparse) -> Tensor:
-    """1.0 where the student's most probable token is the teacher's, else 0.0, one a token."""
-    return (student_logits_NV.argmax(-1) == teacher.top_ids).to(student_logits_NV.dtype)
+def agreement(student_logits_NV: Tensor, teacher: Dense | Sparse | Sampled) -> Tensor:
+    """1.0 where no token is more probable to the student than the teacher's first, else 0.0, one a token."""
+    of_teacher_N = student_logits_NV.gather(-1, teacher.top_ids[:, None])[:, 0]
+    return (of_teacher_N >= student_logits_NV.amax(-1)).to(student_logits_NV.dtype)
 
 
 def comparison(targets_N: Tensor, teacher: TeacherSignal) -> TokenFunction:

@@ -6,6 +6,7 @@ Shapes: N tokens, V vocabulary.
 from torch import Tensor
 from torch.nn import functional
 
+from potstill.losses.closed_form import ClosedForm
 from potstill.losses.head import TokenFunction
 
 __all__ = ["cross_entropy", "response_loss"]
@@ -23,4 +24,4 @@ def response_loss(targets_N: Tensor) -> TokenFunction:
         cross_entropy_C = cross_entropy(logits_CV, targets_N[rows])
         return {"loss": cross_entropy_C, "cross_entropy": cross_entropy_C}
 
-    return quantities
+    return ClosedForm(quantities, targets_N)

@@ -5,13 +5,15 @@ Shapes: N tokens, H hidden size, V vocabulary, K kept ids. Every log is natural.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from potstill.losses.head import Head, full_precision_logits
 
-__all__ = ["Dense", "Live", "Sparse", "TeacherSignal", "concatenate"]
+__all__ = ["Dense", "Live", "Sampled", "Sparse", "TeacherSignal", "concatenate"]
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,62 @@ class Sparse:
         )
 
 
-TeacherSignal = Dense | Live | Sparse
+@dataclass(frozen=True)
+class Sampled:
+    """Ids drawn from a teacher's distribution at one temperature, and the share of the draws that each got.
+
+    The expectation of the shares is the distribution itself, so that a loss which is linear in the teacher's
+    probabilities has unbiased gradients (random-sampling KD, arXiv 2503.16870). K is the largest count of
+    distinct ids; a row with fewer is filled up with shares of 0.
+    """
+
+    ids_NK: Tensor
+    shares_NK: Tensor
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert self.ids_NK.shape == self.shares_NK.shape
+
+    def rows(self, rows: slice) -> "Sampled":
+        """The signal of some tokens."""
+        return Sampled(self.ids_NK[rows], self.shares_NK[rows], self.temperature)
+
+    @property
+    def top_ids(self) -> Tensor:
+        """Each token's most drawn id, an estimate of the most probable one."""
+        return self.ids_NK.gather(-1, self.shares_NK.argmax(-1, keepdim=True)).squeeze(-1)
+
+    def to(self, device: torch.device | str) -> "Sampled":
+        """The signal on another device."""
+        return Sampled(self.ids_NK.to(device), self.shares_NK.to(device), self.temperature)
 
 
-def concatenate(signals: Sequence[Sparse]) -> Sparse:
-    """One signal for the tokens of several, in order; they share K and the temperature."""
-    assert len({(signal.ids_NK.shape[1], signal.temperature) for signal in signals}) == 1
-    return Sparse(
-        torch.cat([signal.ids_NK for signal in signals]),
-        torch.cat([signal.log_probs_NK for signal in signals]),
-        torch.cat([signal.log_tail_N for signal in signals]),
-        signals[0].temperature,
+TeacherSignal = Dense | Live | Sparse | Sampled
+Stored = TypeVar("Stored", Sparse, Sampled)
+
+
+def concatenate(signals: Sequence[Stored]) -> Stored:
+    """One signal for the tokens of several of one kind, in order; they share the temperature.
+
+    Sparse signals share K as well; sampled ones are filled up to the largest.
+    """
+    first = signals[0]
+    assert len({signal.temperature for signal in signals}) == 1
+    if isinstance(first, Sparse):
+        assert len({signal.ids_NK.shape[1] for signal in signals}) == 1
+        return Sparse(
+            torch.cat([signal.ids_NK for signal in signals]),
+            torch.cat([signal.log_probs_NK for signal in signals]),
+            torch.cat([signal.log_tail_N for signal in signals]),
+            first.temperature,
+        )
+    width = max(signal.ids_NK.shape[1] for signal in signals)
+
+    def filled(values_NK: Tensor) -> Tensor:
+        return functional.pad(values_NK, (0, width - values_NK.shape[1]))
+
+    return Sampled(
+        torch.cat([filled(signal.ids_NK) for signal in signals]),
+        torch.cat([filled(signal.shares_NK) for signal in signals]),
+        first.temperature,
     )

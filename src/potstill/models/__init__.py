@@ -14,6 +14,7 @@ from potstill.models.heads import (
     can_share_prefix,
     hidden_states,
     hidden_states_after,
+    isolates_packed_rows,
     output_head,
 )
 from potstill.models.loading import LoadedModel, choose_device, load, supports_bf16
@@ -48,6 +49,7 @@ __all__ = [
     "hidden_states_after",
     "identity",
     "is_fetched",
+    "isolates_packed_rows",
     "load",
     "load_tokenizer",
     "output_head",

@@ -11,7 +11,14 @@ from potstill.core.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["OutputHead", "can_share_prefix", "hidden_states", "hidden_states_after", "output_head"]
+__all__ = [
+    "OutputHead",
+    "can_share_prefix",
+    "hidden_states",
+    "hidden_states_after",
+    "isolates_packed_rows",
+    "output_head",
+]
 
 _SHARES_PREFIX = frozenset({"gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3"})
 
@@ -31,14 +38,20 @@ def _trunk(model: Any) -> Any:
 
 
 def hidden_states(
-    model: Any, input_ids_BT: "torch.Tensor", attention_mask_BT: "torch.Tensor | None" = None
+    model: Any,
+    input_ids_BT: "torch.Tensor",
+    attention_mask_BT: "torch.Tensor | None" = None,
+    position_ids_BT: "torch.Tensor | None" = None,
 ) -> "torch.Tensor":
     """The trunk's output after the final norm (and OPT's projection out), [B, T, H]: what the head is given.
 
-    Adapters take part. Right padding only: positions count from the left.
+    Adapters take part. Right padding only: positions count from the left. Position ids that begin again pack
+    several rows into one, without an attention mask, for a model of which `isolates_packed_rows` is true.
     """
     trunk = _trunk(model)
-    output = trunk(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
+    positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
+    # Packed rows are kept apart by transformers only while there is no cache of keys and values.
+    output = trunk(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, **positions)
     hidden_BTH: torch.Tensor = output.last_hidden_state
     return hidden_BTH
 
@@ -49,6 +62,35 @@ def can_share_prefix(model: Any) -> bool:
     layers = getattr(config, "layer_types", None) or ["full_attention"]
     recomputes = bool(getattr(_plain(model), "is_activation_checkpointing", False))
     return config.model_type in _SHARES_PREFIX and set(layers) == {"full_attention"} and not recomputes
+
+
+def isolates_packed_rows(model: Any) -> bool:
+    """Whether packed rows do not see one another, found out by packing two.
+
+    The second row's hidden states must be those that it has alone, and must not change with the first row.
+    """
+    import torch
+
+    rows = model.config.get_text_config().vocab_size // 2
+    ids_BT = torch.arange(rows - 12, rows, device=model.device)[None]
+    positions_BT = torch.cat([torch.arange(7), torch.arange(5)]).to(model.device)[None]
+    changed_BT = ids_BT.clone()
+    changed_BT[0, :7] = ids_BT[0, :7].flip(0)
+    was_training = model.training
+    model.eval()  # dropout would differ from pass to pass
+    try:
+        with torch.no_grad():
+            one, other = (
+                hidden_states(model, ids, position_ids_BT=positions_BT)[0, 7:].float()
+                for ids in (ids_BT, changed_BT)
+            )
+            alone = hidden_states(model, ids_BT[:, 7:])[0].float()
+    except (TypeError, RuntimeError):  # a trunk without position ids, an attention that refuses the pack
+        return False
+    finally:
+        model.train(was_training)
+    spread = alone.std()
+    return bool((one - other).abs().max() <= 1e-4 * spread and (one - alone).abs().max() <= 0.05 * spread)
 
 
 def hidden_states_after(model: Any, input_ids_BT: "torch.Tensor", prefix_tokens: int) -> "torch.Tensor":

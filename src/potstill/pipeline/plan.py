@@ -9,19 +9,24 @@ from typing import Any
 
 from potstill.core.errors import PotstillError
 from potstill.core.events import format_seconds
-from potstill.core.settings import DataRef, ModelRef, references
+from potstill.core.hashing import hash_json
+from potstill.core.settings import DataRef, ModelRef, meaning, references
 from potstill.core.store import Artifact, Store
+from potstill.generate import GenerateSettings
 from potstill.models import TransformersModel, parameter_count
 from potstill.pipeline.fingerprint import Inputs, MissingInput
 from potstill.pipeline.graph import Graph, Node
 from potstill.pipeline.run import Runnable
 from potstill.teachers import check_teacher
+from potstill.teachers.solver import SolverModel
 
 __all__ = ["Plan", "PlannedStep", "make_plan"]
 
 _GB = 1e9
 # Bytes a parameter: fp32 weight, gradient and AdamW's two moments; a frozen bf16 weight; a weight on disk.
 _TRAINED_BYTES, _FROZEN_BYTES, _STORED_BYTES = 16, 2, 4
+# Bytes of a token's cached logits: a kept or drawn id, a temperature's sums, ids and key of the row itself.
+_TOP_K_ID_BYTES, _SAMPLED_ID_BYTES, _TEMPERATURE_BYTES, _ROW_BYTES = 1.85, 1.9, 4.0, 4.0
 
 
 @dataclass
@@ -145,8 +150,14 @@ class _Planner:
             planned.seconds = 0.0
             return
         _ESTIMATES[node.kind](self, node, planned)
-        if planned.tokens and (speed := self.speeds.get(node.kind)):
+        if planned.tokens and (speed := self.speeds.get(self.work(node))):
             planned.seconds = planned.tokens / speed
+
+    def work(self, node: Node) -> str:
+        """What a step's speed depends on: its kind and, where a teacher writes, which one."""
+        if not isinstance(node.settings, GenerateSettings):
+            return node.kind
+        return _work(node.kind, meaning(self.graph.models.get(node.settings.model.target)))
 
     def rows_of(self, node: Node, data: Any) -> int | None:
         """How many rows a step's data has, as far as that is known without making anything."""
@@ -176,8 +187,12 @@ class _Planner:
             return None
 
 
+def _work(kind: str, writer: Any) -> str:
+    return f"{kind} by {hash_json(writer)}"
+
+
 def _known_speeds(store: Store) -> dict[str, float]:
-    """Tokens a second of the latest artifact of each kind in the store."""
+    """Tokens a second of the latest artifact in the store, by the work it was (`_Planner.work`)."""
     newest: dict[str, tuple[float, float]] = {}
     for path in (store.root / "artifacts").glob("*/manifest.json"):
         try:
@@ -185,9 +200,12 @@ def _known_speeds(store: Store) -> dict[str, float]:
         except PotstillError:
             continue
         if manifest.tokens and manifest.seconds:
+            work = manifest.kind
+            if work == GenerateSettings.kind:
+                work = _work(work, manifest.inputs.get(manifest.settings["model"]))
             entry = (path.stat().st_mtime, manifest.tokens / manifest.seconds)
-            newest[manifest.kind] = max(newest.get(manifest.kind, entry), entry)
-    return {kind: speed for kind, (_, speed) in newest.items()}
+            newest[work] = max(newest.get(work, entry), entry)
+    return {work: speed for work, (_, speed) in newest.items()}
 
 
 def _plan_generate(planner: _Planner, node: Node, planned: PlannedStep) -> None:
@@ -195,18 +213,32 @@ def _plan_generate(planner: _Planner, node: Node, planned: PlannedStep) -> None:
     prompts = planner.rows_of(node, settings.data)
     if prompts is not None:
         planned.rows = (min(prompts, settings.limit) if settings.limit else prompts) * settings.samples
-        planned.tokens = planned.rows * settings.max_new_tokens
-        planned.disk_gb = planned.tokens * 16 / _GB
+        if not isinstance(
+            planner.graph.models.get(settings.model.target), SolverModel
+        ):  # a function writes as much as it likes, and at once
+            planned.tokens = planned.rows * settings.max_new_tokens
+            planned.disk_gb = planned.tokens * 16 / _GB
 
 
 def _plan_cache(planner: _Planner, node: Node, planned: PlannedStep) -> None:
     settings: Any = node.settings
     planned.rows = planner.rows_of(node, settings.data)
     planned.tokens = _upstream_tokens(planner, node)
+    if planned.tokens is None and planned.rows and settings.max_length:
+        planned.tokens = planned.rows * settings.max_length
     if planned.tokens:
-        planned.disk_gb = planned.tokens * (settings.top_k * 4 + 8 * len(settings.temperatures)) / _GB
+        planned.disk_gb = planned.tokens * _cache_bytes_a_token(settings) / _GB
     if parameters := planner.parameters(node, settings.model):
         planned.memory_gb = parameters * _STORED_BYTES / _GB
+
+
+def _cache_bytes_a_token(settings: Any) -> float:
+    """About what a token takes, from benchmarks/logit_cache.py; other traces differ by some percent."""
+    if settings.codec == "sampled":
+        # The distinct ids among n draws grow with about the square root of n.
+        return float(_SAMPLED_ID_BYTES * settings.draws**0.5 + _ROW_BYTES)
+    ids = settings.top_k * _TOP_K_ID_BYTES
+    return float(ids + len(settings.temperatures) * _TEMPERATURE_BYTES + _ROW_BYTES)
 
 
 def _plan_init(planner: _Planner, node: Node, planned: PlannedStep) -> None:
@@ -219,13 +251,30 @@ def _plan_init(planner: _Planner, node: Node, planned: PlannedStep) -> None:
 def _plan_train(planner: _Planner, node: Node, planned: PlannedStep) -> None:
     settings: Any = node.settings
     planned.rows = planner.rows_of(node, settings.data)
+    epochs = settings.epochs
+    if settings.max_steps and planned.rows:
+        epochs = settings.max_steps * settings.batch / planned.rows
     if tokens := _upstream_tokens(planner, node):
-        planned.tokens = int(tokens * settings.epochs)
+        planned.tokens = int(tokens * epochs)
     if parameters := planner.parameters(node, settings.student):
-        lora = settings.lora is not None
-        planned.memory_gb = parameters * (_FROZEN_BYTES if lora else _TRAINED_BYTES) / _GB
+        adapter = _trains_adapter(planner, node)
+        planned.memory_gb = parameters * (_FROZEN_BYTES if adapter else _TRAINED_BYTES) / _GB
         # A checkpoint holds the weights and both moments while the next one is written.
-        planned.disk_gb = parameters * (0.1 if lora else 2 * 12 + _STORED_BYTES) / _GB
+        planned.disk_gb = parameters * (0.1 if adapter else 2 * 12 + _STORED_BYTES) / _GB
+        if settings.teacher is not None and (teacher := planner.parameters(node, settings.teacher)):
+            planned.memory_gb += teacher * _FROZEN_BYTES / _GB
+
+
+def _trains_adapter(planner: _Planner, node: Node) -> bool:
+    """Whether a train step trains an adapter: its own, or that of the train step before it."""
+    settings: Any = node.settings
+    if settings.lora is not None:
+        return True
+    student = settings.student
+    if student.is_path or student.target in planner.graph.models:
+        return False
+    maker = planner.graph.steps_named(student, node)[0]
+    return maker.kind == "train" and _trains_adapter(planner, maker)
 
 
 def _plan_evaluate(planner: _Planner, node: Node, planned: PlannedStep) -> None:

@@ -12,7 +12,7 @@ from potstill.report.html import render
 from potstill.report.page import flatten
 from potstill.report.results import Better, Figure, Measure, format_figure, format_interval, results_of
 from potstill.report.text import aligned
-from potstill.report.training import curves_of, loss_comparison
+from potstill.report.training import curves_of, end_value, loss_comparison
 from potstill.report.view import RunView
 
 __all__ = ["comparison_table", "write_comparison"]
@@ -124,8 +124,8 @@ def _table(runs: Sequence[RunView], *, ascii_only: bool) -> _Table:
 
 def _last_value(run: RunView, name: str) -> float | None:
     for step in reversed(run.steps_of("train")):
-        if curve := curves_of(run, step).get(name):
-            return curve[-1][1]
+        if (end := end_value(step, curves_of(run, step), name)) is not None:
+            return end
     return None
 
 

@@ -8,7 +8,7 @@ from potstill.core.events import format_seconds
 from potstill.report.charts import bar_chart, line_chart
 from potstill.report.view import RunView, StepView
 
-__all__ = ["Curve", "curves_of", "importance_charts", "loss_comparison", "training_sections"]
+__all__ = ["Curve", "curves_of", "end_value", "importance_charts", "loss_comparison", "training_sections"]
 
 Curve = list[tuple[float, float]]
 """(optimiser step, value) points in order."""
@@ -58,6 +58,14 @@ def curves_of(run: RunView, step: StepView) -> dict[str, Curve]:
     return {name: sorted(points.items()) for name, points in found.items()}
 
 
+def end_value(step: StepView, curves: dict[str, Curve], name: str) -> float | None:
+    """A curve's last value, and of the held-out loss that of the weights that were kept."""
+    kept = step.manifest.metrics.get("eval_loss") if step.manifest and name == "held-out loss" else None
+    if isinstance(kept, int | float):
+        return float(kept)
+    return curves[name][-1][1] if name in curves else None
+
+
 def _unfinished_history(run: RunView, step: StepView) -> list[dict[str, Any]]:
     """What the attempts at a step's present settings logged, oldest first."""
     history: list[dict[str, Any]] = []
@@ -74,7 +82,7 @@ def _unfinished_history(run: RunView, step: StepView) -> list[dict[str, Any]]:
 
 
 def training_sections(run: RunView) -> list[dict[str, Any]]:
-    """For each train step that logged something its name, facts and charts."""
+    """For each train step that logged something its name, facts, charts and table of parameter groups."""
     sections = []
     for step in run.steps:
         curves = curves_of(run, step) if step.kind == "train" else {}
@@ -92,8 +100,27 @@ def training_sections(run: RunView) -> list[dict[str, Any]]:
                     percent=y_label == _SHARE,
                 )
                 charts.append({"title": title, "svg": svg})
-        sections.append({"name": step.name, "facts": _facts(step, curves), "charts": charts})
+        sections.append(
+            {"name": step.name, "facts": _facts(step, curves), "charts": charts, "groups": _groups(step)}
+        )
     return sections
+
+
+def _groups(step: StepView) -> list[list[str]]:
+    """What each pattern over parameter names matched; empty where one rate was everybody's."""
+    groups = step.manifest.metrics.get("parameter_groups", []) if step.manifest else []
+    if not isinstance(groups, list) or len(groups) < 2:
+        return []
+    return [
+        [
+            group["match"],
+            f"{group['tensors']:,}",
+            f"{group['parameters']:,}",
+            f"{group['lr']:g}" if group["lr"] else "frozen",
+            f"{group['weight_decay']:g}",
+        ]
+        for group in groups
+    ]
 
 
 def _facts(step: StepView, curves: dict[str, Curve]) -> list[str]:
@@ -111,7 +138,8 @@ def _facts(step: StepView, curves: dict[str, Curve]) -> list[str]:
             facts.append(f"{tokens / seconds:,.0f} tokens/s")
     held_out = curves.get("held-out loss", [])
     if len(held_out) > 1:
-        facts.append(f"held-out loss {held_out[0][1]:.3f} → {held_out[-1][1]:.3f}")
+        end = end_value(step, curves, "held-out loss")
+        facts.append(f"held-out loss {held_out[0][1]:.3f} → {end:.3f}")
     return facts
 
 

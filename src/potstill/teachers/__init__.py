@@ -9,7 +9,7 @@ from potstill.core.errors import EngineError, PotstillError
 from potstill.core.settings import Settings
 from potstill.models import EMBEDDED, TransformersModel, embedded_path, identity
 from potstill.teachers.llama_cpp import LlamaCppModel, LlamaCppTeacher
-from potstill.teachers.openai import OpenAIModel, OpenAITeacher, check_server
+from potstill.teachers.openai import OpenAIModel, OpenAITeacher, check_server, server_context_tokens
 from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError, Teacher
 from potstill.teachers.solver import SolverModel, SolverTeacher
 from potstill.teachers.transformers import TransformersTeacher
@@ -20,12 +20,14 @@ __all__ = [
     "Capabilities",
     "LlamaCppModel",
     "OpenAIModel",
+    "OpenAITeacher",
     "Request",
     "RequestError",
     "SolverModel",
     "Teacher",
     "check_teacher",
     "open_teacher",
+    "server_context_tokens",
 ]
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -12,7 +12,7 @@ from potstill.core.errors import EngineError
 from potstill.core.settings import Settings, execution
 from potstill.data.chat import THINK_CLOSE, Renderer
 from potstill.models import TransformersModel, load_tokenizer
-from potstill.teachers.protocol import Answer, Capabilities, Request
+from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError
 from potstill.teachers.responses import join_reasoning
 from potstill.teachers.server_errors import MayPass, ServerErrors
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import httpx
     import tenacity
 
-__all__ = ["OpenAIModel", "OpenAITeacher", "check_server"]
+__all__ = ["OpenAIModel", "OpenAITeacher", "check_server", "server_context_tokens"]
 
 _OWN_KEYS = frozenset(
     {"model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed"}
@@ -133,6 +133,51 @@ class OpenAITeacher:
 
     async def answer(self, request: Request) -> Answer:
         """The server's first choice."""
+        return self._answer(await self._post("/chat/completions", self._body(request)), request)
+
+    async def prompt_logprobs(self, token_ids: Sequence[int], k: int) -> list[dict[int, float]]:
+        """Of each token but the first, the k likeliest ids in its place and their log-probabilities at T = 1.
+
+        Asks /completions for vLLM's `prompt_logprobs`, by token ids; entry i of these is about token i.
+        Raises RequestError for an answer without them, and as `answer` does.
+        """
+        body = {
+            **self._settings.extra_body,
+            "model": self._settings.model,
+            "prompt": list(token_ids),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": k,
+        }
+        response = await self._post("/completions", body)
+        choice, _ = self._choice(response)
+        entries = choice.get("prompt_logprobs")
+        if not isinstance(entries, list) or len(entries) != len(token_ids):
+            raise RequestError(
+                f"the answer holds no log-probabilities of the prompt's {len(token_ids)} tokens",
+                where=self._settings.base_url,
+                expected="a server with `prompt_logprobs` in /completions, such as vLLM",
+                mend="serve the model by vLLM, or let transformers run it here",
+            )
+        return [self._likeliest(entry, k) for entry in entries[1:]]
+
+    def _likeliest(self, entry: Any, k: int) -> dict[int, float]:
+        found = {
+            int(id_): float(value["logprob"])
+            for id_, value in _mapping(entry).items()
+            if id_.isdigit() and isinstance(_mapping(value).get("logprob"), int | float)
+        }
+        if len(found) < k:
+            raise RequestError(
+                f"the answer has {len(found)} ids for a token, though {k} were asked for",
+                where=self._settings.base_url,
+                expected="a server that gives as many as it is asked for, or refuses, as vLLM does",
+                mend="lower top_k, or serve the model by vLLM",
+            )
+        # The prompt's own token comes as well where it is not among the k likeliest.
+        return dict(sorted(found.items(), key=lambda one: -one[1])[:k])
+
+    async def _post(self, path: str, body: dict[str, Any]) -> "httpx.Response":
         import tenacity
 
         retrying = tenacity.AsyncRetrying(
@@ -143,7 +188,7 @@ class OpenAITeacher:
             reraise=True,
         )
         try:
-            return await retrying(self._ask, request)
+            return await retrying(self._ask, path, body)
         except MayPass as last:
             raise last.error from None
 
@@ -156,11 +201,11 @@ class OpenAITeacher:
         # The jitter goes on top, so that those told to wait equally long do not all come back at once.
         return wait_s if asked_s is None else asked_s + min(wait_s, asked_s)
 
-    async def _ask(self, request: Request) -> Answer:
+    async def _ask(self, path: str, body: dict[str, Any]) -> "httpx.Response":
         import httpx
 
         try:
-            response = await self._client.post("/chat/completions", json=self._body(request))
+            response = await self._client.post(path, json=body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             if self._reached:
                 raise MayPass(self._errors.unanswered(error)) from error
@@ -170,7 +215,7 @@ class OpenAITeacher:
         self._reached = True
         if response.status_code != 200:
             raise self._errors.refusal(response)
-        return self._answer(response, request)
+        return response
 
     def _body(self, request: Request) -> dict[str, Any]:
         # OpenAI's own reasoning models refuse the older name; many other servers know no other.
@@ -249,6 +294,24 @@ def check_server(settings: OpenAIModel) -> str | None:
 
     Raises EngineError when the key is missing or refused, or the server cannot be reached.
     """
+    listed = [str(one.get("id")) for one in _listed_models(settings)]
+    if not listed or settings.model in listed:
+        return None
+    return f"{settings.base_url} does not list {settings.model!r}; it lists {', '.join(listed[:5])}"
+
+
+def server_context_tokens(settings: OpenAIModel) -> int | None:
+    """Tokens of prompt and response together that a server takes, where its list of models says so (vLLM).
+
+    Raises EngineError as `check_server` does.
+    """
+    for one in _listed_models(settings):
+        if one.get("id") == settings.model:
+            return _whole_number(one.get("max_model_len"))
+    return None
+
+
+def _listed_models(settings: OpenAIModel) -> list[Mapping[str, Any]]:
     import httpx
 
     errors = _errors(settings)
@@ -262,12 +325,9 @@ def check_server(settings: OpenAIModel) -> str | None:
         assert isinstance(failure, EngineError)
         raise failure
     try:
-        listed = [str(_mapping(one).get("id")) for one in _mapping(response.json()).get("data", [])]
+        return [_mapping(one) for one in _mapping(response.json()).get("data", [])]
     except (ValueError, TypeError):
-        listed = []
-    if not listed or settings.model in listed:
-        return None
-    return f"{settings.base_url} does not list {settings.model!r}; it lists {', '.join(listed[:5])}"
+        return []
 
 
 def _errors(settings: OpenAIModel) -> ServerErrors:

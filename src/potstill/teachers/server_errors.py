@@ -80,7 +80,7 @@ class ServerErrors:
         if status in (404, 405) or 300 <= status < 400:
             return EngineError(
                 f"the server has no such model or address ({what})",
-                where=f"{self.base_url}/chat/completions",
+                where=str(response.url),
                 expected=f"a server that serves the model {self.model!r} there",
                 mend="check `model`, and that base_url ends where the API begins, usually in /v1",
             )
@@ -95,13 +95,10 @@ class ServerErrors:
                 what += f"; it asks to wait {asked_s:.0f} s"
                 return RequestError(what, status=status, where=self.base_url, mend="wait, then run again")
             return MayPass(RequestError(what, status=status, where=self.base_url, mend=mend), asked_s)
-        return RequestError(
-            what,
-            status=status,
-            blames_row=True,
-            where=self.base_url,
-            mend="look at the prompt and the step's settings",
-        )
+        mend = "look at the prompt and the step's settings"
+        if "logprobs" in reason and not response.url.path.endswith("/chat/completions"):
+            mend = "serve with --max-logprobs of at least top_k (vLLM's default is 20), or lower top_k"
+        return RequestError(what, status=status, blames_row=True, where=self.base_url, mend=mend)
 
     def unusable(self, what: str, response: "httpx.Response", *, blames_row: bool = False) -> RequestError:
         """The server answered with something that is no response."""
@@ -110,7 +107,7 @@ class ServerErrors:
             status=response.status_code,
             blames_row=blames_row,
             where=self.base_url,
-            expected="a chat completion as OpenAI's API gives it",
+            expected=f"what OpenAI's API answers at {response.url.path}",
             mend="check that base_url leads to an OpenAI-compatible API (it usually ends in /v1)",
         )
 

@@ -1,27 +1,31 @@
 """The rows of a train step, packed: from traces, rendered once, or from cached logits."""
 
+import itertools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from potstill.core.errors import DataError, ModelError, TrainingError
+from potstill.core.records import Record
 from potstill.core.settings import DataRef
 from potstill.core.step import StepContext
 from potstill.core.store import Artifact
 from potstill.data.chat import Rendered, Renderer, fit
-from potstill.data.sources import Data, read
+from potstill.data.sources import Data
 from potstill.logits.shards import LogitCache
-from potstill.losses.types import Sparse, TeacherSignal, concatenate
+from potstill.losses.types import Sampled, Sparse, TeacherSignal, concatenate
 
 __all__ = [
     "CachedTeacher",
     "Rows",
     "SignalSource",
     "TrainingData",
+    "length_limit",
     "logit_artifacts",
     "read_caches",
-    "read_traces",
+    "rows_of_records",
 ]
 
 
@@ -51,10 +55,19 @@ class Rows:
         part = slice(self._ends[number], self._ends[number + 1])
         return Rendered(self._tokens[part].tolist(), list(self._mask[part]))
 
+    def length(self, number: int) -> int:
+        """Tokens of a row."""
+        return self._ends[number + 1] - self._ends[number]
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         return [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
+
+    @property
+    def supervised_tokens(self) -> int:
+        """How many tokens the loss counts, of all rows."""
+        return sum(self._mask)
 
 
 SignalSource = Callable[[Rows, Sequence[int]], TeacherSignal]
@@ -106,10 +119,21 @@ class TrainingData:
             )
 
 
-def read_traces(data: Data, context: StepContext, renderer: Renderer, max_length: int) -> TrainingData:
-    """Render every trace once."""
+def length_limit(model: Any, max_length: int | None) -> int:
+    """Tokens that a row may have: as stated, and never more than the model's context."""
+    context_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(one for one in (max_length, context_tokens, 2**31) if one is not None)
+
+
+def rows_of_records(
+    records: Iterable[Record],
+    renderer: Renderer,
+    max_length: int,
+    find: Callable[[Rendered], int] | None = None,
+) -> TrainingData:
+    """Render every trace once; `find` gives each rendered row its number where the teacher's signal is."""
     rows = TrainingData()
-    for number, record in enumerate(read(data, context), start=1):
+    for number, record in enumerate(records, start=1):
         rendered = renderer.render(record, row_number=number)
         rows.add(
             rendered,
@@ -117,7 +141,7 @@ def read_traces(data: Data, context: StepContext, renderer: Renderer, max_length
             held_out=record.held_out,
             max_length=max_length,
             row_number=number,
-            source=number,
+            source=number if find is None else find(rendered),
         )
     return rows
 
@@ -137,28 +161,25 @@ def logit_artifacts(data: Data, context: StepContext) -> list[tuple[Artifact, st
 
 
 def read_caches(
-    artifacts: Sequence[tuple[Artifact, str | None]],
+    caches: Sequence[tuple[LogitCache, str | None]],
     *,
-    tokenizer: str,
     vocabulary_size: int,
     temperature: float,
     max_length: int,
 ) -> tuple[TrainingData, "CachedTeacher"]:
-    """The rows of caches, and the teacher that answers for them at one temperature.
+    """The rows of caches, each with its view, and the teacher that answers for them at one temperature.
 
-    Raises DataError for another tokenizer or a temperature that was not declared, ModelError for another
-    vocabulary.
+    Raises DataError for a temperature that was not declared, ModelError for another vocabulary.
     """
-    caches = [LogitCache.open(artifact.folder, tokenizer=tokenizer) for artifact, _ in artifacts]
-    teacher = CachedTeacher(caches, temperature)
+    teacher = CachedTeacher([cache for cache, _ in caches], temperature)
     rows, source = TrainingData(), 0
-    for cache, (artifact, view) in zip(caches, artifacts, strict=True):
+    for cache, view in caches:
         if view == "prompts":
-            raise TrainingError("prompts have no responses to learn from", where=str(artifact.folder))
+            raise TrainingError("prompts have no responses to learn from", where=str(cache.folder))
         if cache.codec.vocabulary_size != vocabulary_size:
             raise ModelError(
                 f"the logits are over {cache.codec.vocabulary_size} ids, the student has {vocabulary_size}",
-                where=str(artifact.folder),
+                where=str(cache.folder),
                 expected="one vocabulary for teacher and student: the loss compares them id by id",
                 mend="cache the logits of a teacher of the student's family, or train on its responses alone",
             )
@@ -178,20 +199,36 @@ def read_caches(
 
 
 class CachedTeacher:
-    """A teacher whose answers were cached: no teacher is in memory. A `SignalSource`."""
+    """A teacher whose answers were cached: no teacher is in memory. A `SignalSource`.
+
+    Several caches give as many ids as the smallest of them. Raises DataError for a temperature that was not
+    declared and for caches of different codecs.
+    """
 
     def __init__(self, caches: Sequence[LogitCache], temperature: float) -> None:
         for cache in caches:
-            cache.signal(0, temperature)  # refuses a temperature that was not declared
-        self.temperature, self.k = temperature, min(cache.codec.k for cache in caches)
+            self.signal_type = type(cache.signal(0, temperature))  # refuses a temperature not declared
+        if len(names := {cache.codec.name for cache in caches}) > 1:
+            raise DataError(
+                f"logits of codecs {' and '.join(sorted(names))} cannot be mixed",
+                where=", ".join(str(cache.folder) for cache in caches),
+                expected="caches of one codec, whose signals are of one kind",
+            )
+        ks = [cache.codec.k for cache in caches if cache.codec.k is not None]
+        self.temperature, self.k = temperature, min(ks, default=None)
         self._places = [(cache, number) for cache in caches for number in range(len(cache))]
 
-    def __call__(self, rows: Rows, numbers: Sequence[int]) -> Sparse:
+    def __call__(self, rows: Rows, numbers: Sequence[int]) -> Sparse | Sampled:
         """The signal of rows that were read from the caches."""
-        signals = []
-        for number in numbers:
-            cache, place = self._places[rows.sources[number]]
-            signal = cache.signal(place, self.temperature, self.k)
-            # Of a row that was cut, the cache has more signals than tokens are left: the first are theirs.
-            signals.append(signal.rows(slice(0, rows[number].supervised_tokens)))
-        return concatenate(signals)
+        places = [(*self._places[rows.sources[number]], rows[number].supervised_tokens) for number in numbers]
+        # Of a row that was cut, the cache has more signals than tokens are left: the first are theirs.
+        signals = [
+            cache.signals(
+                [place for _, place, _ in part], self.temperature, self.k, tokens=[n for *_, n in part]
+            )
+            for cache, part in (
+                (cache, list(group)) for cache, group in itertools.groupby(places, key=lambda place: place[0])
+            )
+        ]
+        signal: Sparse | Sampled = concatenate(signals)
+        return signal

@@ -1,5 +1,6 @@
 """Settings of the `train` step; nothing heavy is imported here."""
 
+import re
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -7,11 +8,18 @@ from pydantic import Field, field_validator, model_validator
 from potstill.core.settings import ModelRef, Settings, execution
 from potstill.data.sources import Data
 
-__all__ = ["LoraSettings", "TrainSettings"]
+__all__ = ["EarlyStoppingSettings", "LoraSettings", "ParameterGroup", "TrainSettings"]
+
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "adaptive_kl"]
+
+
+def _names(text: str) -> list[str]:
+    return text.split()
 
 
 def _ours(names: str, instead: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), instead)
+    return dict.fromkeys(_names(names), instead)
 
 
 # Fields of TrainingArguments that a setting of ours decides, and which.
@@ -32,11 +40,12 @@ OWNED = {
     **_ours("weight_decay", "weight_decay"),
     **_ours("adam_beta1 adam_beta2", "betas"),
     **_ours("max_grad_norm", "max_grad_norm"),
-    **_ours("seed data_seed full_determinism", "the recipe's seed"),
+    **_ours("seed full_determinism", "the recipe's seed"),
+    **_ours("data_seed", "the recipe's seed, or from Python order_seed"),
     **_ours("use_cpu", "device"),
     **_ours(
         "bf16 fp16 bf16_full_eval fp16_full_eval",
-        "the device: bf16 autocast over fp32 weights where it has bf16",
+        "the device: bf16 autocast over fp32 weights where it has bf16, or from Python autocast",
     ),
     **_ours(
         "output_dir save_strategy save_steps save_total_limit save_only_model save_on_each_node "
@@ -47,7 +56,7 @@ OWNED = {
     **_ours("eval_strategy eval_steps eval_delay eval_on_start do_eval", "evaluate_every"),
     **_ours(
         "load_best_model_at_end metric_for_best_model greater_is_better",
-        "the last step, which is what is kept",
+        "early_stopping; without it the last step is what is kept",
     ),
     **_ours(
         "logging_strategy logging_steps logging_first_step logging_nan_inf_filter disable_tqdm "
@@ -57,14 +66,29 @@ OWNED = {
     **_ours(
         "label_smoothing_factor average_tokens_across_devices label_names remove_unused_columns "
         "prediction_loss_only neftune_noise_alpha use_liger_kernel liger_kernel_config use_cache",
-        "the loss settings: alpha, temperature, divergence",
+        "the loss settings: alpha, temperature, divergence, kl_reduction",
     ),
+    **_ours("report_to", "report_to, beside the step's own log"),
     **_ours("do_train do_predict local_rank", "nothing: a train step trains"),
     **_ours(
         "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_revision hub_always_push",
-        "nothing",
+        "nothing: what training saves is a folder to be uploaded afterwards",
     ),
 }
+
+# Those of them that have no other word from Python, where they mean what transformers says.
+HONOURED = frozenset(
+    _names(
+        "num_train_epochs max_steps learning_rate weight_decay warmup_steps adam_beta1 adam_beta2 "
+        "max_grad_norm seed full_determinism use_cpu dataloader_num_workers output_dir save_strategy "
+        "save_steps save_total_limit save_only_model save_on_each_node enable_jit_checkpoint "
+        "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint "
+        "eval_strategy eval_steps eval_delay eval_on_start do_eval metric_for_best_model "
+        "greater_is_better logging_first_step disable_tqdm average_tokens_across_devices report_to "
+        "do_train do_predict local_rank hub_model_id hub_token hub_strategy hub_private_repo "
+        "hub_revision hub_always_push"
+    )
+)
 
 
 class LoraSettings(Settings):
@@ -78,8 +102,44 @@ class LoraSettings(Settings):
     )
 
 
+class EarlyStoppingSettings(Settings):
+    """Stop when the held-out loss falls no more, and keep the weights with which it was lowest."""
+
+    patience: int = Field(3, ge=1, description="evaluations in a row in which the loss did not fall")
+    min_delta: float = Field(
+        0.0,
+        ge=0,
+        description="by how much a loss must be lower to count as a fall; the lowest is kept in any case",
+    )
+    every: int | None = Field(
+        None, ge=1, description="steps between the evaluations that count; by default an epoch"
+    )
+
+
+class ParameterGroup(Settings):
+    """Weights that train at a rate of their own; the first group that matches a weight's name has it."""
+
+    match: str = Field(min_length=1, description="regular expression, searched for in the weight's name")
+    lr: float = Field(1.0, ge=0, description="what the learning rate is multiplied with; 0 freezes")
+    weight_decay: float | None = Field(
+        None, ge=0, description="by default the step's; biases and norms have none in any case"
+    )
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+        return pattern
+
+
 class TrainSettings(Settings):
-    """Train on traces (cross-entropy) or on a teacher's cached logits: (1 - alpha) CE + alpha T^2 KL."""
+    """Train on traces (cross-entropy), or on a teacher's logits as well: (1 - alpha) CE + alpha T^2 D.
+
+    The logits are cached, where `data` is a cache step, or come from a `teacher` in memory.
+    """
 
     kind: ClassVar[str] = "train"
     schema_version: ClassVar[int] = 1
@@ -87,6 +147,9 @@ class TrainSettings(Settings):
     do: Literal["train"]
     student: ModelRef
     data: Data
+    teacher: ModelRef | None = Field(
+        None, description="a model in memory beside the student, for data without a teacher's logits"
+    )
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps; the schedule ends there")
     batch: int = Field(16, ge=1, description="sequences an optimiser step, over all devices")
@@ -96,14 +159,28 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
     max_grad_norm: float = Field(1.0, gt=0)
+    groups: list[ParameterGroup] = Field(
+        [], description="weights with a learning rate of their own, in order; others train at lr"
+    )
     alpha: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="weight of the teacher's distribution; by default 0.5 with logits, 0 with traces",
+        description="weight of the teacher's distribution; by default 0.5 with a teacher, else 0",
     )
     temperature: float = Field(1.0, gt=0)
-    divergence: Literal["forward_kl"] = "forward_kl"
+    divergence: Divergence = Field(
+        "forward_kl", description="between the teacher's and the student's distributions"
+    )
+    beta: float = Field(0.5, ge=0, le=1, description="of jsd: 0 is forward KL, 1 reverse KL")
+    skew: float = Field(0.1, gt=0, lt=1, description="of skew_kl and skew_reverse_kl")
+    renormalise: bool = Field(
+        False, description="biased: takes a teacher's top-k for all there is, without its tail"
+    )
+    kl_reduction: Literal["token", "batchmean"] = Field(
+        "token", description="the divergence's mean over tokens, or its sum over tokens divided by sequences"
+    )
+    early_stopping: EarlyStoppingSettings | None = None
     lora: LoraSettings | None = None
     max_length: int | None = Field(
         None, ge=2, description="tokens a row, the rest is cut off; by default the student's context"
@@ -113,9 +190,16 @@ class TrainSettings(Settings):
     max_tokens: int | None = execution(
         None, ge=1, description="padded tokens a micro-batch; by default by device"
     )
+    packing: bool | None = execution(
+        None,
+        description="rows one behind the other in place of padding; by default on a GPU with flash attention",
+    )
     checkpoint_minutes: float = execution(10.0, ge=0, description="0 keeps every step")
     evaluate_every: int | None = execution(
-        None, ge=1, description="steps; start, epoch ends and end come anyway"
+        None, ge=1, description="steps; start, epoch ends, end and what early_stopping needs come anyway"
+    )
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = execution(
+        [], description="experiment trackers, which the extra `trackers` installs"
     )
     device: str | None = execution(None, description="cpu, cuda, ...; by default the GPU where there is one")
 

@@ -1,16 +1,18 @@
 """The `train` step: student and rows in, a Hugging Face folder or an adapter out."""
 
-import copy
 import dataclasses
 import difflib
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from potstill.core.errors import RecipeError, TrainingError
+from potstill.core.settings import ModelRef
 from potstill.core.step import StepContext, StepResult
 from potstill.data.chat import Renderer
+from potstill.data.sources import read
+from potstill.logits.shards import LogitCache
 from potstill.models import (
     LoadedModel,
     TransformersModel,
@@ -18,14 +20,22 @@ from potstill.models import (
     find_source,
     identity,
     load,
-    supports_bf16,
 )
-from potstill.models.pretrained import quiet_transformers
 from potstill.train import checkpoints, cpu
-from potstill.train.lora import add_adapter, save_adapter
-from potstill.train.rows import SignalSource, TrainingData, logit_artifacts, read_caches, read_traces
+from potstill.train.lora import add_adapter
+from potstill.train.online import OnlineTeacher
+from potstill.train.rows import (
+    SignalSource,
+    TrainingData,
+    length_limit,
+    logit_artifacts,
+    read_caches,
+    rows_of_records,
+)
+from potstill.train.saving import save_student
 from potstill.train.settings import TrainSettings
 from potstill.train.student import StudentWithLoss
+from potstill.train.trackers import check_trackers
 from potstill.train.trainer import DistillationArguments, DistillationTrainer
 from potstill.train.watcher import Watcher, history_point
 
@@ -37,44 +47,44 @@ _CPU_MAX_TOKENS, _GPU_MAX_TOKENS = 2048, 16384
 
 def train(settings: TrainSettings, context: StepContext) -> StepResult:
     """Carry out a train step, from its newest checkpoint where an earlier attempt left one."""
-    cpu.tune_memory()
-    model_settings = _model_settings(settings, context)
+    cpu.tune_memory()  # the trainer's own call comes after the student's tensors, too late for huge pages
+    model_settings = _model_settings(settings, settings.student, context)
     loaded = _load_student(settings, model_settings, context.derive_seed("lora"))
     renderer = Renderer(loaded.tokenizer)
-    _set_generation_config(loaded, renderer)
     data, teacher = _read_data(settings, context, loaded, renderer)
     device = loaded.model.device
-    if device.type == "cpu":
-        cpu.choose_attention(loaded.model, max([*data.train.lengths, *data.held_out.lengths]))
-    elif device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    student = StudentWithLoss(
-        loaded.model,
-        loaded.vocabulary_size,
-        alpha=_alpha(settings, teacher),
-        temperature=settings.temperature,
-        bf16=supports_bf16(device),
-    )
-    counts = _say_what_is_trained(student, data, context)
     checkpoint = checkpoints.newest(context.scratch)
     arguments = _arguments(settings, context, device)
     arguments.eval_on_start = len(data.held_out) > 0 and checkpoint is None
     watcher = Watcher(settings, context)
-    trainer = DistillationTrainer(student, arguments, data.train, data.held_out, teacher, callbacks=[watcher])
+    callbacks = [watcher, *_tensorboard(settings, context)]
+    trainer = DistillationTrainer(loaded, arguments, data, teacher=teacher, callbacks=callbacks)
+    counts = _say_what_is_trained(trainer, data, context)
     watcher.train(trainer, checkpoint)
-    _save(loaded, context)
+    save_student(loaded, context.folder)
     history = [point for point in map(history_point, trainer.state.log_history) if point]
+    kept_step = trainer.state.global_step
+    if trainer.early_stopping is not None and trainer.early_stopping.kept_step is not None:
+        kept_step = trainer.early_stopping.kept_step
+        context.say(f"keeps the weights of step {kept_step:,}, whose held-out loss is the lowest")
     untouched = trainer.untouched()
     if untouched:
         context.say(
             f"{len(untouched):,} trained tensors never received a gradient: {', '.join(untouched[:4])} ..."
         )
-    extra: dict[str, Any] = {"precision": _precision(student)}
+    extra: dict[str, Any] = {"precision": _precision(trainer.student)}
     if hasattr(loaded.model, "peft_config"):
         extra |= _base_of(model_settings)
     return StepResult(
         counts={**counts, "steps": trainer.state.global_step},
-        metrics={**_final_figures(history), "untouched": untouched, "history": history},
+        metrics={
+            **_final_figures(history, kept_step),
+            "parameter_groups": trainer.groups.as_json(),
+            "untouched": untouched,
+            "history": history,
+        },
         extra=extra,
         tokenizer=renderer.tokenizer_hash,
         model_identity=identity(TransformersModel(path=str(context.folder))),
@@ -82,11 +92,11 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
     )
 
 
-def _model_settings(settings: TrainSettings, context: StepContext) -> TransformersModel:
-    found = context.model(settings.student)
+def _model_settings(settings: TrainSettings, name: ModelRef, context: StepContext) -> TransformersModel:
+    found = context.model(name)
     if not isinstance(found, TransformersModel):
         raise TrainingError(
-            f"{settings.student} is a model of engine {getattr(found, 'engine', type(found).__name__)}",
+            f"{name} is a model of engine {getattr(found, 'engine', type(found).__name__)}",
             expected="a model that transformers loads",
             mend="name a folder, a hub id, an embedded model, or a step that makes a model",
         )
@@ -124,27 +134,29 @@ def _base_of(model: TransformersModel) -> dict[str, Any]:
 
 def _read_data(
     settings: TrainSettings, context: StepContext, loaded: LoadedModel, renderer: Renderer
-) -> tuple[TrainingData, SignalSource | None]:
-    context_tokens = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    max_length = min(one for one in (settings.max_length, context_tokens, 2**31) if one is not None)
-    caches = logit_artifacts(settings.data, context)
-    teacher: SignalSource | None = None
-    if caches:
+) -> tuple[TrainingData, SignalSource | OnlineTeacher | None]:
+    max_length = length_limit(loaded.model, settings.max_length)
+    teacher: SignalSource | OnlineTeacher | None = None
+    if settings.teacher is not None:
+        teacher = OnlineTeacher(load(_model_settings(settings, settings.teacher, context)), loaded)
+    if caches := logit_artifacts(settings.data, context):
+        if teacher is not None:
+            raise TrainingError(
+                f"{settings.data} holds a teacher's logits, and teacher: {settings.teacher} is given besides",
+                expected="one teacher, cached or in memory",
+                mend="leave teacher out, or name the traces as data",
+            )
         data, teacher = read_caches(
-            caches,
-            tokenizer=renderer.tokenizer_hash,
+            [
+                (LogitCache.open(artifact.folder, tokenizer=renderer.tokenizer_hash), view)
+                for artifact, view in caches
+            ],
             vocabulary_size=loaded.vocabulary_size,
             temperature=settings.temperature,
             max_length=max_length,
         )
-    elif settings.alpha:
-        raise TrainingError(
-            f"alpha is {settings.alpha:g}, but the data are traces without a teacher's logits",
-            expected="the logits of a cache step, or alpha: 0",
-            mend="add a cache step and name it as data, or leave alpha out to learn from the responses alone",
-        )
     else:
-        data = read_traces(settings.data, context, renderer, max_length)
+        data = rows_of_records(read(settings.data, context), renderer, max_length)
     data.check()
     if data.shortened:
         context.say(f"{data.shortened:,} rows were cut to {max_length:,} tokens")
@@ -153,21 +165,19 @@ def _read_data(
     return data, teacher
 
 
-def _alpha(settings: TrainSettings, teacher: SignalSource | None) -> float:
-    if settings.alpha is None:
-        return 0.0 if teacher is None else 0.5
-    return settings.alpha
-
-
 def _say_what_is_trained(
-    student: StudentWithLoss, data: TrainingData, context: StepContext
+    trainer: DistillationTrainer, data: TrainingData, context: StepContext
 ) -> dict[str, int]:
+    student = trainer.student
     every = sum(one.numel() for one in student.parameters())
     trained = sum(one.numel() for one in student.parameters() if one.requires_grad)
     context.say(
         f"{len(data.train):,} rows, {len(data.held_out):,} held out; trains {trained:,} of {every:,} "
         f"parameters ({trained / every:.2%})"
     )
+    if trainer.args.groups:
+        for line in trainer.groups.as_text():
+            context.say(line)
     return {
         "rows": len(data.train),
         "held_out_rows": len(data.held_out),
@@ -201,8 +211,18 @@ def _arguments(settings: TrainSettings, context: StepContext, device: torch.devi
         "output_dir": str(context.scratch),
         "batch": settings.batch,
         "max_tokens": settings.max_tokens or (_CPU_MAX_TOKENS if device.type == "cpu" else _GPU_MAX_TOKENS),
+        "packing": settings.packing,
         "order_seed": context.derive_seed("order"),
         "schedule": settings.schedule,
+        "alpha": settings.alpha,
+        "temperature": settings.temperature,
+        "divergence": settings.divergence,
+        "beta": settings.beta,
+        "skew": settings.skew,
+        "renormalise": settings.renormalise,
+        "kl_reduction": settings.kl_reduction,
+        "groups": [group.model_dump() for group in settings.groups],
+        "early_stopping": None if settings.early_stopping is None else settings.early_stopping.model_dump(),
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "learning_rate": settings.lr,
@@ -213,6 +233,9 @@ def _arguments(settings: TrainSettings, context: StepContext, device: torch.devi
         "max_grad_norm": settings.max_grad_norm,
         "seed": context.derive_seed("dropout") % 2**32,
         "use_cpu": device.type == "cpu",
+        "report_to": [name for name in settings.report_to if name != "tensorboard"] or "none",
+        "project": "potstill",
+        "run_name": _run_name(context),
     }
     try:
         return DistillationArguments(**{**ours, **settings.trainer})
@@ -220,37 +243,30 @@ def _arguments(settings: TrainSettings, context: StepContext, device: torch.devi
         raise RecipeError(f"trainer: {error}") from error
 
 
-def _final_figures(history: list[dict[str, Any]]) -> dict[str, float]:
-    """The loss of the last step; of the held-out rows before and after, where there are any."""
+def _run_name(context: StepContext) -> str:
+    return f"{context.name}-{context.folder.name}"
+
+
+def _tensorboard(settings: TrainSettings, context: StepContext) -> list[TrainerCallback]:
+    """TensorBoard's callback, whose files lie beside the artifacts: in one, their times would change it."""
+    check_trackers(settings.report_to)
+    if "tensorboard" not in settings.report_to:
+        return []
+    from transformers.integrations import TensorBoardCallback
+
+    made = TensorBoardCallback()
+    if made.logging_dir is None:  # else the environment states it
+        made.logging_dir = str(context.cache_folder / "tensorboard" / _run_name(context))
+    context.say(f"tensorboard --logdir {made.logging_dir}")
+    return [made]
+
+
+def _final_figures(history: list[dict[str, Any]], kept_step: int) -> dict[str, float]:
+    """The loss of the last step; of the held-out rows before and with the kept weights, if there are any."""
     trained = [point for point in history if "loss" in point]
     evaluated = [point for point in history if "eval_loss" in point]
-    figures = {"loss": trained[-1]["loss"]}
+    figures = {"loss": trained[-1]["loss"], "kept_step": kept_step}
     if evaluated:
-        figures |= {"eval_loss_before": evaluated[0]["eval_loss"], "eval_loss": evaluated[-1]["eval_loss"]}
+        kept = next(point for point in evaluated if point["step"] == kept_step)
+        figures |= {"eval_loss_before": evaluated[0]["eval_loss"], "eval_loss": kept["eval_loss"]}
     return figures
-
-
-def _set_generation_config(loaded: LoadedModel, renderer: Renderer) -> None:
-    """Make the model end a response where training does; done early, for saving may refuse."""
-    config = copy.deepcopy(loaded.model.generation_config)
-    stated = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = sorted({*renderer.end_of_turn_ids, loaded.tokenizer.eos_token_id, *stated} - {None})
-    if config.pad_token_id is None:
-        config.pad_token_id = loaded.tokenizer.pad_token_id
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        config.do_sample = (
-            True  # models on the hub state a temperature without sampling, which cannot be saved
-        )
-    loaded.model.generation_config = config
-
-
-def _save(loaded: LoadedModel, context: StepContext) -> None:
-    """Write model and tokenizer so that plain transformers loads them."""
-    with checkpoints.writing(context.folder), quiet_transformers():
-        if hasattr(loaded.model, "peft_config"):
-            save_adapter(loaded.model, context.folder)
-        else:
-            loaded.model.save_pretrained(context.folder)
-        loaded.tokenizer.save_pretrained(context.folder)

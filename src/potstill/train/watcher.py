@@ -18,18 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Watcher", "history_point"]
 
-_FIGURES = ("loss", "cross_entropy", "kl", "agreement")
+# What a second attempt at the same training would log otherwise.
+_TIMES = frozenset({"tokens_per_s", "mfu"})
 
 
 def history_point(entry: dict[str, Any]) -> dict[str, Any]:
     """The figures of a step or evaluation in the trainer's log, without times; empty for other entries."""
-    if "tokens" in entry:
-        wanted = ["step", "epoch", *_FIGURES, "learning_rate", "grad_norm", "tokens"]
-    elif "eval_loss" in entry:
-        wanted = ["step", "epoch", *(f"eval_{name}" for name in _FIGURES)]
-    else:
+    if "tokens" not in entry and "eval_loss" not in entry:
         return {}
-    return {name: entry[name] for name in wanted if name in entry}
+    wanted = {name: value for name, value in entry.items() if name not in _TIMES}
+    return {"step": wanted.pop("step"), **wanted} if "step" in wanted else wanted
 
 
 def _tokens_before(step: int, trainer: DistillationTrainer) -> int:
@@ -47,7 +45,7 @@ class Watcher(TrainerCallback):
     def __init__(self, settings: TrainSettings, context: StepContext) -> None:
         self.settings, self.context = settings, context
         self.steps_per_epoch, self.evaluates = 1, False
-        self.saved_at = self.step_started = time.monotonic()
+        self.saved_at = time.monotonic()
         self.progress: Progress
 
     def train(self, trainer: DistillationTrainer, checkpoint: Path | None) -> None:
@@ -63,12 +61,6 @@ class Watcher(TrainerCallback):
         with self.context.progress("training", total=tokens, unit="tokens") as self.progress:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Start the step's clock."""
-        self.step_started = time.monotonic()
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
@@ -77,7 +69,8 @@ class Watcher(TrainerCallback):
         is_last = step >= state.max_steps
         # Here and not at the epoch's end, which comes after the checkpoint of its last step: a run that
         # resumes from that one would miss the evaluation.
-        due = is_last or step % self.steps_per_epoch == 0 or (every is not None and step % every == 0)
+        counted = self.settings.early_stopping.every if self.settings.early_stopping else None
+        due = is_last or any(step % one == 0 for one in (self.steps_per_epoch, every, counted) if one)
         control.should_evaluate = self.evaluates and due
         if not is_last:
             waited_s = time.monotonic() - self.saved_at
@@ -104,9 +97,10 @@ class Watcher(TrainerCallback):
         """Report a step or an evaluation."""
         point, step = history_point(logs or {}), state.global_step
         if "tokens" in point:
-            tokens_per_s = point["tokens"] / (time.monotonic() - self.step_started)
+            assert logs is not None
+            speed = {"tokens_per_s": round(logs["tokens_per_s"], 1), "mfu": round(logs["mfu"], 4)}
             self.progress.advance(point["tokens"], loss=f"{point['loss']:.3f}")
-            self.context.event("train_log", optimiser_step=step, **point, tokens_per_s=round(tokens_per_s, 1))
+            self.context.event("train_log", optimiser_step=step, **point, **speed)
         elif point:
             self.context.event("train_log", optimiser_step=step, **point)
             self.context.say(f"step {step:,}: held-out loss {point['eval_loss']:.3f}")

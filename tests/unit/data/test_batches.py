@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potstill.data.batches import collate, epoch_plan, micro_batches
+from potstill.data.batches import collate, collate_packed, epoch_plan, micro_batches, packs
 from potstill.data.chat import Rendered
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=0, max_size=120)
@@ -66,6 +66,28 @@ class TestMicroBatches:
 
     def test_rows_share_a_batch_when_they_fit(self) -> None:
         assert micro_batches([4, 2, 2, 9], [0, 1, 2, 3], 8) == [[3], [0, 1], [2]]
+
+
+class TestPacks:
+    @given(LENGTHS, st.integers(1, 600))
+    def test_tokens_keep_to_the_limit_and_no_two_packs_would_fit_into_one(
+        self, lengths: list[int], max_tokens: int
+    ) -> None:
+        batches = packs(lengths, range(len(lengths)), max_tokens)
+        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+        for batch in batches:
+            assert sum(lengths[row] for row in batch) <= max_tokens or len(batch) == 1
+        sizes = sorted(sum(lengths[row] for row in batch) for batch in batches)
+        assert len(sizes) < 2 or sizes[0] + sizes[1] > max_tokens
+
+    def test_a_short_row_fills_the_room_that_longer_ones_left(self) -> None:
+        assert packs([4, 3, 9, 5], [0, 1, 2, 3], 12) == [[2, 1], [3, 0]]
+
+    def test_positions_begin_again_and_nothing_is_predicted_across_rows(self) -> None:
+        tensors = collate_packed([Rendered([5, 6, 2], [0, 1, 1]), Rendered([7, 2], [0, 1])])
+        assert tensors["input_ids"].tolist() == [[5, 6, 2, 7, 2]]
+        assert tensors["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+        assert tensors["loss_mask"].tolist() == [[False, True, True, False, True]]
 
 
 class TestCollate:

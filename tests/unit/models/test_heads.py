@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from potstill.core.errors import ModelError
-from potstill.models import hidden_states, output_head, vocabulary_size
+from potstill.models import hidden_states, isolates_packed_rows, output_head, vocabulary_size
 
 SIZE = 300
 IDS = torch.tensor([[5, 17, 200, 299, 3, 8], [260, 1, 44, 91, 12, 7]])
@@ -154,3 +154,13 @@ def test_no_forward_makes_a_cache(tiny_model):
     )
     hidden_states(tiny_model, IDS)
     assert seen == [None]
+
+
+@pytest.mark.parametrize("error", [TypeError("no position_ids"), RuntimeError("only fp16 and bf16")])
+def test_a_model_that_refuses_packed_rows_does_not_isolate_them(tiny_llama, monkeypatch, error):
+    def refuse(*given, **options):
+        raise error
+
+    assert isolates_packed_rows(tiny_llama)
+    monkeypatch.setattr(tiny_llama.model, "forward", refuse)
+    assert not isolates_packed_rows(tiny_llama)

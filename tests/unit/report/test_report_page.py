@@ -147,6 +147,21 @@ def test_the_answer_comes_first_then_steps_training_results_samples_and_settings
     assert "55,680 tokens" in text
 
 
+def test_parameter_groups_are_a_table_where_rates_differ(build_run: RunBuilder, tmp_path: Path) -> None:
+    run = build_run()
+    trained = next(step for step in run.steps if step.kind == "train")
+    assert trained.manifest is not None
+    line = {"match": r"embed|<norm>", "tensors": 1, "parameters": 28_311_552, "lr": 0.0, "weight_decay": 0.0}
+    others = {**line, "match": "(all others)", "tensors": 162, "lr": 3e-4}
+    for groups, shown in (([line, others], True), ([others], False)):
+        trained.manifest.metrics["parameter_groups"] = groups
+        write_report(run, tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert ("peak rate" in page) is shown
+        assert ("<code>embed|&lt;norm&gt;</code>" in page) is shown
+        assert ("frozen" in page) is shown
+
+
 def test_samples_show_every_model_beside_the_trace(build_run: RunBuilder, tmp_path: Path) -> None:
     text = _written(build_run(), tmp_path)
     page = _Page(text)

@@ -137,6 +137,24 @@ def test_what_no_request_can_escape_is_not_tried_again(server, status, expected)
     assert len(server.requests) == 1
 
 
+def test_errors_name_the_address_that_was_asked(server):
+    async def score() -> Any:
+        teacher = OpenAITeacher(settings_of(server), backoff_s=0.001)
+        try:
+            return await asyncio.gather(teacher.prompt_logprobs([1, 2], 3), return_exceptions=True)
+        finally:
+            await teacher.close()
+
+    server.always = lambda body: Reply(404, error("no"))
+    [scored], [answered] = asyncio.run(score()), ask(settings_of(server), "hello")
+    assert str(scored).startswith(f"{server.base_url}/completions: the server has no such model")
+    assert str(answered).startswith(f"{server.base_url}/chat/completions: the server has no such model")
+    server.always = lambda body: Reply(body={"choices": []})
+    [scored], [answered] = asyncio.run(score()), ask(settings_of(server), "hello")
+    assert "OpenAI's API answers at /v1/completions" in str(scored)
+    assert "OpenAI's API answers at /v1/chat/completions" in str(answered)
+
+
 def test_a_refused_prompt_fails_alone_and_at_once(server):
     server.script.append(Reply(400, error("this model's maximum context length is 4096 tokens")))
     [failure] = ask(settings_of(server), "hello")

@@ -13,9 +13,9 @@ from potstill.core.errors import DataError, Interrupted, ModelError, RecipeError
 from potstill.core.settings import Settings
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact
+from potstill.logits.shards import LogitCache
 from potstill.models import TransformersModel, load
 from potstill.train import TrainSettings, run
-from potstill.train.student import StudentWithLoss
 
 
 def settings(**fields: Any) -> TrainSettings:
@@ -40,6 +40,7 @@ def train(step_context: Any, base: TransformersModel, traces: Any) -> Training:
         folder: str = "artifact",
         *,
         student: Settings | None = None,
+        teacher: Settings | None = None,
         data: Artifact | None = None,
         stop_at: int | None = None,
         **fields: Any,
@@ -49,7 +50,7 @@ def train(step_context: Any, base: TransformersModel, traces: Any) -> Training:
         context = step_context(
             "train",
             folder=folder,
-            models={"base": student or base},
+            models={"base": student or base, **({} if teacher is None else {"big": teacher})},
             data={"traces": [data or made["traces"]]},
         )
 
@@ -59,6 +60,8 @@ def train(step_context: Any, base: TransformersModel, traces: Any) -> Training:
                 context.stop.set()
 
         context.reporter.on_event = listen
+        if teacher is not None:
+            fields["teacher"] = "big"
         return run(settings(**fields), context), context.folder, context
 
     return make
@@ -105,6 +108,18 @@ def test_it_says_what_is_trained(train: Training) -> None:
     assert result.counts["trained_parameters"] == result.counts["parameters"]
     assert any("(100.00%)" in line for line in context.reporter.said)
     assert result.metrics["untouched"] == []
+
+
+def test_groups_are_told_and_kept_in_a_table(train: Training) -> None:
+    result, _, context = train(max_steps=1, groups=[{"match": "embed_tokens", "lr": 0}, {"match": "mlp"}])
+    table = result.metrics["parameter_groups"]
+    assert [(row["match"], row["lr"]) for row in table] == [
+        ("embed_tokens", 0),
+        ("mlp", 5e-3),
+        ("(all others)", 5e-3),
+    ]
+    assert result.counts["trained_parameters"] == result.counts["parameters"] - table[0]["parameters"]
+    assert any(line.startswith("embed_tokens") and "frozen" in line for line in context.reporter.said)
 
 
 def test_extra_evaluations_come_every_so_many_steps(train: Training) -> None:
@@ -171,6 +186,13 @@ def test_cached_logits_are_a_training_set_by_themselves(
     blended, _, _ = train("blend", data=cache, epochs=1, temperature=2.0)
     point = blended.metrics["history"][-1]
     assert point["eval_loss"] == pytest.approx(0.5 * point["eval_cross_entropy"] + 0.5 * 4 * point["eval_kl"])
+    with pytest.raises(TrainingError, match="weighs each id by the student's own probability"):
+        train("reverse", data=cache, divergence="reverse_kl")
+    means, _, _ = train("batchmean", data=cache, max_steps=1, alpha=1.0, kl_reduction="batchmean")
+    first, *_ = [point for point in means.metrics["history"] if "eval_kl" in point]
+    held_out = LogitCache.open(cache.folder)
+    tokens_a_row = held_out.supervised[held_out.held_out].mean()
+    assert first["eval_loss"] == pytest.approx(tokens_a_row * first["eval_kl"])
     with pytest.raises(DataError, match="temperature 3"):
         train("undeclared", data=cache, temperature=3.0)
     short, _, _ = train("short", data=cache, max_steps=1, max_length=35)
@@ -178,8 +200,36 @@ def test_cached_logits_are_a_training_set_by_themselves(
 
 
 def test_a_weight_for_the_teacher_without_its_logits_is_an_error(train: Training) -> None:
-    with pytest.raises(TrainingError, match=r"alpha is 0\.5, but the data are traces"):
+    with pytest.raises(TrainingError, match=r"alpha is 0\.5, but there is no teacher"):
         train(alpha=0.5)
+    with pytest.raises(TrainingError, match=r"divergence is jsd, but there is no teacher"):
+        train(divergence="jsd")
+
+
+def test_a_teacher_in_memory_is_learned_from_beside_traces(
+    train: Training,
+    step_context: Any,
+    seal: Any,
+    traces: Any,
+    build_tiny_model: Any,
+    tmp_path: Path,
+    base: Any,
+) -> None:
+    from transformers import AutoTokenizer
+
+    build_tiny_model(seed=5).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(base.path).save_pretrained(tmp_path / "teacher")
+    teacher = TransformersModel(path=str(tmp_path / "teacher"))
+    result, _, _ = train("online", teacher=teacher, epochs=3, alpha=1.0, temperature=2.0)
+    first, *_, last = [point for point in result.metrics["history"] if "eval_kl" in point]
+    assert last["eval_kl"] < first["eval_kl"]
+    assert last["eval_loss"] == pytest.approx(4 * last["eval_kl"])
+    for divergence in ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "adaptive_kl"):
+        found, _, _ = train(divergence, teacher=teacher, max_steps=1, alpha=1.0, divergence=divergence)
+        assert found.metrics["eval_loss_before"] != result.metrics["eval_loss_before"]
+    cache = cached(step_context, seal, teacher, traces(name="scored"))
+    with pytest.raises(TrainingError, match="one teacher"):
+        train("both", teacher=teacher, data=cache)
 
 
 def test_logits_of_another_tokenizer_are_refused(
@@ -272,6 +322,46 @@ def test_the_same_adapter_is_the_same_file(train: Training) -> None:
     assert targets == sorted(targets)
 
 
+# --- early stopping
+
+
+OVERFITS = {"epochs": 30, "lr": 3e-2, "early_stopping": {"patience": 2}, "schedule": "constant"}
+
+
+def test_training_stops_early_and_keeps_the_best_weights(train: Training, seal: Any) -> None:
+    result, folder, context = train("stopped", **OVERFITS)
+    points = {one["step"]: one["eval_loss"] for one in result.metrics["history"] if "eval_loss" in one}
+    kept = result.metrics["kept_step"]
+    assert points[kept] == min(points.values()) == result.metrics["eval_loss"]
+    assert 0 < kept == result.counts["steps"] - 2 * 3 < 90  # two epochs of three steps came after it
+    assert any(f"weights of step {kept}" in line for line in context.reporter.said)
+    seal(folder, "train", result)
+    again, _, _ = train("again", student=TransformersModel(path=str(folder)), max_steps=1)
+    assert again.metrics["eval_loss_before"] == pytest.approx(result.metrics["eval_loss"], rel=1e-5)
+
+
+def test_evaluations_that_are_asked_for_besides_change_nothing_of_what_is_kept(train: Training) -> None:
+    expected, expected_folder, _ = train("rare", **OVERFITS)
+    found, folder, _ = train("often", evaluate_every=1, **OVERFITS)
+    assert found.metrics["kept_step"] == expected.metrics["kept_step"]
+    assert weights(folder) == weights(expected_folder)
+
+
+@pytest.mark.parametrize("after_best", [-1, 1, 4])
+def test_stopping_early_after_an_interruption_is_the_same(train: Training, after_best: int) -> None:
+    expected, expected_folder, _ = train("whole", **OVERFITS)
+    with pytest.raises(Interrupted):
+        train("parted", stop_at=expected.metrics["kept_step"] + after_best, **OVERFITS)
+    found, folder, _ = train("parted", **OVERFITS)
+    assert weights(folder) == weights(expected_folder)
+    assert found.metrics == expected.metrics
+
+
+def test_stopping_early_needs_held_out_rows(train: Training, traces: Any) -> None:
+    with pytest.raises(TrainingError, match="loss of held-out rows, and there are none"):
+        train(data=traces(4, name="all", held_out_every=100), early_stopping={})
+
+
 # --- models and arguments that cannot be trained
 
 
@@ -319,9 +409,8 @@ def test_activation_checkpointing_changes_nothing_but_memory(
     calls = {"kept": 0, "recomputed": 0}
     losses = {}
     plain = LlamaMLP.forward
-    monkeypatch.setattr(
-        StudentWithLoss, "shares_prefixes", False
-    )  # it is off where activations are recomputed
+    # It is off where activations are recomputed.
+    monkeypatch.setattr("potstill.train.student.can_share_prefix", lambda model: False)
     for name in calls:
 
         def counted(module: Any, hidden: Any, name: str = name) -> Any:
@@ -336,6 +425,22 @@ def test_activation_checkpointing_changes_nothing_but_memory(
     assert losses["recomputed"] == losses["kept"]
 
 
+# --- trackers
+
+
+def test_tensorboard_has_every_figure_and_the_artifact_none_of_its_files(train: Training) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result, folder, context = train("tracked", epochs=1, report_to=["tensorboard"])
+    _, plain, _ = train("plain", epochs=1)
+    (logs,) = (context.cache_folder / "tensorboard").iterdir()
+    events = EventAccumulator(str(logs)).Reload()
+    assert {"train/loss", "train/cross_entropy", "train/mfu", "eval/loss"} <= set(events.Tags()["scalars"])
+    points = [point["loss"] for point in result.metrics["history"] if "loss" in point]
+    assert [one.value for one in events.Scalars("train/loss")] == pytest.approx(points)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in plain.iterdir()}
+
+
 # --- interruption
 
 
@@ -343,9 +448,17 @@ MID_EPOCH, BOUNDARY = 5, 6  # of three steps an epoch
 
 
 @pytest.mark.parametrize("stop_at", [MID_EPOCH, BOUNDARY])
-@pytest.mark.parametrize("lora", [None, {"rank": 4, "dropout": 0.3}])
-def test_interrupted_equals_uninterrupted(train: Training, stop_at: int, lora: Any) -> None:
-    fields = {"epochs": 4, "evaluate_every": 2, "lora": lora}
+@pytest.mark.parametrize(
+    "method",
+    [
+        {},
+        {"lora": {"rank": 4, "dropout": 0.3}},
+        {"groups": [{"match": "embed_tokens", "lr": 0}, {"match": "mlp", "lr": 0.1}], "weight_decay": 0.1},
+    ],
+    ids=["all", "lora", "groups"],
+)
+def test_interrupted_equals_uninterrupted(train: Training, stop_at: int, method: Any) -> None:
+    fields = {"epochs": 4, "evaluate_every": 2, **method}
     expected, expected_folder, _ = train("whole", **fields)
     with pytest.raises(Interrupted):
         train("parted", stop_at=stop_at, **fields)

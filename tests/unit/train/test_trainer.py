@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ from transformers import Trainer
 
 from potstill.core.errors import TrainingError
 from potstill.data.chat import Rendered
-from potstill.train.rows import Rows
-from potstill.train.student import StudentWithLoss
+from potstill.models import LoadedModel
+from potstill.train.online import OnlineTeacher
+from potstill.train.rows import Rows, TrainingData
+from potstill.train.trackers import check_trackers
 from potstill.train.trainer import DistillationArguments, DistillationTrainer, learning_rate_factor
 
 
@@ -21,11 +24,16 @@ def rows(count: int = 6, *, first_token: int = 20) -> Rows:
     return made
 
 
+def with_vocabulary(model: Any, size: int = 300) -> LoadedModel:
+    """A model and as much of a tokenizer as training on rendered rows needs."""
+    return LoadedModel(model, SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(size)}), "tiny")
+
+
 def trainer(model: Any, folder: Path, training_rows: Rows, **fields: Any) -> DistillationTrainer:
     arguments = DistillationArguments(
         output_dir=str(folder), use_cpu=True, **{"batch": 4, "max_tokens": 16, **fields}
     )
-    return DistillationTrainer(StudentWithLoss(model.train(), 300), arguments, training_rows, Rows())
+    return DistillationTrainer(with_vocabulary(model), arguments, TrainingData(training_rows))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -119,16 +127,132 @@ def test_tensors_that_never_received_a_gradient_are_named(build_tiny_model: Any,
     assert made.untouched() == ["model.model.stray"]
 
 
-def test_a_small_update_of_a_weight_does_not_vanish_under_bf16_autocast(
+def test_a_small_update_does_not_vanish_under_bf16_autocast_and_is_what_float64_says(
+    build_tiny_model: Any, tmp_path: Path
+) -> None:
+    def moved(model: Any, *, autocast: bool) -> torch.Tensor:
+        weight = model.model.layers[0].mlp.up_proj.weight
+        before = weight.detach().clone()
+        made = trainer(model, tmp_path, rows(), learning_rate=1e-6, num_train_epochs=4, autocast=autocast)
+        assert made.student.bf16 is autocast
+        made.train()
+        rounded = weight.to(torch.bfloat16) != before.to(torch.bfloat16)
+        assert rounded.float().mean() < 0.1  # bf16 weights would have lost it
+        return (weight.detach().double() - before.double()).flatten()
+
+    exact = moved(build_tiny_model().double(), autocast=False)
+    found = moved(build_tiny_model(), autocast=True)
+    assert (found != 0).float().mean() > 0.9
+    assert found.norm().item() == pytest.approx(exact.norm().item(), rel=0.1)
+    assert torch.cosine_similarity(found, exact, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_whether_rows_can_be_packed_is_found_out_as_the_student_will_run(
+    build_tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autocast: bool
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def probe(model: Any) -> bool:
+        seen.append((model is student, torch.is_autocast_enabled("cpu")))
+        return True
+
+    monkeypatch.setattr("potstill.train.trainer.isolates_packed_rows", probe)
+    student = build_tiny_model()
+    arguments = DistillationArguments(output_dir=str(tmp_path), use_cpu=True, packing=True, autocast=autocast)
+    teacher = OnlineTeacher(build_tiny_model(seed=1), with_vocabulary(student))
+    DistillationTrainer(with_vocabulary(student), arguments, TrainingData(rows()), teacher=teacher)
+    assert seen == [(True, autocast), (False, False)]
+
+
+# --- parameter groups
+
+
+def test_each_group_moves_at_its_own_rate_and_a_frozen_one_not_at_all(
     build_tiny_model: Any, tmp_path: Path
 ) -> None:
     model = build_tiny_model()
-    weight = model.model.layers[0].mlp.up_proj.weight
-    before = weight.detach().clone()
-    made = trainer(model, tmp_path, rows(), learning_rate=1e-6, num_train_epochs=1)
-    made.student.bf16 = True
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    groups = [{"match": r"layers\.0\.mlp", "lr": 0.1}, {"match": "self_attn", "lr": 0.0}]
+    made = trainer(
+        model, tmp_path, rows(4), groups=groups, learning_rate=1e-3, max_steps=1, schedule="constant"
+    )
     made.train()
-    assert weight.dtype == torch.float32
-    rounded, rounded_before = weight.to(torch.bfloat16), before.to(torch.bfloat16)
-    assert (weight != before).float().mean() > 0.9
-    assert (rounded != rounded_before).float().mean() < 0.1  # bf16 weights would have lost it
+    # Adam's first step is the rate itself, whatever the gradient's size.
+    moved = {name: (one - before[name]).abs().max().item() for name, one in model.named_parameters()}
+    assert moved["model.layers.0.mlp.up_proj.weight"] == pytest.approx(1e-4, rel=1e-2)
+    assert moved["model.layers.1.mlp.up_proj.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["model.layers.1.self_attn.q_proj.weight"] == 0
+    assert made.untouched() == []
+
+
+def test_the_schedule_multiplies_each_groups_rate(build_tiny_model: Any, tmp_path: Path) -> None:
+    made = trainer(
+        build_tiny_model(), tmp_path, rows(4), groups=[{"match": "mlp", "lr": 0.1}], learning_rate=1e-3
+    )
+    made.create_optimizer_and_scheduler(10)
+    rates: list[set[float]] = []
+    for _ in range(3):
+        rates.append({round(group["lr"], 9) for group in made.optimizer.param_groups})
+        made.optimizer.step()
+        made.lr_scheduler.step()
+    for step, found in enumerate(rates):
+        factor = learning_rate_factor(step, 10, 0, "cosine")
+        assert found == {round(1e-3 * factor, 9), round(1e-4 * factor, 9)}
+
+
+def test_an_optimiser_that_divides_the_weights_itself_is_refused_with_groups(
+    build_tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(build_tiny_model(), tmp_path, rows(4), groups=[{"match": "mlp", "lr": 0.1}])
+    monkeypatch.setattr(
+        Trainer, "get_optimizer_cls_and_kwargs", lambda self, args, model: (torch.optim.SGD, {"params": []})
+    )
+    with pytest.raises(TrainingError, match="divides the weights by itself"):
+        made.create_optimizer()
+
+
+def test_trained_weights_in_half_precision_are_refused(build_tiny_model: Any, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="small updates round to nothing"):
+        trainer(build_tiny_model().to(torch.bfloat16), tmp_path, rows(4))
+
+
+def test_frozen_weights_in_float16_are_refused_where_nothing_multiplies_in_bfloat16(
+    build_tiny_model: Any, tmp_path: Path
+) -> None:
+    model = build_tiny_model()
+    model.get_input_embeddings().to(torch.float16).requires_grad_(requires_grad=False)
+    with pytest.raises(TrainingError, match="frozen in float16, where small gradients"):
+        trainer(model, tmp_path, rows(4), autocast=False)
+
+
+def test_one_of_several_processes_is_refused(
+    build_tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DistillationArguments, "world_size", 2)
+    with pytest.raises(TrainingError, match="there are 2 processes, and training takes one"):
+        trainer(build_tiny_model(), tmp_path, rows(4))
+
+
+def test_a_step_is_logged_with_its_parts_its_speed_and_its_share_of_the_peak(
+    build_tiny_model: Any, tmp_path: Path
+) -> None:
+    made = trainer(build_tiny_model(), tmp_path, rows(4), max_steps=1)
+    made.train()
+    logged = made.state.log_history[0]
+    assert {"loss", "cross_entropy", "grad_norm", "learning_rate"} <= logged.keys()
+    assert logged["tokens"] == sum(rows(4).lengths)
+    assert logged["tokens_per_s"] > 0
+    assert 0 < logged["mfu"] < 1
+
+
+def test_a_tracker_that_is_not_installed_is_told_with_the_extra(
+    build_tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potstill.train.trackers.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match=r"report_to: wandb is not installed[\s\S]*potstill\[trackers\]"):
+        trainer(build_tiny_model(), tmp_path, rows(4), report_to=["wandb"])
+
+
+def test_trackers_that_are_not_ours_are_left_to_transformers() -> None:
+    check_trackers(["azure_ml", "flyte"])

@@ -1,0 +1,53 @@
+"""Model FLOPs: against what torch itself counts."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from potstill.data.chat import Rendered
+from potstill.losses.response import cross_entropy
+from potstill.models import output_head
+from potstill.train.groups import ParameterGroups
+from potstill.train.lora import add_adapter
+from potstill.train.settings import LoraSettings, ParameterGroup
+from potstill.train.student import make_micro_batch, supervised_hidden
+from potstill.train.throughput import StepCost, peak_flops_per_s
+
+ROW = Rendered(list(range(20, 60)), [0] * 10 + [1] * 30)
+
+
+def counted(model: Any) -> int:
+    """What torch counts of a forward and backward pass whose head sees the supervised tokens alone."""
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    plain.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        hidden_NH, targets_N = supervised_hidden(model.train(), make_micro_batch([ROW]))
+        cross_entropy(output_head(model, 304)(hidden_NH), targets_N).mean().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "opt"])
+def test_they_are_those_of_the_matrix_products(build_tiny_model: Any, family: str) -> None:
+    model = build_tiny_model(family)
+    causal_half = StepCost(model).per_squared_length * len(ROW.ids) ** 2
+    # Eager attention computes the half that the mask throws away as well.
+    assert StepCost(model).flops([40], 30) + causal_half == pytest.approx(counted(model), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["frozen below", "only the top", "adapter"])
+def test_gradients_that_are_not_needed_are_not_counted(build_tiny_model: Any, kind: str) -> None:
+    model = build_tiny_model(tie_word_embeddings=False)
+    if kind == "adapter":
+        model = add_adapter(model, LoraSettings(rank=4), seed=1)
+    else:
+        frozen = "embed|layers.0" if kind == "frozen below" else "embed|layers.0|layers.1.self_attn"
+        ParameterGroups(model, [ParameterGroup(match=frozen, lr=0.0)], 1e-3, 0.0)
+    cost = StepCost(model)
+    assert cost.flops([40], 30) + cost.per_squared_length * 1600 == pytest.approx(counted(model), rel=0.12)
+
+
+def test_the_peak_is_measured_once() -> None:
+    device = torch.device("cpu")
+    assert peak_flops_per_s(device, torch.float32) == peak_flops_per_s(device, torch.float32) > 1e8
