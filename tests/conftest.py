@@ -191,7 +191,7 @@ def _train_tokenizer() -> "PreTrainedTokenizerFast":
 def tiny_tokenizer(_quiet_libraries: None) -> "PreTrainedTokenizerFast":
     """A trained byte-level BPE of 300 tokens with ChatML's special tokens and template; pad is eos.
 
-    Shared by the whole session: a test that changes it works on a deep copy.
+    Shared by all tests of a run: one that changes it works on a deep copy.
     """
     return _train_tokenizer()
 

@@ -22,6 +22,8 @@ from potstill.losses.head import TokenFunction, WithGradient, weighted_loss
 from potstill.losses.response import response_loss
 from potstill.losses.types import Dense, Live, Sampled, Sparse, TeacherSignal
 
+from .distributions import exact_sparse
+
 N, H, V, K = 11, 6, 17, 4
 KINDS = ["none", "dense", "live", "sparse", "sparse of one", "sparse of all", "sampled", "renormalised"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -50,13 +52,6 @@ def _random(*shape: int, seed: int = 0, device: str = "cpu", dtype: torch.dtype 
     return made.to(device, dtype)
 
 
-def _sparse(logits_NV: Tensor, k: int, temperature: float) -> Sparse:
-    log_probs_NV = (logits_NV / temperature).log_softmax(-1)
-    log_probs_NK, ids_NK = log_probs_NV.topk(k, -1)
-    log_tail_N = log_probs_NV.scatter(-1, ids_NK, -math.inf).logsumexp(-1)
-    return Sparse(ids_NK, log_probs_NK, log_tail_N, temperature)
-
-
 def _sampled(logits_NV: Tensor, temperature: float) -> Sampled:
     """Shares of six draws, filled up with id 0 at a share of 0, as a stored signal is."""
     rows = torch.arange(len(logits_NV), device=logits_NV.device)[:, None]
@@ -74,7 +69,7 @@ def _signal(kind: str, logits_NV: Tensor, temperature: float) -> TeacherSignal:
     if kind == "sampled":
         return _sampled(logits_NV, temperature)
     k = {"sparse": K, "sparse of one": 1, "sparse of all": V, "renormalised": K}[kind]
-    return _sparse(logits_NV, k, temperature)
+    return exact_sparse(logits_NV, k, temperature)
 
 
 def _quantities(
@@ -246,7 +241,7 @@ def test_a_student_too_certain_for_fp32_has_a_finite_loss_and_gradient(kind: str
 
 
 def test_a_teacher_rounded_to_fp16_gives_the_gradient_of_its_own_loss() -> None:
-    exact = _sparse(_random(N, V, seed=2), K, 1.0)
+    exact = exact_sparse(_random(N, V, seed=2), K, 1.0)
     rounded = Sparse(exact.ids_NK, exact.log_probs_NK.half(), exact.log_tail_N.half())
     assert (rounded.log_probs_NK.double() != exact.log_probs_NK).any()
     closed = blend(torch.arange(N), rounded, alpha=1.0)
@@ -311,7 +306,7 @@ def _peak_bytes(tokens: int, wrap: Callable[[ClosedForm], TokenFunction]) -> tup
     vocabulary, width, chunk_tokens = 4096, 8, 16
     hidden_NH = _random(tokens, width, dtype=torch.float32).requires_grad_()
     head = _Head(_random(vocabulary, width, seed=1, dtype=torch.float32).requires_grad_())
-    teacher = _sparse(_random(tokens, vocabulary, seed=2, dtype=torch.float32), K, 2.0)
+    teacher = exact_sparse(_random(tokens, vocabulary, seed=2, dtype=torch.float32), K, 2.0)
     closed = blend(torch.arange(tokens), teacher, alpha=0.5, temperature=2.0)
     assert isinstance(closed, ClosedForm)
     quantities = wrap(replace(closed, tile_rows=1))

@@ -31,21 +31,11 @@ from potstill.losses.divergences import (
 from potstill.losses.head import weighted_loss
 from potstill.losses.types import Dense, Live, Sampled, Sparse
 
+from .distributions import exact_sparse, random_logits
+
 N, V = 4, 23
 OF_BUCKETS = ["forward_kl", "skew_kl", "tvd"]
 Distribution = list[float]
-
-
-def _logits(seed: int, rows: int = N, width: int = V, spread: float = 3.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return spread * torch.randn(rows, width, generator=generator, dtype=torch.float64)
-
-
-def _sparse(logits_NV: Tensor, k: int, temperature: float = 1.0) -> Sparse:
-    log_probs_NV = (logits_NV / temperature).log_softmax(-1)
-    log_probs_NK, ids_NK = log_probs_NV.topk(k, -1)
-    log_tail_N = log_probs_NV.scatter(-1, ids_NK, -math.inf).logsumexp(-1)
-    return Sparse(ids_NK, log_probs_NK, log_tail_N, temperature)
 
 
 def _softmax(logits: list[float], temperature: float) -> Distribution:
@@ -98,7 +88,7 @@ def test_every_divergence_has_an_oracle() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 7.0])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_divergence_from_a_dense_teacher_equals_the_oracle(name: str, temperature: float) -> None:
-    student, teacher = _logits(1), _logits(2)
+    student, teacher = random_logits(1), random_logits(2)
     found_N = _divergence(name, student, Dense(teacher), temperature)
     wanted = [
         ORACLES[name](_softmax(t, temperature), _softmax(s, temperature))
@@ -114,8 +104,8 @@ def test_a_divergence_from_a_dense_teacher_equals_the_oracle(name: str, temperat
 def test_a_divergence_from_a_sparse_teacher_is_the_oracle_on_kept_ids_and_tail(
     name: str, k: int, temperature: float
 ) -> None:
-    student, teacher = _logits(1), _logits(2)
-    signal = _sparse(teacher, k, temperature)
+    student, teacher = random_logits(1), random_logits(2)
+    signal = exact_sparse(teacher, k, temperature)
     found_N = _divergence(name, student, signal, temperature)
     for row in range(N):
         kept = signal.ids_NK[row].tolist()
@@ -136,7 +126,7 @@ def test_pitfall_1_on_buckets_a_divergence_is_at_least_zero_and_at_most_the_dens
     name: str, student: list[float], teacher: list[float], k: int, temperature: float
 ) -> None:
     student_NV, teacher_NV = (torch.tensor([one], dtype=torch.float64) for one in (student, teacher))
-    sparse = _divergence(name, student_NV, _sparse(teacher_NV, k, temperature), temperature).item()
+    sparse = _divergence(name, student_NV, exact_sparse(teacher_NV, k, temperature), temperature).item()
     dense = _divergence(name, student_NV, Dense(teacher_NV), temperature).item()
     assert -1e-12 <= sparse <= dense + 1e-9
     if k == 6:
@@ -155,8 +145,8 @@ def test_a_divergence_is_zero_of_equals_and_never_negative(
 
 @pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"adaptive_kl"}))
 def test_gradcheck(name: str) -> None:
-    student, teacher = _logits(1, width=7).requires_grad_(), _logits(2, width=7)
-    signals: list[Any] = [Dense(teacher), *([_sparse(teacher, 3, 2.0)] if name in OF_BUCKETS else [])]
+    student, teacher = random_logits(1, width=7).requires_grad_(), random_logits(2, width=7)
+    signals: list[Any] = [Dense(teacher), *([exact_sparse(teacher, 3, 2.0)] if name in OF_BUCKETS else [])]
     for signal in signals:
         assert torch.autograd.gradcheck(
             lambda z, signal=signal: _divergence(name, z, signal, 2.0), (student,)
@@ -164,7 +154,7 @@ def test_gradcheck(name: str) -> None:
 
 
 def test_the_weights_of_the_adaptive_divergence_have_no_gradient() -> None:
-    student, teacher = _logits(1).requires_grad_(), Dense(_logits(2))
+    student, teacher = random_logits(1).requires_grad_(), Dense(random_logits(2))
     forward, backward = forward_kl(student, teacher), reverse_kl(student, teacher)
     found = adaptive_kl(student, teacher)
     share = ((found - backward) / (forward - backward)).detach()
@@ -174,7 +164,7 @@ def test_the_weights_of_the_adaptive_divergence_have_no_gradient() -> None:
 
 
 def test_the_ends_of_jsd_are_the_two_directions_of_kl_and_skew_zero_is_none() -> None:
-    student, teacher = _logits(1), Dense(_logits(2))
+    student, teacher = random_logits(1), Dense(random_logits(2))
     for found, wanted in (
         (jsd(student, teacher, beta=0.0), forward_kl(student, teacher)),
         (jsd(student, teacher, beta=1.0), reverse_kl(student, teacher)),
@@ -189,7 +179,7 @@ def test_the_ends_of_jsd_are_the_two_directions_of_kl_and_skew_zero_is_none() ->
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_ids_that_neither_model_can_say_count_nothing_and_leave_the_gradient_finite(name: str) -> None:
-    student, teacher = _logits(1), _logits(2)
+    student, teacher = random_logits(1), random_logits(2)
     student[:, -4:], teacher[:, -4:] = -math.inf, -math.inf
     student.requires_grad_()
     found = _divergence(name, student, Dense(teacher))
@@ -241,25 +231,28 @@ def test_the_gradient_from_sampled_ids_is_right_on_average_and_from_the_renormal
     temperature: float,
 ) -> None:
     copies, draws = 4000, 5
-    student, teacher = _logits(1, rows=1, width=8, spread=1.0), _logits(2, rows=1, width=8, spread=1.0)
+    student, teacher = (
+        random_logits(1, rows=1, width=8, spread=1.0),
+        random_logits(2, rows=1, width=8, spread=1.0),
+    )
     wanted_V = _gradient(student, Dense(teacher), temperature)[0]
     signal = _draws(teacher.expand(copies, -1), temperature, draws, seed=3)
     gradients_NV = _gradient(student.expand(copies, -1), signal, temperature)
     error_V = gradients_NV.std(0) / math.sqrt(copies)
     assert ((gradients_NV.mean(0) - wanted_V).abs() < 4 * error_V).all()
     assert (error_V < 0.02).all()
-    biased_V = _gradient(student, renormalised(_sparse(teacher, draws, temperature)), temperature)[0]
+    biased_V = _gradient(student, renormalised(exact_sparse(teacher, draws, temperature)), temperature)[0]
     assert ((biased_V - wanted_V).abs() > 4 * error_V).any()
 
 
 def test_the_renormalised_top_k_is_forward_kl_from_the_kept_ids_over_their_mass() -> None:
-    student, teacher = _logits(1), _logits(2)
-    signal = _sparse(teacher, 4)
+    student, teacher = random_logits(1), random_logits(2)
+    signal = exact_sparse(teacher, 4)
     found = forward_kl(student, renormalised(signal))
     p_NK = signal.log_probs_NK.exp() / signal.log_probs_NK.exp().sum(-1, keepdim=True)
     q_NK = student.softmax(-1).gather(-1, signal.ids_NK)
     torch.testing.assert_close(found, (p_NK * (p_NK / q_NK).log()).sum(-1), rtol=1e-11, atol=0)
-    whole = forward_kl(student, renormalised(_sparse(teacher, V)))
+    whole = forward_kl(student, renormalised(exact_sparse(teacher, V)))
     torch.testing.assert_close(whole, forward_kl(student, Dense(teacher)), rtol=1e-11, atol=0)
     values = blend(torch.zeros(N, dtype=torch.int64), signal, alpha=1.0, renormalise=True)(
         student, slice(0, N)
@@ -277,9 +270,11 @@ def test_pitfall_2_what_a_signal_cannot_give_is_refused_with_the_reason(name: st
     reason = "the ids that only the student finds likely" if signal is Sparse else "wrong even on average"
     with pytest.raises(TrainingError, match=reason):
         check_divergence(name, signal)
-    stored = _sparse(_logits(2), 3) if signal is Sparse else _draws(_logits(2), 1.0, 3, seed=0)
+    stored = (
+        exact_sparse(random_logits(2), 3) if signal is Sparse else _draws(random_logits(2), 1.0, 3, seed=0)
+    )
     with pytest.raises(TrainingError, match=reason):
-        divergence(name, _logits(1), stored)
+        divergence(name, random_logits(1), stored)
     with pytest.raises(TrainingError, match=reason):
         blend(torch.zeros(N, dtype=torch.int64), stored, alpha=0.5, divergence=name)
 
@@ -295,7 +290,7 @@ def test_only_forward_kl_from_a_top_k_is_renormalised_and_unknown_names_are_refu
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_the_blend_adds_alpha_t_squared_times_the_divergence_of_its_name(name: str) -> None:
-    student, teacher, targets_N = _logits(1), Dense(_logits(2)), torch.tensor([0, 5, 22, 7])
+    student, teacher, targets_N = random_logits(1), Dense(random_logits(2)), torch.tensor([0, 5, 22, 7])
     settings: dict[str, Any] = {"divergence": name, "beta": 0.3, "skew": 0.2, "divergence_scale": 5.0}
     values = blend(targets_N, teacher, alpha=0.3, temperature=2.0, **settings)(student, slice(0, N))
     cross_entropy_N = -student.log_softmax(-1).gather(-1, targets_N[:, None])[:, 0]
@@ -309,7 +304,7 @@ def test_the_blend_adds_alpha_t_squared_times_the_divergence_of_its_name(name: s
 @pytest.mark.parametrize("name", ["forward_kl", "tvd"])
 def test_tokens_over_sequences_as_the_scale_reproduces_torchs_batchmean(name: str) -> None:
     sequences, positions, width = 2, 5, 7
-    student, teacher = _logits(1, rows=10, width=width), _logits(2, rows=10, width=width)
+    student, teacher = random_logits(1, rows=10, width=width), random_logits(2, rows=10, width=width)
     targets_N = torch.arange(10) % width
     quantities = blend(
         targets_N,

@@ -126,8 +126,7 @@ def _is_data_file(path: str | Path) -> bool:
 
 def _holds_a_path(file: Path) -> bool:
     with file.open("rb") as opened:
-        # A Path would raise for most of what a file may hold.
-        return os.path.isdir(opened.read(_LONGEST_PATH))  # noqa: PTH112
+        return os.path.isdir(opened.read(_LONGEST_PATH))  # noqa: PTH112  # Path raises for most bytes
 
 
 def _open(folder: str | Path, student: LoadedModel) -> LogitCache:

@@ -367,6 +367,7 @@ class DistillationTrainer(Trainer):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
                 return isolates_packed_rows(model)
 
+        # transformers has no public name for the attention that a model uses.
         attention = [str(model.config.get_text_config()._attn_implementation) for model in models]  # noqa: SLF001
         if wanted is None:
             # Elsewhere a mask over the whole pack costs more than padding.

@@ -163,20 +163,19 @@ def test_a_model_that_states_what_cannot_be_saved_is_saved_all_the_same(
 # --- teacher's logits
 
 
-def test_cached_logits_are_a_training_set_by_themselves(
-    train: Training,
-    step_context: Any,
-    seal: Any,
-    traces: Any,
-    build_tiny_model: Any,
-    tmp_path: Path,
-    base: Any,
-) -> None:
+@pytest.fixture
+def teacher(build_tiny_model: Any, tmp_path: Path, base: Any) -> TransformersModel:
+    """A model of the student's tokenizer with other weights."""
     from transformers import AutoTokenizer
 
     build_tiny_model(seed=5).save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(base.path).save_pretrained(tmp_path / "teacher")
-    teacher = TransformersModel(path=str(tmp_path / "teacher"))
+    return TransformersModel(path=str(tmp_path / "teacher"))
+
+
+def test_cached_logits_are_a_training_set_by_themselves(
+    train: Training, step_context: Any, seal: Any, traces: Any, teacher: TransformersModel
+) -> None:
     cache = cached(step_context, seal, teacher, traces(), temperatures=[1.0, 2.0])
     result, _, _ = train("kl", data=cache, epochs=4, alpha=1.0, temperature=2.0)
     first, *_, last = [point for point in result.metrics["history"] if "eval_kl" in point]
@@ -207,19 +206,8 @@ def test_a_weight_for_the_teacher_without_its_logits_is_an_error(train: Training
 
 
 def test_a_teacher_in_memory_is_learned_from_beside_traces(
-    train: Training,
-    step_context: Any,
-    seal: Any,
-    traces: Any,
-    build_tiny_model: Any,
-    tmp_path: Path,
-    base: Any,
+    train: Training, step_context: Any, seal: Any, traces: Any, teacher: TransformersModel
 ) -> None:
-    from transformers import AutoTokenizer
-
-    build_tiny_model(seed=5).save_pretrained(tmp_path / "teacher")
-    AutoTokenizer.from_pretrained(base.path).save_pretrained(tmp_path / "teacher")
-    teacher = TransformersModel(path=str(tmp_path / "teacher"))
     result, _, _ = train("online", teacher=teacher, epochs=3, alpha=1.0, temperature=2.0)
     first, *_, last = [point for point in result.metrics["history"] if "eval_kl" in point]
     assert last["eval_kl"] < first["eval_kl"]
