@@ -1,9 +1,11 @@
 """A real HTTP server on loopback that answers chat completions as a script says, faults included."""
 
 import json
+import random
 import socket
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,16 +13,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Body = dict[str, Any]
+_DRIP_S = 0.02
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server sends: a JSON body or raw text; `cut` breaks the connection off in the middle of it."""
+    """What the server sends: a JSON body or raw text.
+
+    `cut` breaks the connection off in the middle of it, `drip_s` stretches it byte by byte over that time.
+    `sent` is called once all of it has left.
+    """
 
     status: int = 200
     body: Body | str = ""
     headers: dict[str, str] = field(default_factory=dict)
     cut: bool = False
+    drip_s: float = 0.0
+    sent: Callable[[], None] | None = None
 
 
 def completion(text: str | None = "fine", *, finish_reason: str | None = "stop", **message: Any) -> Body:
@@ -40,6 +49,55 @@ def completion(text: str | None = "fine", *, finish_reason: str | None = "stop",
 def error(message: str) -> Body:
     """An error body as OpenAI's API gives it."""
     return {"error": {"message": message, "type": "error"}}
+
+
+def with_logprobs(body: Body) -> Body:
+    """A completion with the log-probability of its one token."""
+    text = body["choices"][0]["message"]["content"]
+    body["choices"][0]["logprobs"] = {"content": [{"token": text, "logprob": -0.5}]}
+    return body
+
+
+class Faults:
+    """Answers to questions, of which a share goes wrong in every way that servers do.
+
+    What happens to a question's next try is drawn from (seed, question, number of the try). `delivered`
+    counts the whole answers that left for each question, `met` the faults.
+    """
+
+    def __init__(self, share: float, *, seed: int = 0, drip_s: float = 5.0, say: str = "") -> None:
+        self.share, self.seed, self.say = share, seed, say
+        self.tries, self.delivered, self.met = Counter[str](), Counter[str](), Counter[str]()
+        self.lock = threading.Lock()
+        html = Reply(body="<html>Bad gateway</html>", headers={"Content-Type": "text/html"})
+        self.faults = {
+            "429 with Retry-After": Reply(429, error(f"slow down {say}"), {"Retry-After": "0.05"}),
+            "429": Reply(429, error("slow down")),
+            "500": Reply(500, error(f"out of order {say}")),
+            "503": Reply(503, "<html>Unavailable</html>"),
+            "cut": Reply(body=with_logprobs(completion("half a sentence")), cut=True),
+            "drip": Reply(body=with_logprobs(completion("slowly " * 99)), drip_s=drip_s),
+            "malformed JSON": Reply(body='{"choices": [{"message": '),
+            "empty choices": Reply(body={**completion(), "choices": []}),
+            "no logprobs": Reply(body=completion()),
+            "wrong content type": html,
+        }
+
+    def __call__(self, body: Body) -> Reply:
+        """The next reply to a question."""
+        question = body["messages"][-1]["content"]
+        with self.lock:
+            self.tries[question] += 1
+            drawn = random.Random(f"{self.seed} {question} {self.tries[question]}")
+            if drawn.random() < self.share:
+                fault = drawn.choice(sorted(self.faults))
+                self.met[fault] += 1
+                return self.faults[fault]
+        return Reply(body=with_logprobs(completion(f"echo {question}")), sent=lambda: self._count(question))
+
+    def _count(self, question: str) -> None:
+        with self.lock:
+            self.delivered[question] += 1
 
 
 class ScriptedServer(ThreadingHTTPServer):
@@ -108,7 +166,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
             return
-        self.wfile.write(data)
+        if reply.drip_s:
+            self._drip(data, reply.drip_s)
+        else:
+            self.wfile.write(data)
+        if reply.sent is not None:
+            reply.sent()
+
+    def _drip(self, data: bytes, seconds: float) -> None:
+        pieces = min(len(data), max(1, int(seconds / _DRIP_S)))
+        for number in range(pieces):
+            self.wfile.write(data[number * len(data) // pieces : (number + 1) * len(data) // pieces])
+            time.sleep(seconds / pieces)
 
     def log_message(self, *args: Any) -> None:
         """Quiet."""

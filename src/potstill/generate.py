@@ -2,52 +2,56 @@
 
 import asyncio
 import itertools
-import json
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from potstill.core.errors import DataError, EngineError
-from potstill.core.events import Progress
+from potstill.core.errors import BudgetError, DataError, EngineError
 from potstill.core.hashing import derive_seed, hash_json
 from potstill.core.records import RECORDS_FILE, Record, count_records, read_records, write_records
 from potstill.core.settings import ModelRef, Settings, execution
 from potstill.core.step import StepContext, StepResult
-from potstill.data.chat import THINK_OPEN, split_reasoning
+from potstill.data.chat import THINK_OPEN, Renderer, split_reasoning
+from potstill.data.responses import bytes_of_tokens
 from potstill.data.sources import Data, prompts, read
-from potstill.teachers import Answer, Request, RequestError, Teacher, open_teacher
+from potstill.teachers import Answer, Request, Teacher, open_teacher
+from potstill.teachers.asking import FAILURES_FILE, Asking
+from potstill.teachers.budget import Budget
+from potstill.teachers.continuation import ContinueSettings, beginnings, check_continues
 from potstill.teachers.request_store import RequestStore, open_request_store
 
-__all__ = ["FAILURES_FILE", "GenerateSettings", "run"]
+__all__ = ["FAILURES_FILE", "GenerateSettings", "check_budget", "run"]
 
-FAILURES_FILE = "failures.jsonl"
 _PROMPTS_FILE = "prompts.parquet"
-_STOP_POLL_S = 0.2
-_FAILURES_IN_A_ROW = 20
-_REASONS_SHOWN = 3
 
 
 class GenerateSettings(Settings):
     """Settings of the generate step."""
 
     kind: ClassVar[str] = "generate"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
 
     do: Literal["generate"] = "generate"
     model: ModelRef = Field(description="who answers")
     data: Data = Field(description="the prompts; responses that they come with are left out")
+    continue_: ContinueSettings | None = Field(
+        default=None,
+        alias="continue",
+        description="keep the beginnings of the responses that data comes with, and let the model go on",
+    )
     samples: int = Field(default=1, ge=1, description="responses a prompt")
     temperature: float = Field(default=1.0, ge=0, description="0 takes the likeliest token")
     top_p: float = Field(
         default=1.0, gt=0, le=1, description="sample from the likeliest tokens of this share"
     )
-    max_new_tokens: int = Field(default=1024, ge=1, description="tokens a response, reasoning included")
+    max_new_tokens: int = Field(
+        default=1024, ge=1, description="tokens that the model writes for a response, reasoning included"
+    )
     logprobs: int | None = Field(
         default=None, ge=1, description="1 keeps each sampled token's log-probability"
     )
@@ -60,7 +64,13 @@ class GenerateSettings(Settings):
     )
     max_failed_share: float = Field(default=0.0, ge=0, le=1, description="share of requests that may fail")
     concurrency: int | None = execution(
-        None, ge=1, description="requests in flight; the engine knows a good number"
+        None, ge=1, description="requests in flight, to a server at most; the engine knows a good number"
+    )
+    max_cost: float | None = execution(
+        None, gt=0, description="dollars that the step may spend over all its runs; the model needs a `price`"
+    )
+    max_tokens: int | None = execution(
+        None, ge=1, description="tokens, prompts included, that the step may buy over all its runs"
     )
 
 
@@ -69,34 +79,67 @@ def run(settings: GenerateSettings, context: StepContext) -> StepResult:
 
     An answer is kept in the request store as it arrives and is never asked for again, whatever happens to
     this run or to the recipe around it. Raises EngineError when more than `max_failed_share` of the requests
-    failed, when the engine is out of reach or refuses, and when failures do not end; Interrupted when the run
-    is to stop.
+    failed, when the engine is out of reach or refuses, and when failures do not end; BudgetError when
+    `max_cost` or `max_tokens` is used up; Interrupted when the run is to stop.
     """
     model = context.model(settings.model)
-    prompts_path = context.scratch / _PROMPTS_FILE
-    if not prompts_path.exists():
-        write_records(prompts_path, _prompts(settings, context))
-    if count_records(prompts_path) == 0:
-        raise DataError(
-            "no row is a prompt",
-            expected="rows with a question or messages",
-            mend="make prompts with a `template`",
-        )
+    check_budget(settings, model)
+    prompts_path = None
+    if settings.continue_ is None:
+        prompts_path = _write_prompts(prompts(read(settings.data, context)), settings, context)
+    else:
+        check_continues(model, f"model {settings.model}")
     return asyncio.run(_generate(settings, context, model, prompts_path))
 
 
-def _prompts(settings: GenerateSettings, context: StepContext) -> Iterator[Record]:
-    for prompt in itertools.islice(prompts(read(settings.data, context)), settings.limit):
-        share = derive_seed(context.seed, "held_out", prompt.prompt_id) / 2**63
-        prompt.held_out = prompt.held_out or share < settings.held_out
-        yield prompt
+def check_budget(settings: GenerateSettings, model: Settings | None) -> None:
+    """Raise BudgetError where a cost is bounded that cannot be known."""
+    if settings.max_cost is not None and getattr(model, "price", None) is None:
+        raise BudgetError(
+            "max_cost bounds what answers cost, and their price is unknown",
+            where=f"model {settings.model}",
+            expected="price: {input: ..., output: ...}, in dollars a million tokens",
+            mend="add the price to the model, or bound the step by max_tokens",
+        )
+
+
+def _write_prompts(found: Iterator[Record], settings: GenerateSettings, context: StepContext) -> Path:
+    """Keep what will be asked, once: prompts, or the beginnings of responses that are to be continued."""
+    path = context.scratch / _PROMPTS_FILE
+
+    def wanted() -> Iterator[Record]:
+        for prompt in itertools.islice(found, settings.limit):
+            share = derive_seed(context.seed, "held_out", prompt.prompt_id) / 2**63
+            prompt.held_out = prompt.held_out or share < settings.held_out
+            yield prompt
+
+    if not path.exists():
+        write_records(path, wanted())
+    if count_records(path):
+        return path
+    if settings.continue_ is not None:
+        raise DataError(
+            "no response is there to be continued",
+            expected="traces that were cut off at their max_new_tokens (finish_reason length)",
+            mend="give the rollouts fewer tokens, or set `continue: {only: all}`",
+        )
+    raise DataError(
+        "no row is a prompt",
+        expected="rows with a question or messages",
+        mend="make prompts with a `template`",
+    )
 
 
 async def _generate(
-    settings: GenerateSettings, context: StepContext, model: Settings, prompts_path: Path
+    settings: GenerateSettings, context: StepContext, model: Settings, prompts_path: Path | None
 ) -> StepResult:
-    teacher = open_teacher(model, say=context.say)
+    teacher = open_teacher(model, concurrency=settings.concurrency, say=context.say)
     try:
+        if prompts_path is None:  # where a response is cut depends on the teacher's tokenizer
+            assert settings.continue_ is not None
+            rollouts = read(settings.data, context)
+            found = beginnings(rollouts, settings.continue_, teacher.renderer, context.seed)
+            prompts_path = _write_prompts(found, settings, context)
         if (settings.logprobs or 0) > (offered := teacher.capabilities.logprobs):
             raise EngineError(
                 f"the engine gives {offered} log-probabilities a token, not {settings.logprobs}",
@@ -107,11 +150,14 @@ async def _generate(
         known_as = [getattr(model, "engine", None), teacher.identity]
         with open_request_store(context.cache_folder, known_as) as store:
             plan = _Plan(settings, context, teacher, prompts_path)
-            asking = _Asking(plan, context, store)
-            try:
-                await asking.ask(settings.concurrency or teacher.concurrency)
-            finally:
-                asking.close()
+            budget = Budget(
+                store.bought(context.folder.name),
+                price=getattr(model, "price", None),
+                max_cost=settings.max_cost,
+                max_tokens=settings.max_tokens,
+            )
+            asking = Asking(plan, teacher, store, budget, context, model=settings.model)
+            await asking.ask()
             asking.check_failures(settings.max_failed_share)
             return _seal(plan, context, teacher, store, asking)
     finally:
@@ -142,6 +188,8 @@ class _Plan:
     def __iter__(self) -> Iterator[_Planned]:
         for prompt in read_records(self.prompts_path):
             for sample in range(self.settings.samples):
+                # Of several rollouts of a prompt each has samples of its own.
+                sample += prompt.sample * self.settings.samples
                 self.context.check_stop()
                 sampling = self._sampling(prompt, sample)
                 yield _Planned(prompt, sample, sampling, self._key(prompt, sample, sampling))
@@ -158,7 +206,8 @@ class _Plan:
             "max_new_tokens": settings.max_new_tokens,
         }
         if settings.temperature > 0:
-            sampling["seed"] = self.context.derive_seed("sample", prompt.prompt_id, sample)
+            row = prompt.prompt_id if settings.continue_ is None else prompt.id
+            sampling["seed"] = self.context.derive_seed("sample", row, sample)
         if teacher.renderer is not None:
             sampling["template"] = teacher.renderer.template_hash
         if settings.logprobs is not None:
@@ -173,6 +222,8 @@ class _Plan:
             "sampling": sampling,
             "logprobs": self.settings.logprobs,
         }
+        if self.settings.continue_ is not None:
+            content["prefix"] = [prompt.response, prompt.response_token_ids]
         if self.teacher.renderer is not None:
             content["tokenizer"] = self.teacher.renderer.tokenizer_hash
         if self.teacher.capabilities.takes == "record":
@@ -182,10 +233,15 @@ class _Plan:
     def request(self, planned: _Planned) -> Request:
         """What the engine is asked. Raises DataError when the chat template refuses the prompt."""
         settings, teacher, prompt = self.settings, self.teacher, planned.prompt
-        renderer = teacher.renderer
+        renderer, prompt_ids = teacher.renderer, None
+        if renderer is not None:
+            prompt_ids = (
+                renderer.render(prompt).ids if prompt.response else renderer.prompt_ids(prompt.messages)
+            )
         return Request(
             messages=prompt.messages,
-            prompt_token_ids=None if renderer is None else renderer.prompt_ids(prompt.messages),
+            prompt_token_ids=prompt_ids,
+            prefix=prompt.response,
             temperature=settings.temperature,
             top_p=settings.top_p,
             max_new_tokens=settings.max_new_tokens,
@@ -195,143 +251,8 @@ class _Plan:
         )
 
 
-class _Asking:
-    """Asks what the request store does not hold yet, a bounded number at a time."""
-
-    def __init__(self, plan: _Plan, context: StepContext, store: RequestStore) -> None:
-        self.plan, self.context, self.store = plan, context, store
-        self.where = f"model {plan.settings.model}"
-        self.reused = self.answered = self.failed = self.tokens = 0
-        self.failures_path = context.folder / FAILURES_FILE
-        self._failures = self.failures_path.open("w", encoding="utf-8", newline="\n")
-        self._reasons: Counter[str] = Counter()
-        self._in_a_row = 0
-        self._under_way: dict[asyncio.Task[Answer], _Planned] = {}
-        self._arrived: deque[asyncio.Task[Answer]] = deque()
-        self._arrival = asyncio.Event()
-
-    def close(self) -> None:
-        """Close the list of failures; without any it is removed."""
-        self._failures.close()
-        if not self.failed:
-            self.failures_path.unlink()
-
-    async def ask(self, concurrency: int) -> None:
-        """Ask until every request is answered or has failed, always `concurrency` of them under way."""
-        missing = sum(planned.key not in self.store for planned in self.plan)
-        self.reused = self.plan.total - missing
-        kept = f", {self.reused:,} of them answered already" if self.reused else ""
-        self.context.say(f"{self.plan.total:,} requests to {self.plan.settings.model}{kept}")
-        self.context.event(
-            "requests",
-            model=self.plan.teacher.identity,
-            total=self.plan.total,
-            reused=self.reused,
-            concurrency=concurrency,
-        )
-        if not missing:
-            return
-        requests = (planned for planned in self.plan if planned.key not in self.store)
-        with self.context.progress("answers", missing, "answers") as progress:
-            try:
-                while True:
-                    for planned in itertools.islice(requests, concurrency - len(self._under_way)):
-                        self._start(planned)
-                    if not self._under_way:
-                        return
-                    await self._next_arrivals(progress)
-            finally:
-                await self._give_up()
-
-    def _start(self, planned: _Planned) -> None:
-        task = asyncio.create_task(self._answer(planned))
-        self._under_way[task] = planned
-        task.add_done_callback(self._note_arrival)
-
-    async def _answer(self, planned: _Planned) -> Answer:
-        return await self.plan.teacher.answer(self.plan.request(planned))
-
-    def _note_arrival(self, task: asyncio.Task[Answer]) -> None:
-        self._arrived.append(task)
-        self._arrival.set()
-
-    async def _next_arrivals(self, progress: Progress) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._arrival.wait(), _STOP_POLL_S)
-        self._arrival.clear()
-        while self._arrived:
-            self._settle(self._arrived.popleft())
-            progress.advance(1, tokens=self.tokens, failed=self.failed)
-        self.context.check_stop()
-
-    def _settle(self, task: asyncio.Task[Answer]) -> None:
-        """Keep an answer, or note why there is none; errors that no other request can escape go on."""
-        planned = self._under_way.pop(task)
-        try:
-            answer = task.result()
-        except (RequestError, DataError) as error:
-            self._fail(planned, error)
-        else:
-            self.store.put(planned.key, answer)
-            self.answered, self._in_a_row = self.answered + 1, 0
-            self.tokens += _tokens(answer) or 0
-
-    def _fail(self, planned: _Planned, error: RequestError | DataError) -> None:
-        self.failed += 1
-        status = error.status if isinstance(error, RequestError) else None
-        row = {
-            "prompt_id": planned.prompt.prompt_id,
-            "sample": planned.sample,
-            "reason": error.what,
-            "status": status,
-        }
-        self._failures.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if error.what in self._reasons or len(self._reasons) < _REASONS_SHOWN:
-            self._reasons[error.what] += 1
-        blames_row = isinstance(error, DataError) or error.blames_row
-        # Rows at fault say nothing about the engine, unless there has been no other row yet.
-        if not blames_row or not (self.reused or self.answered):
-            self._in_a_row += 1
-        if self._in_a_row >= _FAILURES_IN_A_ROW:
-            raise EngineError(
-                f"{self._in_a_row} requests in a row failed, the last with: {error.what}",
-                where=self.where,
-                expected=error.expected,
-                mend=f"{error.mend or 'see ' + str(self.failures_path)}. {self._kept()}",
-            )
-
-    def _kept(self) -> str:
-        return (
-            f"{self.reused + self.answered:,} answers are kept; the next run asks only what is missing "
-            f"(failures: {self.failures_path})"
-        )
-
-    async def _give_up(self) -> None:
-        """Cancel what is under way; answers that have arrived all the same are kept."""
-        await asyncio.sleep(0)  # lets a task go on whose answer is there already
-        for task in self._under_way:
-            task.cancel()
-        await asyncio.gather(*self._under_way, return_exceptions=True)
-        for task, planned in self._under_way.items():
-            if not task.cancelled() and task.exception() is None:
-                self.store.put(planned.key, task.result())
-        self._under_way.clear()
-
-    def check_failures(self, max_failed_share: float) -> None:
-        """Raise EngineError when more requests failed than may."""
-        if self.failed <= max_failed_share * self.plan.total and self.failed < self.plan.total:
-            return
-        reasons = "; ".join(f"{count:,} x {reason}" for reason, count in self._reasons.most_common())
-        raise EngineError(
-            f"{self.failed:,} of {self.plan.total:,} requests failed: {reasons}",
-            where=self.where,
-            expected=f"at most {max_failed_share:.3g} of them (max_failed_share), and an answer at all",
-            mend=f"run again to retry, or allow more with `max_failed_share`. {self._kept()}",
-        )
-
-
 def _seal(
-    plan: _Plan, context: StepContext, teacher: Teacher, store: RequestStore, asking: _Asking
+    plan: _Plan, context: StepContext, teacher: Teacher, store: RequestStore, asking: Asking[_Planned]
 ) -> StepResult:
     """Write the traces from the request store, in the plan's order."""
     figures = _Figures()
@@ -353,7 +274,8 @@ def _seal(
             "failed": asking.failed,
             "reused": asking.reused,
         },
-        metrics=figures.metrics(),
+        metrics=figures.metrics()
+        | ({} if asking.budget.price is None else {"bought": asking.budget.totals()}),
         tokenizer=figures.tokenizer,
         model_identity=teacher.identity,
         tokens=figures.tokens,
@@ -361,8 +283,18 @@ def _seal(
 
 
 def _trace(planned: _Planned, answer: Answer, teacher: Teacher) -> Record:
-    prompt = planned.prompt
-    text, renderer = answer.response, teacher.renderer
+    prompt, renderer = planned.prompt, teacher.renderer
+    prompt_ids, ids, logprobs = answer.prompt_token_ids, answer.response_token_ids, answer.logprobs
+    prefix, prefix_tokens = prompt.response or "", 0
+    if prefix:
+        if renderer is not None and prompt_ids is not None and ids is not None:
+            prefix_tokens = renderer.render(prompt).supervised_tokens
+            prompt_ids, ids = prompt_ids[:-prefix_tokens], [*prompt_ids[-prefix_tokens:], *ids]
+        else:
+            prompt_ids = ids = None  # what tokens a server makes of the prefix is not known
+        if logprobs is not None:
+            logprobs = [math.nan] * max(1, prefix_tokens) + logprobs
+    response = text = prefix + answer.response
     if renderer is not None and renderer.opens_reasoning(prompt.messages):
         text = f"{THINK_OPEN}{text}"
     reasoning, final = split_reasoning(text)
@@ -370,21 +302,34 @@ def _trace(planned: _Planned, answer: Answer, teacher: Teacher) -> Record:
         prompt_id=prompt.prompt_id,
         messages=prompt.messages,
         held_out=prompt.held_out,
-        response=answer.response,
+        response=response,
         reasoning=reasoning,
         answer=final,
         finish_reason=answer.finish_reason,
         sample=planned.sample,
         reference=prompt.reference,
         task=prompt.task,
-        prompt_token_ids=answer.prompt_token_ids,
-        response_token_ids=answer.response_token_ids,
-        logprobs=answer.logprobs,
-        tokenizer=answer.tokenizer,
+        prompt_token_ids=prompt_ids,
+        response_token_ids=ids,
+        logprobs=logprobs,
+        token_bytes=_token_bytes(response, prefix, ids, answer, renderer),
+        prefix_characters=len(prefix),
+        prefix_tokens=prefix_tokens,
+        tokenizer=None if ids is None else answer.tokenizer,
         model=teacher.identity,
-        sampling=planned.sampling,
+        sampling={**planned.sampling, **({"prefix_model": prompt.model} if prefix else {})},
         meta=prompt.meta,
     )
+
+
+def _token_bytes(
+    response: str, prefix: str, ids: list[int] | None, answer: Answer, renderer: Renderer | None
+) -> list[int] | None:
+    if renderer is not None and answer.logprobs is not None and ids is not None:
+        return bytes_of_tokens(renderer.bytes_of(ids), response)
+    if not prefix or answer.token_bytes is None:
+        return answer.token_bytes
+    return [len(prefix.encode("utf-8", "surrogatepass")), *answer.token_bytes]
 
 
 def _tokens(answer: Answer) -> int | None:

@@ -1,22 +1,24 @@
 import json
+import math
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from potstill.core.errors import DataError, EngineError, Interrupted
+from potstill.core.errors import BudgetError, DataError, EngineError, Interrupted
 from potstill.core.hashing import hash_file
-from potstill.core.records import RECORDS_FILE, Record, read_records
-from potstill.core.settings import Settings
+from potstill.core.records import RECORDS_FILE, Record, read_records, write_records
+from potstill.core.settings import Settings, meaning
 from potstill.core.step import StepContext, StepResult
 from potstill.data.chat import Renderer
 from potstill.generate import FAILURES_FILE, GenerateSettings, run
 from potstill.models import TransformersModel, load_tokenizer
-from potstill.teachers import OpenAIModel, SolverModel
+from potstill.teachers import OpenAIModel, OpenAITeacher, SolverModel
 
-from ..servers import Reply, ScriptedServer, completion, error, running_server
+from ..servers import Faults, Reply, ScriptedServer, completion, error, running_server
 
 KEY = "sk-canary-4711"
 
@@ -194,7 +196,36 @@ def test_a_stopped_run_keeps_what_arrived_and_ends_as_an_uninterrupted_one(
     assert hash_file(context.folder / RECORDS_FILE) == resumed
 
 
-def test_a_stop_does_not_wait_for_a_server_that_hangs(kitchen, server):
+def stop_while_waiting(kitchen: Kitchen, server: ScriptedServer, at_once: int) -> None:
+    """Stop a run with so many requests under way, which the server answers once the run is ending."""
+    stop = threading.Event()
+    server.hold = threading.Event()
+    reporter_heard = threading.Event()
+
+    def stop_then_let_go() -> None:
+        while server.under_way < at_once and not reporter_heard.wait(0.001):
+            pass
+        stop.set()
+        while not any("answers under way" in one for one in kitchen.context.reporter.said):
+            reporter_heard.wait(0.001)
+        server.hold.set()
+
+    stopper = threading.Thread(target=stop_then_let_go)
+    stopper.start()
+    with pytest.raises(Interrupted):
+        kitchen.run(concurrency=at_once, stop=stop)
+    stopper.join()
+
+
+def test_answers_under_way_at_a_stop_are_waited_for_and_kept(kitchen, server):
+    stop_while_waiting(kitchen, server, 4)
+    assert len(server.requests) == 4
+    assert kitchen.run().counts["reused"] == 4
+    assert len(server.requests) == 30
+
+
+def test_a_stop_does_not_wait_for_a_server_that_hangs(kitchen, server, monkeypatch):
+    monkeypatch.setattr("potstill.teachers.asking._GRACE_S", 0.05)
     stop = threading.Event()
     server.hold = threading.Event()
     server.always = lambda body: Reply(body=completion("late"))
@@ -264,11 +295,12 @@ def test_a_key_that_is_refused_stops_at_once(kitchen, server):
 
 
 def test_failures_that_do_not_end_break_the_circuit_and_lose_nothing(kitchen, server):
-    fail_for(server, *range(5, 30), status=503)
+    kitchen.model = kitchen.model.model_copy(update={"patience_s": 0.0})
+    fail_for(server, *range(5, 30), status=500)
     with pytest.raises(EngineError) as caught:
         kitchen.run(concurrency=2, max_failed_share=1.0)
-    assert "20 requests in a row failed" in str(caught.value)
-    assert "5 answers are kept" in str(caught.value)
+    assert "requests in a row failed" in str(caught.value)
+    assert "answers are kept" in str(caught.value)
     assert 25 <= len(server.requests) <= 27
     server.always = lambda body: Reply(body=completion("fine"))
     assert kitchen.run().counts["reused"] == 5
@@ -287,13 +319,145 @@ def test_prompts_that_are_all_refused_from_the_start_do(kitchen, server):
     assert len(server.requests) == 20
 
 
+PRICE = {"input": 1.0, "output": 10.0}
+ANSWER_COST = (7 * 1.0 + 3 * 10.0) / 1e6  # of what the scripted server counts
+
+
+def with_price(kitchen: Kitchen) -> None:
+    kitchen.model = OpenAIModel.model_validate({**kitchen.model.model_dump(), "price": PRICE})
+
+
+def test_a_budget_ends_the_step_where_it_is_used_up_and_a_larger_one_goes_on(kitchen, server):
+    with_price(kitchen)
+    with pytest.raises(BudgetError) as caught:
+        kitchen.run(max_cost=12 * ANSWER_COST)
+    message = str(caught.value)
+    assert "model big: the budget is used up: $0.0004 bought, 18 requests are left" in message
+    assert "raise it" in message
+    assert "$0.0011" in message  # what all 30 cost
+    assert "12 answers are kept" in message
+    assert len(server.requests) == 12
+    assert not (kitchen.context.folder / RECORDS_FILE).exists()
+    with pytest.raises(BudgetError, match="18 requests are left"):
+        kitchen.run(max_cost=12.5 * ANSWER_COST)  # what the first run bought counts
+    assert len(server.requests) == 12
+    result = kitchen.run(max_cost=30 * ANSWER_COST)
+    assert len(server.requests) == 30
+    assert result.counts["reused"] == 12
+    bought = {"answers": 30, "prompt_tokens": 210, "response_tokens": 90, "cost_usd": 30 * ANSWER_COST}
+    assert result.metrics["bought"] == pytest.approx(bought)
+
+
+def test_tokens_are_bounded_without_a_price(kitchen, server):
+    with pytest.raises(BudgetError, match=r"90 tokens bought, 21 requests are left(.|\n)*about 300 tokens"):
+        kitchen.run(max_tokens=99)
+    assert len(server.requests) == 9
+
+
+def test_answers_that_are_of_no_use_are_paid_for_all_the_same(kitchen, server):
+    with_price(kitchen)
+    server.script.extend([Reply(body=completion("", finish_reason="content_filter"))] * 5)
+    with pytest.raises(BudgetError):
+        kitchen.run(max_cost=10 * ANSWER_COST, max_failed_share=1.0)
+    assert len(server.requests) == 10
+    assert len(kitchen.failures()) == 5
+
+
+def test_a_budget_is_a_steps_own_and_what_others_bought_is_free(kitchen, server):
+    with_price(kitchen)
+    kitchen.run(limit=10)
+    result = kitchen.run(folder="other", limit=12, max_cost=2 * ANSWER_COST)
+    assert (result.counts["reused"], result.counts["records"]) == (10, 12)
+    assert result.metrics["bought"]["answers"] == 2
+
+
+def test_what_another_run_bought_meanwhile_is_taken_and_not_missed(kitchen, server):
+    other = Kitchen(kitchen.step_context, kitchen.model, kitchen.prompts)
+
+    def answer(body: dict[str, Any]) -> Reply:
+        server.always = echo
+        other.run(folder="other")  # in the server's thread, while the first answer is awaited
+        return echo(body)
+
+    echo, server.always = server.always, answer
+    result = kitchen.run(concurrency=1)
+    assert (result.counts["records"], result.counts["reused"]) == (30, 29)
+    assert len(server.requests) == 31, "only the answer that both awaited is bought twice"
+
+
+def test_what_came_of_no_use_while_a_run_was_ending_is_paid_for(kitchen, server):
+    with_price(kitchen)
+    server.script.append(Reply(body=completion("", finish_reason="content_filter")))
+    stop_while_waiting(kitchen, server, 1)
+    with pytest.raises(BudgetError, match="30 requests are left"):
+        kitchen.run(max_cost=ANSWER_COST)
+    assert len(server.requests) == 1
+
+
+def test_a_budget_changes_nothing_of_what_is_made(kitchen, server):
+    plain = meaning(kitchen.settings())
+    assert meaning(kitchen.settings(max_cost=1.0, max_tokens=5, concurrency=3)) == plain
+
+
+def test_a_bounded_cost_without_a_price_is_refused_before_anything_is_asked(kitchen, server):
+    with pytest.raises(BudgetError, match=r"price(.|\n)*dollars a million tokens"):
+        kitchen.run(max_cost=1.0)
+    assert server.requests == []
+
+
+def test_a_budget_is_refused_where_the_server_counts_nothing(kitchen, server):
+    server.always = lambda body: Reply(body={**completion("fine"), "usage": None})
+    with pytest.raises(BudgetError, match="does not say how many tokens"):
+        kitchen.run(max_tokens=1000)
+    assert len(server.requests) == 1
+    assert kitchen.run().counts["reused"] == 1
+
+
+def test_spent_and_projected_cost_are_shown_while_it_runs(kitchen, server):
+    with_price(kitchen)
+    kitchen.run(limit=10, max_cost=1.0, concurrency=1)
+    reporter: Any = kitchen.context.reporter
+    assert reporter.figures[4] == {
+        "tokens": "50",
+        "spent": "$0.0002/$1.00",
+        "projected": "$0.0004",
+        "at once": 1,
+        "failed": 0,
+    }
+
+
+def test_servers_that_fail_in_every_way_lose_nothing_and_sell_nothing_twice(kitchen, server, monkeypatch):
+    monkeypatch.setattr("potstill.teachers.OpenAITeacher", partial(OpenAITeacher, backoff_s=0.01))
+    faults = Faults(0.4, seed=4, drip_s=1.5)
+    server.always = faults
+    rows = [json.dumps({"prompt": f"question {number}"}) for number in range(120)]
+    kitchen.prompts.write_text("\n".join(rows), encoding="utf-8")
+    kitchen.model = kitchen.model.model_copy(update={"max_retries": 6, "timeout_s": 1.0})
+    counted: list[tuple[str, int]] = []
+    result = None
+    while result is None and len(counted) < 20:
+        try:
+            result = kitchen.run(logprobs=1, concurrency=16)
+        except EngineError as error:
+            counted.append((error.what, len(kitchen.failures())))
+    assert result is not None
+    assert counted
+    assert all(what.startswith(f"{failures} of 120 requests failed") for what, failures in counted)
+    assert faults.met.keys() == faults.faults.keys()
+    assert result.counts["records"] == 120
+    assert result.counts["failed"] == 0
+    assert faults.delivered == {f"question {number}": 1 for number in range(120)}
+    assert [trace.response for trace in kitchen.traces()] == [f"echo question {n}" for n in range(120)]
+
+
 def test_the_key_is_in_no_file_event_or_message(kitchen, server, monkeypatch, tmp_path):
     monkeypatch.setenv("CANARY", KEY)
     kitchen.model = kitchen.model.model_copy(update={"api_key_env": "CANARY"})
+    with_price(kitchen)
     server.script.append(Reply(400, error(f"wrong key {KEY}")))
     kitchen.run(max_failed_share=0.5)
     reporter: Any = kitchen.context.reporter
-    said = json.dumps(reporter.events) + "".join(reporter.said)
+    said = json.dumps([reporter.events, reporter.figures]) + "".join(reporter.said)
     assert "[the API key]" in kitchen.failures()[0]["reason"]
     server.always = lambda body: Reply(401, error(f"wrong key {KEY}"))
     with pytest.raises(EngineError) as caught:
@@ -362,7 +526,8 @@ class TestLocalEngine:
                 *(trace.prompt_token_ids or []),
                 *response,
             ]
-            assert len(trace.logprobs or []) == len(response)
+            assert len(trace.logprobs or []) == len(trace.token_bytes or []) == len(response)
+            assert sum(trace.token_bytes or []) == len((trace.response or "").encode())
             assert trace.sampling["logprob_temperature"] == 1.0
             assert trace.sampling["template"] == renderer.template_hash
         assert result.metrics["mean_logprob"] < 0
@@ -436,3 +601,163 @@ class TestSolver:
         kitchen.run(data={"task": "chain_sum", "size": 20})
         assert all(trace.answer == trace.reference for trace in kitchen.traces())
         assert len({trace.reference for trace in kitchen.traces()}) > 10
+
+
+def rollouts_of(path: Path, *responses: tuple[str, str], sample: int = 0, **fields: Any) -> None:
+    """An artifact's records: a student's responses, each with how it ended."""
+    records = [
+        Record(
+            f"p{number}",
+            [{"role": "user", "content": f"question {number}"}],
+            response=response,
+            finish_reason=ended,
+            sample=sample,
+            model="student",
+            held_out=number == 1,
+            **fields,
+        )
+        for number, (response, ended) in enumerate(responses)
+    ]
+    path.mkdir()
+    write_records(path / RECORDS_FILE, records)
+
+
+LONG = "one two three four five six seven eight nine ten"
+
+
+class TestContinuing:
+    """Mixed policy: what a student began and did not finish, a teacher writes to its end."""
+
+    @pytest.fixture
+    def rollouts(self, tmp_path: Path, seal: Any) -> Any:
+        folder = tmp_path / "rollouts"
+        rollouts_of(folder, (LONG, "length"), (LONG + " eleven", "length"), ("done", "stop"))
+        return seal(folder, "generate")
+
+    def continue_(
+        self, kitchen: Kitchen, rollouts: Any, *, folder: str = "artifact", **fields: Any
+    ) -> StepResult:
+        kitchen.context = kitchen.step_context(
+            "generate", folder=folder, models={"big": kitchen.model}, data={"rollouts": [rollouts]}
+        )
+        settings = {"do": "generate", "model": "big", "data": "rollouts", "continue": {}, **fields}
+        return run(GenerateSettings.model_validate(settings), kitchen.context)
+
+    @pytest.fixture
+    def kitchen(self, kitchen: Kitchen, server: ScriptedServer) -> Kitchen:
+        kitchen.model = kitchen.model.model_copy(update={"continue_final_message": True})
+        server.always = lambda body: Reply(body=completion(" and the rest"))
+        return kitchen
+
+    def test_a_trace_says_where_its_beginning_ends_and_who_wrote_it(self, kitchen, server, rollouts):
+        result = self.continue_(kitchen, rollouts)
+        traces = kitchen.traces()
+        assert result.counts["records"] == 2, "the finished one is left alone"
+        asked_of = {body["messages"][0]["content"]: body["messages"][-1] for body in server.requests}
+        for trace in traces:
+            asked = asked_of[trace.messages[0]["content"]]
+            assert asked["role"] == "assistant"
+            assert trace.response == asked["content"] + " and the rest"
+            assert trace.prefix_characters == len(asked["content"])
+            assert len(LONG) / 2 <= trace.prefix_characters <= len(LONG) + len(" eleven")
+            assert trace.sampling["prefix_model"] == "student"
+            assert trace.model == kitchen.model.known_as()
+            assert (trace.finish_reason, trace.response_token_ids) == ("stop", None)
+        assert [trace.held_out for trace in traces] == [False, True]
+
+    def test_what_was_continued_once_is_not_bought_again(self, kitchen, server, rollouts):
+        self.continue_(kitchen, rollouts)
+        again = self.continue_(kitchen, rollouts, folder="again")
+        assert again.counts["reused"] == 2
+        assert len(server.requests) == 2
+        self.continue_(kitchen, rollouts, folder="elsewhere", **{"continue": {"cut": [0.1, 0.3]}})
+        assert len(server.requests) == 4
+
+    def test_several_endings_and_several_rollouts_of_a_prompt_are_samples_of_their_own(
+        self, kitchen, server, tmp_path, seal
+    ):
+        for sample in (0, 1):
+            rollouts_of(tmp_path / f"part{sample}", (f"{LONG} {sample}", "length"), sample=sample)
+        records = [
+            one for sample in (0, 1) for one in read_records(tmp_path / f"part{sample}" / RECORDS_FILE)
+        ]
+        (tmp_path / "both").mkdir()
+        write_records(tmp_path / "both" / RECORDS_FILE, records)
+        self.continue_(kitchen, seal(tmp_path / "both", "generate"), samples=3)
+        traces = kitchen.traces()
+        assert sorted(trace.sample for trace in traces) == [0, 1, 2, 3, 4, 5]
+        assert len({trace.sampling["seed"] for trace in traces}) == 6
+        assert len({trace.id for trace in traces}) == 6
+
+    def test_log_probabilities_begin_where_the_teacher_does(self, kitchen, server, rollouts):
+        body = completion(" yes no")
+        body["choices"][0]["logprobs"] = {
+            "content": [{"token": " yes", "logprob": -1.0}, {"token": " no", "logprob": -2.0}]
+        }
+        server.always = lambda _: Reply(body=body)
+        result = self.continue_(kitchen, rollouts, logprobs=1)
+        for trace in kitchen.traces():
+            assert math.isnan(trace.logprobs[0])
+            assert trace.logprobs[1:] == [-1.0, -2.0]
+            assert trace.token_bytes == [trace.prefix_characters, 4, 3]
+        assert result.metrics["mean_logprob"] == -1.5
+
+    def test_a_server_that_is_not_known_to_go_on_is_asked_nothing(self, kitchen, server, rollouts):
+        kitchen.model = kitchen.model.model_copy(update={"continue_final_message": False})
+        with pytest.raises(EngineError, match="not known to continue a response"):
+            self.continue_(kitchen, rollouts)
+        assert server.requests == []
+
+    def test_without_an_unfinished_response_there_is_nothing_to_do(self, kitchen, tmp_path, seal):
+        rollouts_of(tmp_path / "finished", ("done", "stop"))
+        with pytest.raises(DataError, match="no response is there to be continued"):
+            self.continue_(kitchen, seal(tmp_path / "finished", "generate"))
+
+    def test_an_unknown_key_is_named_with_the_nearest(self):
+        from potstill.core.errors import RecipeError
+        from potstill.recipe import one_step_recipe
+
+        with pytest.raises(RecipeError, match="did you mean 'only'"):
+            one_step_recipe("generate", ["model=./m", "data=./d", "continue.onyl=all"])
+
+    class TestLocally:
+        """By token ids, on a tiny model that is its own student."""
+
+        @pytest.fixture
+        def kitchen(self, step_context: Any, tiny_model_folder: Path, prompts: Path) -> Kitchen:
+            model = TransformersModel(path=str(tiny_model_folder), device="cpu", dtype="float32")
+            return Kitchen(step_context, model, prompts)
+
+        def test_the_ids_are_the_students_and_then_the_teachers(self, kitchen, seal):
+            kitchen.run(folder="rollouts", limit=6, temperature=0.9, max_new_tokens=16)
+            rolled = kitchen.traces()
+            rollouts = seal(kitchen.context.folder, "generate")
+            test = TestContinuing()
+            test.continue_(kitchen, rollouts, temperature=0.0, max_new_tokens=8, logprobs=1)
+            renderer = Renderer(load_tokenizer(kitchen.model))
+            traces = kitchen.traces()
+            by_prompt = {trace.prompt_id: trace for trace in rolled}
+            assert len(traces) > 3
+            for trace in traces:
+                began = by_prompt[trace.prompt_id].response_token_ids
+                count = trace.prefix_tokens
+                assert 1 <= count <= 16
+                assert trace.response_token_ids[:count] == began[:count]
+                assert trace.prompt_token_ids == renderer.prompt_ids(trace.messages)
+                assert len(trace.logprobs) == len(trace.response_token_ids)
+                assert all(map(math.isnan, trace.logprobs[:count]))
+                assert not any(map(math.isnan, trace.logprobs[count:]))
+                assert trace.response == renderer.tokenizer.decode(trace.response_token_ids)
+                assert sum(trace.token_bytes) == len(trace.response.encode())
+                masked = renderer.render(trace, mask_prefix=True)
+                assert masked.mask.index(1) == len(trace.prompt_token_ids) + count
+
+        def test_greedy_endings_are_those_of_the_whole(self, kitchen, seal):
+            kitchen.run(folder="whole", limit=6, temperature=0.0, max_new_tokens=16)
+            whole = kitchen.traces()
+            short = {trace.prompt_id: trace for trace in whole if trace.finish_reason == "length"}
+            rollouts = seal(kitchen.context.folder, "generate")
+            TestContinuing().continue_(kitchen, rollouts, temperature=0.0, max_new_tokens=16)
+            for trace in kitchen.traces():
+                expected = short[trace.prompt_id].response_token_ids
+                assert trace.response_token_ids[: len(expected)] == expected

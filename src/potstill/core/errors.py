@@ -1,6 +1,7 @@
 """Errors written for the person at the terminal: what, where, what was expected, how to mend it."""
 
 __all__ = [
+    "BudgetError",
     "DataError",
     "EngineError",
     "Interrupted",
@@ -41,6 +42,10 @@ class ModelError(PotstillError):
 
 class EngineError(PotstillError):
     """A teacher's engine or server refused, failed or is out of reach."""
+
+
+class BudgetError(PotstillError):
+    """What a step may buy is used up; everything bought is kept."""
 
 
 class StoreError(PotstillError):

@@ -26,7 +26,11 @@ class Record:
     `response` is the raw text; `reasoning` and `answer` are its two parts. `finish_reason` is "stop",
     "length" or, for responses given by a dataset, None (it counts as ended). `tokenizer` is the hash of the
     tokenizer that made the token ids. `task` names the verifier that judges an answer against `reference`.
-    `logprobs` are natural logarithms, one a response token, at the temperature that `sampling` states.
+    `logprobs` are natural logarithms, one a response token, at the temperature that `sampling` states, and
+    `token_bytes` says of each how many UTF-8 bytes of `response` its token stands for; they sum to all of it.
+    `prefix_characters` counts the first characters of the response that another model wrote, before `model`
+    went on from there; `prefix_tokens` the first of `response_token_ids` that stand for them. Their
+    log-probabilities are unknown: one NaN each, a single one where there are no ids.
     """
 
     prompt_id: str
@@ -43,6 +47,9 @@ class Record:
     prompt_token_ids: list[int] | None = None
     response_token_ids: list[int] | None = None
     logprobs: list[float] | None = None
+    token_bytes: list[int] | None = None
+    prefix_characters: int = 0
+    prefix_tokens: int = 0
     tokenizer: str | None = None
     model: str | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -69,9 +76,12 @@ def _schema() -> "pa.Schema":
     special: dict[str, Any] = {
         "held_out": pa.bool_(),
         "sample": pa.int32(),
+        "prefix_characters": pa.int32(),
+        "prefix_tokens": pa.int32(),
         "prompt_token_ids": pa.list_(pa.int32()),
         "response_token_ids": pa.list_(pa.int32()),
         "logprobs": pa.list_(pa.float32()),
+        "token_bytes": pa.list_(pa.int32()),
     }
     return pa.schema([(one.name, special.get(one.name, pa.string())) for one in fields(Record)])
 

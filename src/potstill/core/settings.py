@@ -22,9 +22,11 @@ __all__ = [
 
 
 class Settings(BaseModel):
-    """Strict, immutable settings: unknown keys and wrong types are errors."""
+    """Strict, immutable settings: unknown keys, wrong types and numbers that are not finite are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     def content(self) -> Any:
         """Hashes of whatever these settings read from outside (files, weights), or None.
@@ -118,8 +120,8 @@ def meaning(value: Any, identify: Callable[[Reference], Any] = str) -> Any:
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
         chosen = {
-            name: meaning(getattr(value, name), identify)
-            for name in fields
+            field.alias or name: meaning(getattr(value, name), identify)
+            for name, field in fields.items()
             if not _is_execution(type(value), name)
         }
         content = value.content() if isinstance(value, Settings) else None
@@ -136,7 +138,8 @@ def references(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, 
     if isinstance(value, Reference):
         return [(path, value)]
     if isinstance(value, BaseModel):
-        items: Any = ((name, getattr(value, name)) for name in type(value).model_fields)
+        fields = type(value).model_fields
+        items: Any = ((field.alias or name, getattr(value, name)) for name, field in fields.items())
     elif isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list | tuple):

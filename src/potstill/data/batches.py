@@ -13,7 +13,7 @@ from potstill.data.chat import Rendered
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["collate", "collate_packed", "epoch_plan", "micro_batches", "packs"]
+__all__ = ["collate", "collate_packed", "epoch_plan", "micro_batches", "packs", "share"]
 
 # Rows are sorted by length within groups of this many steps: enough that a step's rows are alike in length,
 # few enough that which rows meet in a step stays random.
@@ -39,6 +39,20 @@ def epoch_plan(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> lis
         steps.extend(group[first : first + batch] for first in range(0, len(group), batch))
     chance.shuffle(steps)
     return [*steps, order[whole:]] if whole < len(order) else steps
+
+
+def share(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """One step's rows by rank, as positions in `lengths`: each rank gets about as many tokens as the others.
+
+    Longest rows first, each to the rank with the fewest tokens. Of fewer rows than ranks, some get none.
+    """
+    tokens = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for position in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        rank = tokens.index(min(tokens))
+        tokens[rank] += lengths[position]
+        shares[rank].append(position)
+    return [sorted(own) for own in shares]
 
 
 def micro_batches(lengths: Sequence[int], rows: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -1,13 +1,15 @@
 """Rendering: records to token ids and loss masks, and a response's reasoning apart from its answer."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import DataError, ModelError
 from potstill.core.records import Record
-from potstill.models import template_hash, tokenizer_hash
+from potstill.models import template_hash, token_bytes, tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,20 +104,57 @@ class Renderer:
         """Token ids of `prompt_text`; special tokens are those that the template writes, none is added."""
         return self._encode(self.prompt_text(messages))
 
+    def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes that each id stands for; none for an id that the tokenizer does not know."""
+        known = self._token_bytes
+        return [known[id_] if id_ < len(known) else b"" for id_ in ids]
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        return token_bytes(self.tokenizer)
+
     def opens_reasoning(self, messages: Sequence[Mapping[str, str]]) -> bool:
         """Whether the generation prompt itself opens the think block, so that a response starts inside it."""
         return _opens_reasoning(self.prompt_text(messages))
 
-    def render(self, record: Record, *, row_number: int | None = None) -> Rendered:
+    def opened_once(self, messages: Sequence[Mapping[str, str]], response: str) -> str:
+        """The response with its think block opened exactly once: by the generation prompt, or by itself."""
+        return _open_once(self.prompt_text(messages), response)
+
+    def keeps_beginning(self, messages: Sequence[Mapping[str, str]], beginning: str) -> bool:
+        """Whether the template leaves the beginning of a response as it is in an unfinished last message.
+
+        That is how a server is asked to go on from it; many templates drop or close a think block there.
+        """
+        from jinja2 import TemplateError
+
+        prefilled = [*map(dict, messages), {"role": "assistant", "content": beginning}]
+        try:
+            found: Any = self.tokenizer.apply_chat_template(
+                prefilled, tokenize=False, continue_final_message=True
+            )
+        except (TemplateError, ValueError):
+            return False
+        return bool(found == self.prompt_text(messages) + beginning)
+
+    def owns(self, record: Record) -> bool:
+        """Whether the record's token ids are this tokenizer's, behind a prompt of this chat template."""
+        template = record.sampling.get("template", self.template_hash)
+        return record.tokenizer == self.tokenizer_hash and template == self.template_hash
+
+    def render(self, record: Record, *, mask_prefix: bool = False, row_number: int | None = None) -> Rendered:
         """Token ids and loss mask of a trace: the prompt is context; response and end-of-turn are supervised.
 
         A response with finish_reason "length" gets no end-of-turn, so that a truncated one never teaches to
         stop. The record's own ids are used when this tokenizer made them, and this chat template where
         `sampling["template"]` states its hash. A record without messages is plain text: bos where there is
-        one, the text, eos. Raises DataError, with the row number, when there is nothing to learn.
+        one, the text, eos. With `mask_prefix` the tokens that hold nothing but what another model wrote
+        before the continuation are context as well. Raises DataError, with the row number, when there is
+        nothing to learn.
         """
+        prefix_tokens = 0
         if record.messages:
-            prompt_ids, response_ids = self._conversation(record, row_number)
+            prompt_ids, response_ids, prefix_tokens = self._conversation(record, row_number)
             ends = self.end_of_turn_ids
         else:
             prompt_ids, response_ids = self._plain_text(record)
@@ -130,25 +169,45 @@ class Renderer:
             )
         if not ended and record.finish_reason != "length":
             response_ids = [*response_ids, *ends]
-        mask = [0] * len(prompt_ids) + [1] * len(response_ids)
+        context = len(prompt_ids) + (prefix_tokens if mask_prefix else 0)
+        mask = [0] * context + [1] * (len(prompt_ids) + len(response_ids) - context)
         mask[0] = 0
-        assert any(mask)
+        if not any(mask):
+            raise DataError(
+                "nothing to learn: behind the prefix of another model the response is empty",
+                where=_where(record, row_number),
+                mend="remove the row, or leave mask_prefix out",
+            )
         return Rendered([*prompt_ids, *response_ids], mask)
 
-    def _conversation(self, record: Record, row_number: int | None) -> tuple[list[int], list[int]]:
-        own = record.tokenizer == self.tokenizer_hash and (
-            record.sampling.get("template", self.template_hash) == self.template_hash
-        )
+    def without_end_of_turn(self, rendered: Rendered) -> Rendered:
+        """A rendered trace up to its response's last token, the last of which there are log-probabilities."""
+        if rendered.ids[-1] not in self._stop_ids:
+            return rendered
+        return Rendered(rendered.ids[:-1], rendered.mask[:-1])
+
+    def _conversation(self, record: Record, row_number: int | None) -> tuple[list[int], list[int], int]:
+        """Prompt ids, response ids, and how many of the latter hold nothing but the response's prefix."""
+        own = self.owns(record)
         if own and record.prompt_token_ids and record.response_token_ids is not None:
-            return record.prompt_token_ids, record.response_token_ids
+            return record.prompt_token_ids, record.response_token_ids, record.prefix_tokens
         try:
             prompt = self.prompt_text(record.messages)
         except DataError as error:
             raise DataError(error.what, where=_where(record, row_number), mend=error.mend) from error
         prompt_ids = self._encode(prompt)
         if own and record.response_token_ids is not None:
-            return prompt_ids, record.response_token_ids
-        return prompt_ids, self._continuation(prompt, prompt_ids, _open_once(prompt, record.response or ""))
+            return prompt_ids, record.response_token_ids, record.prefix_tokens
+        response = record.response or ""
+        opened = _open_once(prompt, response)
+        response_ids = self._continuation(prompt, prompt_ids, opened)
+        if not record.prefix_characters:
+            return prompt_ids, response_ids, 0
+        prefix = opened[: len(opened) - (len(response) - record.prefix_characters)]
+        # A token that reaches over the end of the prefix is another one in the prefix alone.
+        pairs = zip(response_ids, self._continuation(prompt, prompt_ids, prefix), strict=False)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        return prompt_ids, response_ids, sum(1 for _ in same)
 
     def _plain_text(self, record: Record) -> tuple[list[int], list[int]]:
         beginning = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ __all__ = ["DATA_SUFFIXES", "PlacedRow", "read_rows"]
 PlacedRow = tuple[str, Mapping[str, Any] | BadRow]
 _PARQUET_BATCH_ROWS = 1024
 _LONGEST_CSV_FIELD = 1 << 30
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _json_lines(path: Path) -> Iterator[PlacedRow]:
@@ -23,23 +25,33 @@ def _json_lines(path: Path) -> Iterator[PlacedRow]:
                 continue
             row: dict[str, Any] | BadRow
             try:
-                value = json.loads(line.decode("utf-8"))
-                row = (
-                    value
-                    if isinstance(value, dict)
-                    else BadRow(f"not a JSON object but {type(value).__name__}")
-                )
+                text = line.decode("utf-8")
+                row = _object(json.loads(text), _SURROGATE_ESCAPE.search(text) is not None)
             except UnicodeDecodeError as error:
                 row = BadRow(f"not UTF-8 ({error.reason} at byte {error.start})")
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
+                # A number of thousands of digits is a ValueError, too.
                 row = BadRow(f"not valid JSON ({error})")
             yield f"{path.name}, line {number}", row
 
 
+def _object(value: Any, perhaps_surrogates: bool) -> dict[str, Any] | BadRow:
+    """A row out of a JSON value."""
+    if not isinstance(value, dict):
+        return BadRow(f"not a JSON object but {type(value).__name__}")
+    if perhaps_surrogates:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return BadRow("text with half of a surrogate pair, which no file in UTF-8 can hold")
+    return value
+
+
 def _json(path: Path) -> Iterator[PlacedRow]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             # One object a line under the name .json is common.
             yield from _json_lines(path)
@@ -49,9 +61,9 @@ def _json(path: Path) -> Iterator[PlacedRow]:
         value = [value]
     if not isinstance(value, list):
         raise DataError(f"holds {type(value).__name__}", where=str(path), expected="a list of objects")
+    perhaps_surrogates = _SURROGATE_ESCAPE.search(text) is not None
     for number, row in enumerate(value, start=1):
-        bad = BadRow(f"not a JSON object but {type(row).__name__}")
-        yield f"{path.name}, row {number}", row if isinstance(row, dict) else bad
+        yield f"{path.name}, row {number}", _object(row, perhaps_surrogates)
 
 
 def _csv(path: Path) -> Iterator[PlacedRow]:
@@ -79,16 +91,16 @@ def _parquet(path: Path) -> Iterator[PlacedRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"cannot be read as Parquet ({error})", where=str(path)) from error
-    with file:
-        number = 0
-        for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path.name}, row {number}", row
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path.name}, row {number}", row
+    except (OSError, ValueError, pa.ArrowException) as error:
+        where = f"{path}, after row {number}" if number else str(path)
+        raise DataError(f"cannot be read as Parquet ({error})", where=where) from error
 
 
 def _paragraphs(path: Path) -> Iterator[PlacedRow]:

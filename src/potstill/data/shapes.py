@@ -88,8 +88,8 @@ def _question_answer(row: Row) -> Example:
 
 
 def _prompt_response(row: Row) -> Example:
-    prompt = _text(row, "prompt")
-    response = _optional_text(row, "response", "completion")
+    prompt = _text(row, "prompt" if "prompt" in row else "input")
+    response = _optional_text(row, "response", "completion", "output")
     return Example(
         prompt, _user(prompt), response, _optional_text(row, "reference"), _optional_text(row, "task")
     )
@@ -228,7 +228,9 @@ _SHAPES: dict[Shape, _ShapeSpec] = {
         "question or problem, perhaps answer or solution", _has("question|problem"), _question_answer
     ),
     "prompt_response": _ShapeSpec(
-        "prompt, perhaps response or completion, reference, task", _has("prompt"), _prompt_response
+        "prompt or input, perhaps response, completion or output, reference, task",
+        lambda columns: "prompt" in columns or {"input", "output"} <= set(columns),
+        _prompt_response,
     ),
     "text": _ShapeSpec("text", _has("text"), _plain_text),
 }

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 from potstill.core.errors import DataError
 from potstill.core.hashing import hash_bytes, hash_file
@@ -14,7 +14,16 @@ from potstill.data.shapes import Shape
 from potstill.data.tasks import TASK_PREFIX, check_task
 from potstill.data.templates import is_inline, template_text
 
-__all__ = ["Data", "FileSource", "HubSource", "Member", "Source", "TaskSource", "source_of_path"]
+__all__ = [
+    "Data",
+    "FileSource",
+    "HubSource",
+    "LogprobRecords",
+    "Member",
+    "Source",
+    "TaskSource",
+    "source_of_path",
+]
 
 Scalar = str | int | float | bool
 
@@ -57,11 +66,44 @@ class _SourceSettings(Settings):
         raise NotImplementedError
 
 
+class LogprobRecords(Settings):
+    """A teacher's log-probabilities that lie apart from its responses, as DASD's were released.
+
+    A record has `sample_uuid`, `token_ids` and `logprobs`, one of each a sampled token. It belongs to the row
+    whose column `key` holds the same id; rows without a record are left out.
+    """
+
+    file: InputPath | None = execution(None, description="a data file of records")
+    hub: str | None = Field(default=None, description="or a data set on the hub")
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    tokenizer: str = Field(min_length=1, description="whose token ids they are: a folder or hub id")
+    key: str = Field(default="uuid", description="the rows' column with the id")
+    temperature: float | None = Field(
+        default=None, gt=0, description="that the log-probabilities are at, where known"
+    )
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.file is None) == (self.hub is None):
+            raise ValueError("expected a file or a data set on the hub, and not both")
+        return self
+
+    def content(self) -> Any:
+        """The hash of the file."""
+        if self.file is None:
+            return None
+        read_rows(Path(self.file))
+        return {"file": hash_file(Path(self.file)), "suffix": Path(self.file).suffix.lower()}
+
+
 class FileSource(_SourceSettings):
     """A data file: .jsonl, .json, .csv, .parquet, or .txt (a paragraph a row)."""
 
     path: InputPath = execution(...)
     shape: Shape = "auto"
+    logprobs: LogprobRecords | None = None
 
     def content(self) -> Any:
         """Hashes of the file and the template; the ending decides how the file is read."""
@@ -84,6 +126,7 @@ class HubSource(_SourceSettings):
     revision: str | None = None
     streaming: bool = False
     shape: Shape = "auto"
+    logprobs: LogprobRecords | None = None
 
     @property
     def label(self) -> str:

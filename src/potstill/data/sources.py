@@ -16,6 +16,7 @@ from potstill.core.settings import DataRef, InputPath, Reference
 from potstill.core.step import StepContext
 from potstill.data.chat import split_reasoning
 from potstill.data.files import PlacedRow, read_rows
+from potstill.data.logprob_records import LogprobIndex
 from potstill.data.shapes import BadRow, Example, Shape, describe_shapes, parse_row, recognise, scalar_columns
 from potstill.data.source_settings import (
     Data,
@@ -36,6 +37,7 @@ __all__ = [
     "Source",
     "TaskSource",
     "count_rows",
+    "first_prompts",
     "prompts",
     "read",
     "read_file",
@@ -67,19 +69,32 @@ def read(data: Data, context: StepContext) -> Iterator[Record]:
 def count_rows(data: Data, seed: int) -> int | None:
     """How many rows `read` gives under a recipe's seed; None where only a run can tell (steps, the hub).
 
+    Of a data set on the hub it is the most that a stated `limit` lets through.
     Files are read to the end, so that what is wrong with them is raised as in a run.
     """
-    members = data if isinstance(data, list) else [data]
     if isinstance(data, DataRef) and (records := Path(data) / RECORDS_FILE).is_file():
         return count_records(records)
     if isinstance(data, TaskSource) and not data.where:
         return min(data.size, data.limit or data.size)
-    if any(
-        isinstance(one, HubSource) or (isinstance(one, DataRef) and not Path(one).is_file())
-        for one in members
-    ):
+    if isinstance(data, HubSource):
+        return data.limit
+    if _only_a_run_can_tell(data):
         return None
     return sum(1 for _ in read(data, _outside_a_run(seed)))
+
+
+def first_prompts(data: Data, seed: int, count: int) -> list[Record]:
+    """The first prompts that `read` gives; none where only a run can tell."""
+    if _only_a_run_can_tell(data):
+        return []
+    return list(itertools.islice(prompts(read(data, _outside_a_run(seed))), count))
+
+
+def _only_a_run_can_tell(data: Data) -> bool:
+    return any(
+        isinstance(one, HubSource) or (isinstance(one, DataRef) and not Path(one).is_file())
+        for one in (data if isinstance(data, list) else [data])
+    )
 
 
 def read_file(path: str | Path) -> Iterator[Record]:
@@ -227,6 +242,7 @@ class _Reading:
         self.shuffled_at_source = isinstance(source, HubSource) and source.streaming
         self.template = None if source.template is None else template_text(source.template)
         self.shape: Shape | None = None
+        self.logprobs = _logprob_index(source)
         self.columns: list[str] = []
         self.matched = self.faults = 0
         self.first_fault = ""
@@ -324,7 +340,7 @@ class _Reading:
         prompt_id = prompt_identity(example.question)
         share = derive_seed(self.context.seed, "held_out", prompt_id) / 2**63
         reasoning, answer = (None, None) if response is None else split_reasoning(response)
-        return Record(
+        record = Record(
             prompt_id=prompt_id,
             messages=messages,
             held_out=share < self.source.held_out,
@@ -335,6 +351,7 @@ class _Reading:
             task=example.task,
             meta=example.meta,
         )
+        return record if self.logprobs is None else self.logprobs.join(record, row)
 
     def _example(self, row: Mapping[str, Any]) -> Example:
         source = self.source
@@ -360,6 +377,23 @@ class _Reading:
         kept = {name: value for name, value in scalar_columns(row).items() if value not in spoken}
         example.meta = {**kept, **example.meta}
         return example
+
+
+def _logprob_index(source: Source) -> LogprobIndex | None:
+    settings = None if isinstance(source, TaskSource) else source.logprobs
+    if settings is None:
+        return None
+    if settings.file is not None:
+        return LogprobIndex(settings, read_rows(Path(settings.file)))
+    assert settings.hub is not None
+    hub = HubSource(
+        dataset=settings.hub,
+        config=settings.config,
+        split=settings.split,
+        revision=settings.revision,
+        streaming=True,
+    )
+    return LogprobIndex(settings, _hub_rows(hub, seed=0))
 
 
 def _hub_rows(source: HubSource, seed: int) -> Iterator[PlacedRow]:

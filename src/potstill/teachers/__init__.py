@@ -51,22 +51,31 @@ AnyModel = Annotated[
 """How a recipe declares a model; a `path` alone is a transformers model."""
 
 
-def open_teacher(settings: Settings, *, say: Callable[[str], None] | None = None) -> Teacher:
-    """Open a model for answers, used and closed inside the running event loop; `say` hears of downloads.
+def open_teacher(
+    settings: Settings, *, concurrency: int | None = None, say: Callable[[str], None] | None = None
+) -> Teacher:
+    """Open a model for answers, used and closed inside the running event loop.
 
-    Raises EngineError or ModelError when it cannot be opened.
+    `concurrency` takes the place of the engine's own number of requests in flight, the most there may be to a
+    server. `say` hears of downloads and outages. Raises EngineError or ModelError when it cannot be opened.
     """
+    teacher: LlamaCppTeacher | SolverTeacher | TransformersTeacher
     match settings:
         case OpenAIModel():
-            return OpenAITeacher(settings)
+            if concurrency is not None:
+                settings = settings.model_copy(update={"concurrency": concurrency})
+            return OpenAITeacher(settings, say=say)
         case LlamaCppModel():
-            return LlamaCppTeacher(settings, say=say)
+            teacher = LlamaCppTeacher(settings, say=say)
         case SolverModel():
-            return SolverTeacher(settings)
+            teacher = SolverTeacher(settings)
         case TransformersModel():
-            return TransformersTeacher(settings)
+            teacher = TransformersTeacher(settings)
         case _:
             raise EngineError(f"{type(settings).__name__} is no model that answers prompts")
+    if concurrency is not None:
+        teacher.concurrency = concurrency
+    return teacher
 
 
 def check_teacher(settings: Settings) -> tuple[str | None, str | None]:

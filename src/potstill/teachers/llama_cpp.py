@@ -12,6 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from potstill.core.errors import DataError, EngineError, ModelError
 from potstill.core.settings import Settings, execution
 from potstill.data.chat import Renderer, check_prompt_length
+from potstill.data.responses import response_text
 from potstill.models import (
     EMBEDDED,
     TransformersModel,
@@ -22,10 +23,9 @@ from potstill.models import (
     token_bytes,
 )
 from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError
-from potstill.teachers.responses import response_text
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
     import xllamacpp
 
 __all__ = ["LlamaCppModel", "LlamaCppTeacher"]
@@ -105,7 +105,7 @@ class LlamaCppTeacher:
     """Asks llama.cpp's native completion endpoint, token ids in and token ids out."""
 
     def __init__(self, settings: LlamaCppModel, *, say: Callable[[str], None] | None = None) -> None:
-        import httpx
+        import httpx2
 
         settings.check()
         path = fetch_embedded(settings.model, say=say) if settings.model in EMBEDDED else Path(settings.model)
@@ -129,10 +129,10 @@ class LlamaCppTeacher:
         connection: dict[str, Any] = {
             "base_url": self._server.listening_address,
             "headers": {"Authorization": f"Bearer {key}"},
-            "timeout": httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
+            "timeout": httpx2.Timeout(None, connect=_CONNECT_TIMEOUT_S),
             "trust_env": False,
         }
-        with httpx.Client(**connection) as client:
+        with httpx2.Client(**connection) as client:
             properties = _checked(client.get("/props"))
             self._context_tokens = int(properties["default_generation_settings"]["n_ctx"])
             body = {"content": _PROBE, "add_special": False, "parse_special": True}
@@ -144,12 +144,12 @@ class LlamaCppTeacher:
                 expected="one tokenizer for both, since prompts are given as token ids",
                 mend="give the model's Hugging Face folder or hub id as `path`, without `engine: llama_cpp`",
             )
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx.AsyncClient(**connection, limits=limits)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        self._client = httpx2.AsyncClient(**connection, limits=limits)
 
     async def answer(self, request: Request) -> Answer:
         """The response to the request's token ids; log-probabilities are those of temperature 1."""
-        import httpx
+        import httpx2
 
         ids = request.prompt_token_ids
         assert ids is not None, "the llama_cpp engine is asked with token ids"
@@ -171,7 +171,7 @@ class LlamaCppTeacher:
         }
         try:
             response = await self._client.post("/completion", json=body)
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise EngineError(
                 f"llama.cpp's server no longer answers ({type(error).__name__}: {error})",
                 where="llama_cpp engine",
@@ -271,7 +271,7 @@ def _start(path: Path, settings: LlamaCppModel, key: str) -> "xllamacpp.Server":
         ) from error
 
 
-def _checked(response: "httpx.Response") -> dict[str, Any]:
+def _checked(response: "httpx2.Response") -> dict[str, Any]:
     found: dict[str, Any] = response.json()
     if response.status_code == 200:
         return found

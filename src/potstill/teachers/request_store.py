@@ -1,81 +1,68 @@
 """Every answer that a model gave, under the key of its request, kept the moment it arrives."""
 
 import json
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from potstill.core.errors import StoreError
+from potstill.core.database import Database
 from potstill.core.hashing import hash_json
-from potstill.teachers.protocol import Answer
+from potstill.teachers.protocol import Answer, Usage
 
-__all__ = ["RequestStore", "open_request_store"]
+__all__ = ["Bought", "RequestStore", "open_request_store"]
 
-_BUSY_TIMEOUT_S = 60.0
+_ANSWERS = "answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
+_BOUGHT = (
+    "bought (buyer TEXT PRIMARY KEY, answers INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, "
+    "response_tokens INTEGER NOT NULL)"
+)
+_ADD_TO_BILL = (
+    "INSERT INTO bought VALUES (?, 1, ?, ?) ON CONFLICT (buyer) DO UPDATE SET answers = answers + 1, "
+    "prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
+    "response_tokens = response_tokens + excluded.response_tokens"
+)
 
 
-class RequestStore:
-    """Answers of one model by request key, in one SQLite file that several processes may use at once.
+@dataclass(frozen=True, slots=True)
+class Bought:
+    """What one buyer was billed for: answers, unusable ones included, and their tokens where counted."""
 
-    A key's first answer stays. What `put` has returned from survives the process being killed at any moment;
-    a power cut may cost the last seconds. Raises StoreError where the file cannot be read or written.
+    answers: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+
+
+class RequestStore(Database):
+    """Answers of one model by request key, and what each buyer (a step) was billed for them.
+
+    A key's first answer stays.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with self._explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
-            # The write-ahead log makes a commit one append, and lets others read while one writes.
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=NORMAL")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
-            )
+        super().__init__(path, "answers", [_ANSWERS, _BOUGHT])
 
     def __contains__(self, key: str) -> bool:
-        with self._explained():
-            return (
-                self._database.execute("SELECT 1 FROM answers WHERE key = ?", (key,)).fetchone() is not None
-            )
+        return self.row("SELECT 1 FROM answers WHERE key = ?", key) is not None
 
     def get(self, key: str) -> Answer | None:
         """The answer of a key, or None."""
-        with self._explained():
-            row = self._database.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        row = self.row("SELECT answer FROM answers WHERE key = ?", key)
         return None if row is None else Answer(**json.loads(row[0]))
 
-    def put(self, key: str, answer: Answer) -> None:
-        """Keep an answer, unless the key has one."""
+    def put(self, key: str, answer: Answer, *, buyer: str) -> None:
+        """Keep an answer, unless the key has one, and what it cost its buyer; both or, if killed, neither."""
         text = json.dumps({name: value for name, value in asdict(answer).items() if value is not None})
-        with self._explained():
-            self._database.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (key, text))
+        cost = (buyer, answer.prompt_tokens or 0, answer.response_tokens or 0)
+        self.write(("INSERT OR IGNORE INTO answers VALUES (?, ?)", [(key, text)]), (_ADD_TO_BILL, [cost]))
 
-    def close(self) -> None:
-        """Close the file."""
-        with self._explained():
-            self._database.close()
+    def bill(self, buyer: str, usage: Usage) -> None:
+        """Note what a buyer was billed for an answer that is of no use."""
+        self.write((_ADD_TO_BILL, [(buyer, usage.prompt_tokens or 0, usage.response_tokens or 0)]))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise StoreError(
-                f"the store of answers cannot be used ({error})",
-                where=str(self.path),
-                expected="a folder that can be written, with room on its disk",
-                mend="free some space or name another store (POTSTILL_STORE); answers so far are not lost",
-            ) from error
+    def bought(self, buyer: str) -> Bought:
+        """What a buyer was billed for so far, by all its runs."""
+        row = self.row("SELECT answers, prompt_tokens, response_tokens FROM bought WHERE buyer = ?", buyer)
+        return Bought() if row is None else Bought(*row)
 
 
 def open_request_store(cache_folder: Path, model: Any) -> RequestStore:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import DataError, EngineError
 from potstill.data.chat import Renderer, check_prompt_length
+from potstill.data.responses import response_text
 from potstill.models import LoadedModel, TransformersModel, load
 from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError
-from potstill.teachers.responses import response_text
 
 if TYPE_CHECKING:
     import torch

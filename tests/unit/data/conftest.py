@@ -1,6 +1,5 @@
-"""Files in a folder of the test's own, and the real data where it is at hand."""
+"""Files in a folder of the test's own."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +16,3 @@ def write(tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return write_text
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data: POTSTILL_SHARED_DATA, or shared/data beside the repository."""
-    stated = os.environ.get("POTSTILL_SHARED_DATA")
-    folder = Path(stated) if stated else Path(__file__).parents[4] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("the real data is not at hand")
-    return folder

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potstill.data.batches import collate, collate_packed, epoch_plan, micro_batches, packs
+from potstill.data.batches import collate, collate_packed, epoch_plan, micro_batches, packs, share
 from potstill.data.chat import Rendered
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=0, max_size=120)
@@ -51,6 +51,27 @@ class TestEpochPlan:
     def test_a_batch_of_none_is_refused(self) -> None:
         with pytest.raises(ValueError, match="batch is 0"):
             epoch_plan([1], 0, 0, 0)
+
+
+class TestShare:
+    @given(LENGTHS, st.integers(1, 9))
+    def test_every_row_is_one_ranks_and_no_rank_has_a_row_more_than_it_must(
+        self, lengths: list[int], ranks: int
+    ) -> None:
+        shares = share(lengths, ranks)
+        assert len(shares) == ranks
+        assert sorted(position for own in shares for position in own) == list(range(len(lengths)))
+        tokens = [sum(lengths[position] for position in own) for own in shares]
+        # Whoever has the most got its last, shortest row while no other had fewer tokens.
+        most = tokens.index(max(tokens))
+        shortest = min((lengths[position] for position in shares[most]), default=0)
+        assert tokens[most] - shortest <= min(tokens)
+
+    def test_alone_a_rank_has_all_rows_in_their_order(self) -> None:
+        assert share([3, 9, 1], 1) == [[0, 1, 2]]
+
+    def test_of_fewer_rows_than_ranks_some_get_none(self) -> None:
+        assert share([5], 3) == [[0], [], []]
 
 
 class TestMicroBatches:

@@ -347,3 +347,84 @@ class TestRealTokenizers:
         assert tokenizer.decode(tokenizer.encode("Hello", add_special_tokens=False)[0]) == "Hello"
         rendered = Renderer(tokenizer).render(trace("Hello there"))
         assert tokenizer.decode(rendered.ids) == "User:\nHow many apples?\n\nAssistant:\nHello there</s>"
+
+
+class TestPrefix:
+    """The beginning of a response that another model wrote."""
+
+    def continued(self, renderer: Any, prefix: str, rest: str, **fields: Any) -> Record:
+        messages = [{"role": "user", "content": "What is 12 + 7?"}]
+        return Record("p", messages, response=prefix + rest, prefix_characters=len(prefix), **fields)
+
+    def test_it_is_supervised_unless_it_is_masked(self, tiny_tokenizer: Any) -> None:
+        renderer = Renderer(tiny_tokenizer)
+        record = self.continued(renderer, "First 12 + 7 = 19,", " then -11.")
+        whole, masked = renderer.render(record), renderer.render(record, mask_prefix=True)
+        assert whole.ids == masked.ids
+        supervised = [id_ for id_, one in zip(masked.ids, masked.mask, strict=True) if one]
+        assert tiny_tokenizer.decode(supervised) == " then -11.<|im_end|>"
+        assert sum(whole.mask) > sum(masked.mask)
+
+    def test_a_token_that_reaches_into_the_continuation_is_supervised(self, tiny_tokenizer: Any) -> None:
+        renderer = Renderer(tiny_tokenizer)
+        record = self.continued(renderer, "The ques", "tion is")
+        masked = renderer.render(record, mask_prefix=True)
+        supervised = [id_ for id_, one in zip(masked.ids, masked.mask, strict=True) if one]
+        text = tiny_tokenizer.decode(supervised)
+        assert text.endswith("tion is<|im_end|>")
+        assert len(text) > len("tion is<|im_end|>"), "the test's prefix ends inside a token"
+
+    def test_of_own_ids_the_count_is_the_records(self, tiny_tokenizer: Any) -> None:
+        renderer = Renderer(tiny_tokenizer)
+        ids = tiny_tokenizer("a b c d", add_special_tokens=False)["input_ids"]
+        record = self.continued(
+            renderer,
+            "a b",
+            " c d",
+            prompt_token_ids=[5, 6, 7],
+            response_token_ids=ids,
+            prefix_tokens=2,
+            tokenizer=renderer.tokenizer_hash,
+        )
+        masked = renderer.render(record, mask_prefix=True)
+        assert masked.ids == [5, 6, 7, *ids, *renderer.end_of_turn_ids]
+        assert masked.mask == [0] * 5 + [1] * (len(ids) - 1)
+
+    def test_an_added_think_tag_belongs_to_it(self, tiny_tokenizer: Any) -> None:
+        renderer = Renderer(tiny_tokenizer)
+        record = self.continued(renderer, "seven and", " twelve\n</think>\n\n19")
+        masked = renderer.render(record, mask_prefix=True)
+        supervised = [id_ for id_, one in zip(masked.ids, masked.mask, strict=True) if one]
+        assert tiny_tokenizer.decode(supervised) == " twelve\n</think>\n\n19<|im_end|>"
+        assert "<think>\nseven" in tiny_tokenizer.decode(masked.ids)
+
+    def test_a_prefix_without_a_continuation_teaches_the_end_of_turn_or_nothing(
+        self, tiny_tokenizer: Any
+    ) -> None:
+        renderer = Renderer(tiny_tokenizer)
+        record = self.continued(renderer, "19 it is", "", finish_reason="stop")
+        masked = renderer.render(record, mask_prefix=True)
+        assert [
+            id_ for id_, one in zip(masked.ids, masked.mask, strict=True) if one
+        ] == renderer.end_of_turn_ids
+        record.finish_reason = "length"
+        with pytest.raises(DataError, match="behind the prefix of another model"):
+            renderer.render(record, mask_prefix=True, row_number=3)
+
+    def test_a_template_that_keeps_an_unfinished_message_is_told_from_one_that_does_not(
+        self, tiny_tokenizer: Any
+    ) -> None:
+        messages = [{"role": "user", "content": "What is 12 + 7?"}]
+        assert Renderer(tiny_tokenizer).keeps_beginning(messages, "First 12")
+        assert Renderer(tiny_tokenizer).keeps_beginning(messages, "<think>\nFirst 12")
+        closing = copy.deepcopy(tiny_tokenizer)
+        closing.chat_template = closing.chat_template.replace(
+            "message['content']",
+            "('<think>\n\n</think>\n\n' if message['role'] == 'assistant' else '') + message['content']",
+        )
+        assert not Renderer(closing).keeps_beginning(messages, "First 12")
+        dropping = copy.deepcopy(tiny_tokenizer)
+        dropping.chat_template = dropping.chat_template.replace(
+            "message['content']", "message['content'].split('</think>')[-1]"
+        )
+        assert not Renderer(dropping).keeps_beginning(messages, "<think>\nFirst\n</think>\n\n19")

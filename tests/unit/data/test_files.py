@@ -1,5 +1,7 @@
 """Data files give rows with their places; malformed rows are told apart from unreadable files."""
 
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from potstill.core.errors import DataError
 from potstill.data.files import read_rows
@@ -116,3 +120,75 @@ class TestFiles:
         with pytest.raises(DataError, match=r"'\.xlsx'") as caught:
             read_rows(write("a.xlsx", ""))
         assert ".jsonl, .json, .csv, .parquet, .txt" in str(caught.value)
+
+
+def _parquet_bytes() -> bytes:
+    written = io.BytesIO()
+    pq.write_table(pa.table({"question": ["why", "när"] * 40, "choices": [["x", "y"]] * 80}), written)
+    return written.getvalue()
+
+
+PARQUET = _parquet_bytes()
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+LINES = st.lists(
+    JSON_VALUES.map(lambda value: json.dumps(value).encode())
+    | st.binary(max_size=30)
+    | st.sampled_from(
+        [b'{"a": ' + b"1" * 5000 + b"}", b"[" * 5000, b'{"a": "\\ud800"}', b"\xef\xbb\xbf", b'"', b"\x00"]
+    ),
+    max_size=6,
+).map(b"\n".join)
+# The folder is the same for all examples of a test: each overwrites the file of the one before.
+ANY_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+class TestAnyBytes:
+    """Whatever a file holds, its rows are rows or told to be malformed, or it is refused by name."""
+
+    @staticmethod
+    def read(path: Path, content: bytes) -> None:
+        path.write_bytes(content)
+        try:
+            found = [*read_rows(path)]
+        except DataError as error:
+            found, refused = [], str(error)
+        else:
+            refused = ""
+        assert not refused or path.name in refused
+        for place, row in found:
+            assert place.startswith(f"{path.name}, ")
+            if path.suffix.startswith(".json") and not isinstance(row, BadRow):
+                json.dumps(row, ensure_ascii=False).encode()
+
+    @ANY_FOLDER
+    @given(content=st.binary(max_size=200) | LINES)
+    @example(content=b'{"a": ' + b"1" * 5000 + b"}")
+    @example(content=b'{"a": "\\ud800"}')
+    @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
+    def test_any_bytes(self, tmp_path: Path, ending: str, content: bytes) -> None:
+        self.read(tmp_path / f"a{ending}", content)
+
+    @ANY_FOLDER
+    @given(content=LINES)
+    def test_good_lines_among_bad_ones_are_kept(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(b'{"a": 1}\n' + content + b'\n{"a": 2}\n')
+        found = [row for _, row in read_rows(path)]
+        assert (found[0], found[-1]) == ({"a": 1}, {"a": 2})
+
+    @ANY_FOLDER
+    @given(changes=st.lists(st.tuples(st.integers(0, len(PARQUET) - 1), st.integers(0, 255)), max_size=4))
+    def test_a_damaged_parquet_file(self, tmp_path: Path, changes: list[tuple[int, int]]) -> None:
+        content = bytearray(PARQUET)
+        for place, byte in changes:
+            content[place] = byte
+        self.read(tmp_path / "a.parquet", bytes(content))
+
+    @ANY_FOLDER
+    @given(size=st.integers(0, len(PARQUET)))
+    def test_a_parquet_file_cut_off(self, tmp_path: Path, size: int) -> None:
+        self.read(tmp_path / "a.parquet", PARQUET[:size])

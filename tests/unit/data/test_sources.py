@@ -161,7 +161,7 @@ class TestSettings:
             source_of_path("x/a.gguf")
 
     def test_settings_import_nothing_heavy(self) -> None:
-        heavy = "torch transformers pyarrow datasets reasoning_gym httpx math_verify"
+        heavy = "torch transformers pyarrow datasets reasoning_gym httpx2 math_verify"
         code = f"import sys, potstill.data.sources; print([m for m in {heavy.split()} if m in sys.modules])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
@@ -580,3 +580,19 @@ class TestRealData:
         records = reading({"path": str(shared_data / "mmlu" / "dev.jsonl"), "where": {"subject": "anatomy"}})
         assert len(records) == 5
         assert all(record.reference in "ABCD" and record.meta["category"] for record in records)
+
+
+def test_a_data_set_on_the_hub_has_at_most_its_limit_and_is_not_fetched_to_be_counted() -> None:
+    assert count_rows(HubSource(dataset="some/set", limit=150), seed=1) == 150
+    assert count_rows(HubSource(dataset="some/set"), seed=1) is None
+
+
+def test_rows_of_input_and_output_are_prompts_and_responses(tmp_path: Path, step_context: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"input": "1 + 1 =", "output": "2", "domain": "math"}), encoding="utf-8")
+    [record] = read(source_of_path(str(path)), step_context("read"))
+    assert (record.messages[-1]["content"], record.response, record.meta["domain"]) == (
+        "1 + 1 =",
+        "2",
+        "math",
+    )

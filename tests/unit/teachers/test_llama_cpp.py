@@ -185,12 +185,12 @@ def test_a_response_ends_with_the_context_and_a_prompt_past_it_is_refused(settin
 
 
 def test_its_server_answers_nobody_else(settings):
-    import httpx
+    import httpx2
 
-    async def use(teacher: LlamaCppTeacher) -> httpx.Response:
+    async def use(teacher: LlamaCppTeacher) -> httpx2.Response:
         assert teacher._server is not None
         assert teacher._server.listening_address.startswith("http://127.0.0.1:")
-        async with httpx.AsyncClient(trust_env=False) as client:
+        async with httpx2.AsyncClient(trust_env=False) as client:
             return await client.post(f"{teacher._server.listening_address}/completion", json={"prompt": [1]})
 
     assert with_teacher(settings, use).status_code == 401

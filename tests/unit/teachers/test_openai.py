@@ -15,6 +15,7 @@ from potstill.data.chat import split_reasoning
 from potstill.models import tokenizer_hash
 from potstill.teachers import OpenAIModel, Request, RequestError, check_teacher, open_teacher
 from potstill.teachers.openai import OpenAITeacher
+from potstill.teachers.protocol import Usage
 from potstill.teachers.server_errors import retry_after_s
 
 from ...servers import Reply, ScriptedServer, completion, error, running_server
@@ -225,10 +226,97 @@ def test_a_server_that_dies_midway_fails_the_request_only():
 
 def test_no_answer_in_time_is_tried_again(server):
     server.hold = threading.Event()
-    [failure] = ask(settings_of(server, timeout_s=0.05, max_retries=1), "hello")
+    [failure] = ask(settings_of(server, timeout_s=0.5, max_retries=1), "hello")
     assert isinstance(failure, RequestError)
-    assert "no answer from the server" in str(failure)
+    assert "no whole answer within 0.5 s" in str(failure)
     assert len(server.requests) == 2
+
+
+def test_an_answer_that_drips_is_not_waited_for_beyond_its_time(server):
+    server.script.append(Reply(body=completion("slow"), drip_s=20.0))
+    started = time.monotonic()
+    [answer] = ask(settings_of(server, timeout_s=0.4), "hello")
+    assert answer.response == "echo hello"
+    assert 0.4 <= time.monotonic() - started < 10
+
+
+def test_retry_after_keeps_the_whole_client_waiting(server):
+    """Pitfall: the one request that was refused waits, and all others run into the same wall."""
+    server.script.append(Reply(429, error("slow down"), {"Retry-After": "0.5"}))
+    arrivals: list[float] = []
+
+    def answer(body: dict[str, Any]) -> Reply:
+        arrivals.append(time.monotonic())
+        return Reply(body=completion("fine"))
+
+    server.always = answer
+    started = time.monotonic()
+    ask(settings_of(server, concurrency=2), *map(str, range(12)))
+    # One of the first two may have been under way already.
+    assert len([one for one in arrivals if one - started < 0.5]) <= 1
+    assert len(arrivals) == 12
+
+
+def test_no_more_are_in_flight_than_the_cap(server):
+    server.hold = full = threading.Event()
+
+    def open_once_full() -> None:
+        while server.under_way < 3 and not full.wait(0.001):
+            pass
+        full.set()
+
+    opener = threading.Thread(target=open_once_full)
+    opener.start()
+    ask(settings_of(server, concurrency=3), *map(str, range(30)))
+    opener.join()
+    assert server.most_under_way == 3
+
+
+def test_a_server_that_fails_everything_is_given_up_after_the_patience_for_it(server):
+    server.always = lambda body: Reply(500, error("out of order"))
+    failures = ask(settings_of(server, patience_s=0.05, concurrency=4), *map(str, range(40)))
+    ended = [one for one in failures if not isinstance(one, RequestError)]
+    assert len(ended) > 20
+    assert all("requests in a row failed" in str(one) and "out of order" in str(one) for one in ended)
+    assert all("answers are kept" in str(one) for one in ended)
+    assert len(server.requests) < 60
+
+
+def test_what_is_no_json_may_pass_once_the_server_has_given_some(server):
+    page = Reply(body="<html>Bad gateway</html>", headers={"Content-Type": "text/html"})
+    server.script.extend([Reply(body=completion("first")), page, Reply(body='{"choices": [{"mess')])
+    first, second = ask(settings_of(server, concurrency=1), "one", "two")
+    assert (first.response, second.response) == ("first", "echo two")
+    assert len(server.requests) == 4
+
+
+def test_what_an_unusable_answer_was_billed_is_known(server):
+    server.script.append(Reply(body=completion("", finish_reason="content_filter")))
+    [failure] = ask(settings_of(server), "hello")
+    assert failure.usage == Usage(7, 3)
+    server.script.append(Reply(400, error("no")))
+    [failure] = ask(settings_of(server), "hello")
+    assert failure.usage == Usage()
+
+
+def test_ids_are_asked_for_where_they_are_of_use_and_taken(server, tiny_model_folder):
+    ask(settings_of(server, tokenizer=str(tiny_model_folder)), "hello")
+    ask(settings_of(server), "hello")
+    ask(
+        settings_of(server, tokenizer=str(tiny_model_folder), extra_body={"return_token_ids": False}), "hello"
+    )
+    assert [body.get("return_token_ids") for body in server.requests] == [True, None, False]
+
+
+def test_a_server_that_knows_no_such_parameter_is_asked_without_it(server, tiny_model_folder):
+    server.always = lambda body: (
+        Reply(400, error("Unrecognized request argument supplied: return_token_ids"))
+        if "return_token_ids" in body
+        else Reply(body=completion("fine"))
+    )
+    answers = ask(settings_of(server, tokenizer=str(tiny_model_folder), concurrency=1), "one", "two")
+    assert [answer.response for answer in answers] == ["fine", "fine"]
+    assert len(server.requests) == 4  # both had been put into words before the first was refused
 
 
 def test_reasoning_of_its_own_field_comes_before_the_answer(server):
@@ -261,8 +349,30 @@ def test_logprobs_are_kept_without_that_of_the_end_of_turn(server):
     server.script.append(with_logprobs("19", entries))
     [answer] = ask(settings_of(server), "hello", logprobs=1)
     assert answer.logprobs == [-0.5, -1.0]
+    assert answer.token_bytes == [1, 1]
     assert answer.response_token_ids is None
     assert (server.requests[0]["logprobs"], server.requests[0]["top_logprobs"]) == (True, 1)
+
+
+def test_tokens_are_placed_in_the_text_by_their_bytes_where_the_server_gives_them(server):
+    entries = [
+        {"token": "a\ufffd", "bytes": [*"a🙂".encode()][:3], "logprob": -0.5},
+        {"token": "\ufffd", "bytes": [*"🙂".encode()][2:], "logprob": -1},
+    ]
+    server.script.append(with_logprobs("a🙂", entries))
+    [answer] = ask(settings_of(server), "hello", logprobs=1)
+    assert answer.token_bytes == [1, 4]
+
+
+def test_tokens_are_placed_in_reasoning_and_answer_as_they_were_joined(server):
+    entries = [{"token": text, "logprob": -0.5} for text in ("<think>", "Two and", " two.", "</think>", "4")]
+    reply = with_logprobs("4", entries)
+    assert isinstance(reply.body, dict)
+    reply.body["choices"][0]["message"]["reasoning_content"] = "Two and two."
+    server.script.append(reply)
+    [answer] = ask(settings_of(server), "hello", logprobs=1)
+    assert answer.response == "<think>\nTwo and two.\n</think>\n\n4"
+    assert answer.token_bytes == [0, 15, 5, 0, 12]
 
 
 @pytest.mark.parametrize("form", ["vllm", "llama.cpp"])
@@ -324,12 +434,35 @@ def test_a_key_that_is_not_set_is_named_before_anything_is_asked(server, monkeyp
     assert server.requests == []
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\nsecond line", f"{KEY}é", f"{KEY}\x01"])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(server, monkeypatch, key):
+    monkeypatch.setenv("TORN_KEY", key)
+    settings = settings_of(server, api_key_env="TORN_KEY")
+    with pytest.raises(EngineError, match="TORN_KEY holds characters") as refused:
+        open_teacher(settings)
+    assert KEY not in str(refused.value)
+    assert KEY not in (check_teacher(settings)[0] or KEY)
+    assert server.requests == []
+
+
+def test_half_a_character_is_one_that_no_file_refuses(server):
+    half = with_logprobs(
+        "half \ud83d", [{"token": "half", "logprob": -0.5}, {"token": " \ud83d", "logprob": -0.1}]
+    )
+    server.script.extend([half, Reply(400, body=error("\ud83d is no text"))])
+    answer, refused = (ask(settings_of(server), "hello", logprobs=1)[0] for _ in range(2))
+    assert answer.response == "half \N{REPLACEMENT CHARACTER}"
+    assert (answer.logprobs, answer.token_bytes) == ([-0.5, -0.1], [4, 4])
+    assert refused.what == "HTTP 400: \N{REPLACEMENT CHARACTER} is no text"
+
+
 def test_the_fingerprint_knows_name_and_address_or_a_stated_identity_and_nothing_else():
     def fingerprint(**fields: Any) -> Any:
         return meaning(OpenAIModel(**{"engine": "openai", "base_url": "http://a/v1", "model": "m", **fields}))
 
     plain = fingerprint()
     assert plain == fingerprint(api_key_env="OTHER", timeout_s=1.0, concurrency=2, max_retries=0)
+    assert plain == fingerprint(price={"input": 1.0, "output": 2.0}, patience_s=1.0)
     assert plain == fingerprint(base_url="http://a/v1/")
     assert plain != fingerprint(base_url="http://b/v1")
     assert plain != fingerprint(model="n")
@@ -376,3 +509,69 @@ def test_retry_after_is_read_in_both_its_forms():
     assert retry_after_s({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
     assert retry_after_s({"retry-after": "soon"}) is None
     assert retry_after_s({}) is None
+
+
+class TestContinuing:
+    """A server is asked to go on from the beginning of a response, where its template allows that."""
+
+    def test_the_beginning_is_an_unfinished_last_message(self, server):
+        [answer] = ask(settings_of(server), "hello", prefix="First 12")
+        [body] = server.requests
+        assert body["messages"] == [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "First 12"},
+        ]
+        assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)
+        assert answer.response == "echo First 12", "what the server writes is the rest alone"
+
+    def test_other_requests_say_nothing_of_it(self, server):
+        ask(settings_of(server), "hello")
+        assert not {"continue_final_message", "add_generation_prompt"} & server.requests[0].keys()
+
+    def test_the_rest_of_an_open_think_block_joins_its_beginning_to_the_letter(
+        self, server, tiny_model_folder
+    ):
+        server.always = lambda body: Reply(
+            body=completion("\n\n19", reasoning_content=" and seven are nineteen.")
+        )
+        settings = settings_of(server, tokenizer=str(tiny_model_folder))
+        [answer] = ask(settings, "hello", prefix="<think>\ntwelve")
+        assert answer.response == " and seven are nineteen.\n</think>\n\n19"
+        whole = "<think>\ntwelve" + answer.response
+        assert split_reasoning(whole) == ("twelve and seven are nineteen.", "19")
+
+    def test_a_rest_that_is_cut_off_again_leaves_the_block_open(self, server, tiny_model_folder):
+        server.always = lambda body: Reply(
+            body=completion(None, reasoning_content=" and seven ", finish_reason="length")
+        )
+        settings = settings_of(server, tokenizer=str(tiny_model_folder))
+        [answer] = ask(settings, "hello", prefix="<think>\ntwelve")
+        assert (answer.response, answer.finish_reason) == (" and seven ", "length")
+
+    @pytest.mark.parametrize("prefix", ["twelve", "<think>\ntwelve\n</think>\n\n19 is"])
+    def test_a_server_that_begins_to_reason_anew_is_refused(self, server, tiny_model_folder, prefix):
+        server.always = lambda body: Reply(body=completion("19", reasoning_content="Let me see."))
+        [found] = ask(settings_of(server, tokenizer=str(tiny_model_folder)), "hello", prefix=prefix)
+        assert isinstance(found, RequestError)
+        assert "began to reason anew" in str(found)
+        assert found.blames_row
+
+    def test_a_think_block_is_not_handed_to_an_unknown_template(self, server):
+        [found] = ask(settings_of(server), "hello", prefix="<think>\ntwelve")
+        assert isinstance(found, RequestError)
+        assert "chat template is unknown" in str(found)
+        assert "state the model's `tokenizer`" in str(found)
+        assert found.blames_row
+        assert server.requests == []
+
+    def test_a_template_that_would_change_the_beginning_is_refused(self, server, tiny_model_folder):
+        template = tiny_model_folder / "chat_template.jinja"
+        text = template.read_text(encoding="utf-8")
+        template.write_text(
+            text.replace("message['content']", "message['content'].split('<think>')[0]"), encoding="utf-8"
+        )
+        settings = settings_of(server, tokenizer=str(tiny_model_folder))
+        kept, changed = (ask(settings, "hello", prefix=one)[0] for one in ("First", "So <think>\ntwelve"))
+        assert not isinstance(kept, Exception)
+        assert isinstance(changed, RequestError)
+        assert "chat template changes the beginning" in str(changed)

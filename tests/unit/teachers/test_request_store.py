@@ -7,7 +7,8 @@ import pytest
 
 from potstill.core.errors import StoreError
 from potstill.teachers import Answer
-from potstill.teachers.request_store import RequestStore, open_request_store
+from potstill.teachers.protocol import Usage
+from potstill.teachers.request_store import Bought, RequestStore, open_request_store
 
 ANSWER = Answer(
     "\u2028naïve \ud800 text",
@@ -22,28 +23,52 @@ ANSWER = Answer(
 
 def test_an_answer_comes_back_as_it_was_given(tmp_path):
     with RequestStore(tmp_path / "store.sqlite") as store:
-        store.put("a", ANSWER)
+        store.put("a", ANSWER, buyer="step")
         assert store.get("a") == ANSWER
         assert "a" in store
         assert store.get("b") is None
         assert "b" not in store
-        store.put("nan", Answer("x", "stop", logprobs=[math.nan]))
+        store.put("nan", Answer("x", "stop", logprobs=[math.nan]), buyer="step")
         [unknown] = (store.get("nan") or ANSWER).logprobs or [0.0]
         assert math.isnan(unknown)
 
 
 def test_a_keys_first_answer_stays(tmp_path):
     with RequestStore(tmp_path / "store.sqlite") as store:
-        store.put("a", ANSWER)
-        store.put("a", Answer("other", "stop"))
+        store.put("a", ANSWER, buyer="step")
+        store.put("a", Answer("other", "stop"), buyer="step")
         assert store.get("a") == ANSWER
 
 
 def test_what_is_put_is_there_for_others_before_the_store_is_closed(tmp_path):
     path = tmp_path / "store.sqlite"
     with RequestStore(path) as one, RequestStore(path) as other:
-        one.put("a", ANSWER)
+        one.put("a", ANSWER, buyer="step")
         assert other.get("a") == ANSWER
+
+
+def test_what_each_buyer_was_billed_is_summed_over_runs_and_unusable_answers(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with RequestStore(path) as store:
+        assert store.bought("step") == Bought()
+        store.put("a", Answer("x", "stop", prompt_tokens=7, response_tokens=3), buyer="step")
+        store.put("b", Answer("x", "stop", prompt_tokens=1, response_tokens=1), buyer="other")
+    with RequestStore(path) as store:
+        store.bill("step", Usage(10, None))
+        store.put("a", Answer("bought twice", "stop", prompt_tokens=7, response_tokens=4), buyer="step")
+        assert store.bought("step") == Bought(answers=3, prompt_tokens=24, response_tokens=7)
+        assert store.bought("other") == Bought(1, 1, 1)
+
+
+def test_a_file_of_before_bills_were_kept_is_taken_on(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with sqlite3.connect(path) as old:
+        old.execute("CREATE TABLE answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+        old.execute("""INSERT INTO answers VALUES ('a', '{"response": "x", "finish_reason": "stop"}')""")
+    old.close()
+    with RequestStore(path) as store:
+        assert store.get("a") == Answer("x", "stop")
+        assert store.bought("step") == Bought()
 
 
 def test_many_writers_lose_nothing(tmp_path):
@@ -52,8 +77,8 @@ def test_many_writers_lose_nothing(tmp_path):
     def write(writer: int) -> None:
         with RequestStore(path) as store:
             for number in range(25):
-                store.put(f"{writer}-{number}", ANSWER)
-                store.put("shared", Answer(str(writer), "stop"))
+                store.put(f"{writer}-{number}", ANSWER, buyer="step")
+                store.put("shared", Answer(str(writer), "stop"), buyer="step")
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -63,6 +88,7 @@ def test_many_writers_lose_nothing(tmp_path):
     with RequestStore(path) as store:
         assert all(f"{writer}-{number}" in store for writer in range(4) for number in range(25))
         assert (store.get("shared") or ANSWER).response in {"0", "1", "2", "3"}
+        assert store.bought("step").answers == 200
 
 
 def test_each_model_has_a_store_of_its_own(tmp_path):
@@ -70,7 +96,7 @@ def test_each_model_has_a_store_of_its_own(tmp_path):
         open_request_store(tmp_path, ["openai", "a"]) as one,
         open_request_store(tmp_path, ["openai", "b"]) as other,
     ):
-        one.put("a", ANSWER)
+        one.put("a", ANSWER, buyer="step")
         assert "a" not in other
         assert one.path.parent == tmp_path / "requests"
 
@@ -86,11 +112,11 @@ def test_a_store_that_cannot_be_used_says_so(tmp_path: Path):
 
 def test_a_full_disk_is_said_so_and_keeps_what_was_there(tmp_path):
     with RequestStore(tmp_path / "store.sqlite") as store:
-        store.put("a", ANSWER)
-        [pages] = store._database.execute("PRAGMA page_count").fetchone()
-        store._database.execute(f"PRAGMA max_page_count = {pages}")
+        store.put("a", ANSWER, buyer="step")
+        [pages] = store._connection.execute("PRAGMA page_count").fetchone()
+        store._connection.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(StoreError, match="full"):
-            store.put("b", Answer("x" * 100_000, "stop"))
+            store.put("b", Answer("x" * 100_000, "stop"), buyer="step")
         assert store.get("a") == ANSWER
     assert sqlite3.connect(tmp_path / "store.sqlite").execute("SELECT count(*) FROM answers").fetchone() == (
         1,

@@ -1,0 +1,300 @@
+"""How much of a server's best rate `generate` reaches, and what it costs in CPU and memory.
+
+    python benchmarks/generate.py [--json] [--requests 20000] [--peers FOLDER]
+
+A server of a known ceiling, in a process of its own on loopback: `slots` requests at a time take a fixed
+latency each, the others wait. Beside the generate step, which ends with everything stored and sealed, stands
+a plain asyncio loop over the OpenAI SDK, whose texts are lost when it dies; it is left out where `openai` is
+not installed (`pip install --target FOLDER openai` keeps it apart). A share of the ceiling is what the server
+saw from its first request to its last answer.
+
+`found` is the step that is allowed many more in flight than the server has slots, and finds their number.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar
+
+MB = 1e6
+MANY = 512  # in flight, for `found`
+WARM_AFTER = 1000  # requests, from where memory is not to grow
+SAMPLE_S = 0.25
+
+
+class Server(asyncio.Protocol):
+    """HTTP/1.1 with as little work as possible, so that the machine is left to the client."""
+
+    waiting: ClassVar[deque[Any]] = deque()
+    slots, latency_s, busy = 64, 0.4, 0
+    first = last = 0.0
+    answered = 0
+    body = json.dumps(
+        {
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "stop",
+                    "message": {"role": "assistant", "content": "The answer is 42. " * 40},
+                }
+            ],
+            "usage": {"prompt_tokens": 60, "completion_tokens": 200},
+        }
+    ).encode()
+
+    def connection_made(self, transport: Any) -> None:
+        """A client has come."""
+        self.transport, self.received = transport, b""
+
+    def data_received(self, data: bytes) -> None:
+        """Queue a whole request; a GET is told what was seen so far."""
+        self.received += data
+        head, end, rest = self.received.partition(b"\r\n\r\n")
+        if not end:
+            return
+        if head.startswith(b"GET"):
+            seen = {"answered": Server.answered, "seconds": Server.last - Server.first}
+            self.send(json.dumps(seen).encode())
+        elif len(rest) >= int(head.lower().partition(b"content-length:")[2].partition(b"\r")[0]):
+            Server.first = Server.first or time.perf_counter()
+            self.received = b""
+            Server.waiting.append(self)
+            self.serve()
+
+    def serve(self) -> None:
+        """Begin what there are slots for."""
+        while Server.waiting and Server.busy < Server.slots:
+            Server.busy += 1
+            asyncio.get_running_loop().call_later(Server.latency_s, Server.waiting.popleft().finish)
+
+    def finish(self) -> None:
+        """Answer, and free the slot."""
+        Server.busy -= 1
+        Server.answered += 1
+        self.send(Server.body)
+        Server.last = time.perf_counter()
+        self.serve()
+
+    def send(self, body: bytes) -> None:
+        """One response."""
+        self.received = b""
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.transport.write(head.encode() + body)
+
+
+async def serve(slots: int, latency_s: float) -> None:
+    Server.slots, Server.latency_s = slots, latency_s
+    server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0, backlog=1024)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+@contextmanager
+def running_server(options: argparse.Namespace) -> Iterator[str]:
+    """Its base URL."""
+    command = [
+        sys.executable,
+        __file__,
+        "--serve",
+        f"--slots={options.slots}",
+        f"--latency={options.latency}",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Meter:
+    """CPU and wall seconds of this process from its start, and memory beyond that of `WARM_AFTER` answers."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self.process, self.answers, self.warm_mb, self.most_mb = psutil.Process(), 0, 0.0, 0.0
+        self.started, self.cpu = time.perf_counter(), time.process_time()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.sample, daemon=True)
+        self.thread.start()
+
+    def sample(self) -> None:
+        """Watch the memory."""
+        while not self.ended.wait(SAMPLE_S):
+            if self.answers >= WARM_AFTER:
+                now_mb = self.process.memory_info().rss / MB
+                self.warm_mb = self.warm_mb or now_mb
+                self.most_mb = max(self.most_mb, now_mb)
+
+    def figures(self) -> dict[str, float]:
+        """Everything up to now."""
+        cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.started
+        self.ended.set()
+        self.thread.join()
+        return {
+            "wall_s": wall,
+            "cpu_s_per_1000": 1000 * cpu / self.answers,
+            "rss_growth_mb": self.most_mb - self.warm_mb,
+        }
+
+
+def questions(requests: int) -> Iterator[str]:
+    for number in range(requests):
+        yield f"A train leaves at {number % 24} o'clock with {number} passengers. " * 3
+
+
+def potstill(url: str, requests: int, in_flight: int) -> dict[str, float]:
+    """The generate step, from reading the prompts to the sealed artifact."""
+    from potstill.core.events import Reporter
+    from potstill.core.store import Store
+    from potstill.pipeline.runner import RunOptions, run_graph
+    from potstill.recipe import load_recipe
+
+    meter, found = Meter(), {}
+
+    class Metering(Reporter):
+        @contextmanager
+        def progress(self, *args: Any, **fields: Any) -> Iterator[Any]:
+            yield self
+
+        def advance(self, count: float = 1, **figures: object) -> None:
+            meter.answers += 1
+
+        def event(self, name: str, /, **fields: Any) -> None:
+            if name == "answers":
+                found["limit"] = fields["concurrency"]
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "prompts.jsonl"
+        path.write_text(
+            "".join(f"{json.dumps({'prompt': one})}\n" for one in questions(requests)), encoding="utf-8"
+        )
+        model = {"engine": "openai", "base_url": url, "model": "m", "concurrency": in_flight}
+        step = {"do": "generate", "model": "m", "data": {"path": str(path)}}
+        recipe_path = Path(folder) / "recipe.yaml"
+        recipe_path.write_text(
+            json.dumps({"name": "b", "models": {"m": model}, "steps": {"s": step}}), encoding="utf-8"
+        )
+        recipe = load_recipe(str(recipe_path))
+        run_graph(recipe.graph, 0, Store(Path(folder) / "store"), Metering("quiet"), RunOptions())
+        return {**meter.figures(), **found}
+
+
+def openai_sdk(url: str, requests: int, in_flight: int) -> dict[str, float]:
+    """What one would write by hand: as many coroutines as requests, and a semaphore."""
+    import openai
+
+    async def main() -> dict[str, float]:
+        client, places, meter = (
+            openai.AsyncOpenAI(base_url=url, api_key="none"),
+            asyncio.Semaphore(in_flight),
+            Meter(),
+        )
+
+        async def ask(question: str) -> str:
+            async with places:
+                answer = await client.chat.completions.create(
+                    model="m", messages=[{"role": "user", "content": question}], max_tokens=1024
+                )
+            meter.answers += 1
+            return str(answer.choices[0].message.content)
+
+        texts = await asyncio.gather(*(ask(question) for question in questions(requests)))
+        assert len(texts) == requests
+        return meter.figures()
+
+    return asyncio.run(main())
+
+
+CLIENTS = {"potstill": potstill, "openai_sdk": openai_sdk}
+
+
+def measure(client: str, requests: int, in_flight: int, options: argparse.Namespace) -> dict[str, float]:
+    """One client in a process of its own against a server of its own."""
+    import httpx2
+
+    ceiling = options.slots / options.latency
+    path = os.pathsep.join(filter(None, [str(options.peers or ""), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": path} if client == "openai_sdk" else None
+    with running_server(options) as url:
+        command = [sys.executable, __file__, f"--client={client}", f"--url={url}", f"--requests={requests}"]
+        done = subprocess.run(
+            [*command, f"--in-flight={in_flight}"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        found: dict[str, float] = json.loads(done.stdout)
+        seen = httpx2.get(f"{url}/seen", trust_env=False).json()
+    assert seen["answered"] == requests
+    return {
+        "share_of_ceiling": requests / seen["seconds"] / ceiling,
+        "whole_share_of_ceiling": requests / found.pop("wall_s") / ceiling,
+        **found,
+    }
+
+
+def openai_version(peers: Path | None) -> str | None:
+    """The SDK's version, where it is installed."""
+    found = metadata.distributions(name="openai", path=[str(peers)] if peers else sys.path)
+    return next((one.version for one in found), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--latency", type=float, default=0.4, help="seconds; the ceiling is slots / latency")
+    parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--peers", type=Path, help="a folder that `openai` is installed in")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--client", choices=list(CLIENTS), help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        asyncio.run(serve(options.slots, options.latency))
+        return
+    if options.client:
+        print(json.dumps(CLIENTS[options.client](options.url, options.requests, options.in_flight)))
+        return
+    found: dict[str, Any] = {
+        "benchmark": "generate",
+        "date": datetime.now(UTC).date().isoformat(),
+        "requests": options.requests,
+        "slots": options.slots,
+        "latency_s": options.latency,
+        "ceiling_per_s": options.slots / options.latency,
+        "in_flight": options.in_flight,
+        **measure("potstill", options.requests, options.in_flight, options),
+        "found": measure("potstill", options.requests // 2, MANY, options),
+    }
+    if version := openai_version(options.peers):
+        found["openai_sdk"] = {
+            "version": version,
+            **measure("openai_sdk", options.requests, options.in_flight, options),
+        }
+    if options.json:
+        print(json.dumps(found))
+        return
+    for key, value in found.items():
+        print(f"{key:24} {json.dumps(value)}")
+
+
+if __name__ == "__main__":
+    main()
