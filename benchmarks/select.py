@@ -1,0 +1,177 @@
+"""Tokens a second of scoring traces for selection, beside one-by-one scoring by plain transformers.
+
+Both score the same responses under the same SmolLM2-135M-Instruct in float32, in turns, each in a process of
+its own. The plain way runs one row at a time and takes a log-softmax over the logits of all its tokens; ours
+makes the `select` step's batches and calls. Rows are worked word problems behind one system prompt, several
+candidates a prompt, their lengths mixed. A token is one of a row's own, prompt included; padding does not
+count.
+
+    python benchmarks/select.py --json --prompts 32 --candidates 4
+"""
+
+import sys
+
+# The standard library has a module of this script's name, which others would no longer find.
+sys.path.pop(0)
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+SYSTEM = (
+    "You are a careful tutor. Work the problem out step by step, name each quantity before you use it, check "
+    "the arithmetic of every line, and state the final number alone on the last line."
+)
+MOST_WORKED_PROBLEMS = 5
+
+
+def build_records(prompts: int, candidates: int) -> list[Any]:
+    """Each candidate has one to MOST_WORKED_PROBLEMS worked problems, so that lengths differ."""
+    from potstill.core.records import Record
+    from potstill.data.tasks import task_rows
+
+    chance = random.Random(1)
+    problems = list(task_rows("gsm_symbolic", {}, max(64, prompts), 1))
+    records = []
+    for number in range(prompts):
+        messages = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": problems[number]["question"]},
+        ]
+        for sample in range(candidates):
+            worked = chance.sample(problems, chance.randint(1, MOST_WORKED_PROBLEMS))
+            response = "\n\n".join(one["answer_cot"] for one in worked)
+            records.append(
+                Record(str(number), messages, response=response, sample=sample, finish_reason="stop")
+            )
+    return records
+
+
+def one_by_one(loaded: Any, rows: list[Any]) -> list[list[float]]:
+    import torch
+
+    found = []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row.ids])
+            logprobs_TV = loaded.model(input_ids=ids).logits[0].float().log_softmax(-1)
+            taken_T = logprobs_TV[:-1].gather(1, ids[0, 1:, None])[:, 0]
+            found.append(taken_T[torch.tensor(row.mask[1:], dtype=torch.bool)].tolist())
+    return found
+
+
+def ours(loaded: Any, rows: list[Any]) -> list[list[float]]:
+    from potstill.data.batches import micro_batches
+    from potstill.scoring import micro_batch_tokens, token_logprobs
+
+    found: list[list[float]] = [[] for _ in rows]
+    lengths = [len(row.ids) for row in rows]
+    limit = micro_batch_tokens(loaded.model.device)
+    for batch in micro_batches(lengths, range(len(rows)), limit):
+        for number, logprobs in zip(batch, token_logprobs(loaded, [rows[one] for one in batch]), strict=True):
+            found[number] = logprobs.tolist()
+    return found
+
+
+CONTESTANTS: dict[str, Callable[[Any, list[Any]], list[list[float]]]] = {"naive": one_by_one, "ours": ours}
+
+
+def measure(name: str, prompts: int, candidates: int) -> dict[str, Any]:
+    """Score every row once, in this process."""
+    import torch
+
+    from potstill.data.chat import Renderer
+    from potstill.models import TransformersModel, load
+
+    loaded = load(TransformersModel(path="smollm2-135m-instruct", device="cpu"), dtype=torch.float32)
+    renderer = Renderer(loaded.tokenizer)
+    rows = [renderer.without_end_of_turn(renderer.render(one)) for one in build_records(prompts, candidates)]
+    CONTESTANTS[name](loaded, rows[:1])
+    started, cpu_started = time.perf_counter(), time.process_time()
+    logprobs = CONTESTANTS[name](loaded, rows)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    lengths = sorted(len(row.ids) for row in rows)
+    return {
+        "logprobs": logprobs,
+        "tokens": sum(lengths),
+        "response_tokens": sum(row.supervised_tokens for row in rows),
+        "row_lengths": [lengths[0], lengths[len(lengths) // 2], lengths[-1]],
+        "tokens_per_s": sum(lengths) / seconds,
+        "tokens_per_cpu_s": sum(lengths) / cpu_seconds,
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def run_child(name: str, prompts: int, candidates: int) -> dict[str, Any]:
+    numbers = ["--prompts", str(prompts), "--candidates", str(candidates)]
+    command = [sys.executable, __file__, "--contestant", name, *numbers]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def compare(prompts: int, candidates: int, rounds: int) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
+    for _ in range(rounds):
+        for name, found in runs.items():
+            found.append(run_child(name, prompts, candidates))
+            print(name, f"{found[-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
+    speed, cpu_speed = (
+        {name: statistics.median(one[unit] for one in found) for name, found in runs.items()}
+        for unit in ("tokens_per_s", "tokens_per_cpu_s")
+    )
+    naive, mine = runs["naive"][0], runs["ours"][0]
+    pairs = zip(naive["logprobs"], mine["logprobs"], strict=True)
+    return {
+        "over_naive": round(speed["ours"] / speed["naive"], 3),
+        # What a machine that is not calm does to the clock, it does not do to the processor's time.
+        "over_naive_cpu": round(cpu_speed["ours"] / cpu_speed["naive"], 3),
+        "tokens_per_s": {name: round(value, 1) for name, value in speed.items()},
+        "tokens_per_cpu_s": {name: round(value, 1) for name, value in cpu_speed.items()},
+        "peak_mb": {name: found[0]["peak_mb"] for name, found in runs.items()},
+        "largest_difference_nats": max(
+            abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)
+        ),
+        **{name: mine[name] for name in ("tokens", "response_tokens", "row_lengths", "threads", "torch")},
+        "prompts": prompts,
+        "candidates": candidates,
+        "rounds": rounds,
+        "dtype": "float32",
+        "machine": platform.processor() or platform.machine(),
+        "cpu_cores": os.cpu_count(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--candidates", type=int, default=4, help="responses a prompt")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contestant:
+        print(json.dumps(measure(options.contestant, options.prompts, options.candidates)))
+        return
+    result = compare(options.prompts, options.candidates, options.rounds)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:24} {value}")
+
+
+if __name__ == "__main__":
+    main()

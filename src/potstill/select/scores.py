@@ -1,0 +1,212 @@
+"""How likely a response and its sentences are to a model, from the log-probabilities of its tokens."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from potstill.core.errors import DataError
+from potstill.core.records import Record
+from potstill.core.step import StepContext
+from potstill.data.batches import micro_batches
+from potstill.data.chat import Rendered, Renderer
+from potstill.data.responses import bytes_of_tokens
+from potstill.logits.shards import row_key
+from potstill.models import (
+    LoadedModel,
+    TransformersModel,
+    choose_device,
+    identity,
+    load,
+    load_tokenizer,
+    supports_bf16,
+)
+from potstill.scoring import micro_batch_tokens, token_logprobs
+from potstill.select.score_store import open_score_store
+from potstill.select.sentences import tokens_of_spans
+from potstill.teachers.transformers import context_tokens
+
+__all__ = [
+    "ModelScores",
+    "SentenceClass",
+    "TokenScores",
+    "probability",
+    "sentence_class",
+    "sentence_probabilities",
+    "stored_scores",
+]
+
+_WINDOW_TOKENS = 2**19
+
+SentenceClass = Literal["teacher", "student", "shared", "boosted"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """log p of each token of a response in nats, NaN where it is not known.
+
+    `token_bytes` says how many bytes of the response each token stands for; None where nobody knows.
+    """
+
+    logprobs: NDArray[np.float64]
+    token_bytes: list[int] | None = None
+
+
+def probability(logprobs: NDArray[np.float64]) -> float:
+    """exp(mean log p) over the tokens whose log p is known, the geometric mean; NaN where none is."""
+    known = logprobs[~np.isnan(logprobs)]
+    return float(np.exp(known.mean())) if len(known) else float("nan")
+
+
+def sentence_probabilities(scores: TokenScores, spans: Sequence[tuple[int, int]]) -> NDArray[np.float64]:
+    """The probability of each sentence from the tokens in it; NaN where the log p of none is known.
+
+    `spans` are (start, end) in bytes and cover the response; a token lies in the one span that holds most of
+    it. Raises DataError where the tokens' bytes do not add up to the text.
+    """
+    assert scores.token_bytes is not None
+    places = np.array(tokens_of_spans(spans, scores.token_bytes), dtype=np.int64)
+    known = ~np.isnan(scores.logprobs)
+    counts = np.bincount(places[known], minlength=len(spans))
+    sums = np.bincount(places[known], weights=scores.logprobs[known], minlength=len(spans))
+    with np.errstate(invalid="ignore"):
+        return np.exp(sums / counts)
+
+
+def sentence_class(
+    teacher: float, student: float, distilled: float | None, *, alpha: float, beta: float
+) -> SentenceClass:
+    """Whose sentence it is, from its probability to each model (Divergence-Aware Sampling, DASD).
+
+    Shared where no two models differ by more than alpha, the teacher's where P(teacher) - P(student) > beta,
+    the student's where it is below -beta, boosted otherwise. Without the distilled model only beta counts,
+    and what is neither the teacher's nor the student's is shared.
+    """
+    gap = teacher - student
+    if distilled is not None:
+        gaps = (gap, student - distilled, teacher - distilled)
+        if all(abs(one) <= alpha for one in gaps):
+            return "shared"
+    if gap > beta:
+        return "teacher"
+    if -gap > beta:
+        return "student"
+    return "shared" if distilled is None else "boosted"
+
+
+def stored_scores(record: Record, renderer: Renderer) -> TokenScores | str:
+    """What a trace's own log-probabilities say, or why they say nothing.
+
+    Where the trace does not say which bytes its tokens stand for, its token ids do, if they are the
+    renderer's.
+    """
+    assert record.logprobs is not None
+    logprobs = np.array(record.logprobs, dtype=np.float64)
+    if np.isnan(logprobs).all():
+        return "the log-probability of none of its tokens is known"
+    sizes, ids = record.token_bytes, record.response_token_ids
+    if sizes is None and ids is not None and record.tokenizer == renderer.tokenizer_hash:
+        sizes = bytes_of_tokens(renderer.bytes_of(ids), record.response or "")
+    return TokenScores(logprobs, sizes if sizes is not None and len(sizes) == len(logprobs) else None)
+
+
+class ModelScores:
+    """What one model gives to the tokens of responses: scored once, kept in the store from then on.
+
+    Scores are known by the model, its precision, and the token ids of prompt and response.
+    """
+
+    def __init__(self, settings: TransformersModel, context: StepContext, max_tokens: int | None) -> None:
+        self.settings, self.context = settings, context
+        device = choose_device(settings)
+        self.max_tokens = max_tokens or micro_batch_tokens(device)
+        self.renderer = Renderer(load_tokenizer(settings))
+        dtype = settings.dtype or ("bfloat16" if supports_bf16(device) else "float32")
+        self._store = open_score_store(context.cache_folder, [identity(settings), settings.quantize, dtype])
+
+    def close(self) -> None:
+        """Close the store."""
+        self._store.close()
+
+    def fill(self, records: Iterable[tuple[int, Record]], progress: Callable[[int], None]) -> int:
+        """Score each row (its number, its record) that is not in the store; returns the tokens of all.
+
+        Rows of like length share a forward pass. Whole passes are kept or lost together, so that an
+        interruption changes no numbers. `progress` hears how many rows are done. The model is loaded when
+        the first row has to be scored, and let go at the end.
+        """
+        total, loaded = 0, None
+        for window, skipped in self._windows(records):
+            loaded = self._fill_window(window, loaded, progress)
+            progress(skipped)
+            total += sum(len(row.ids) for row in window)
+        return total
+
+    def _windows(self, records: Iterable[tuple[int, Record]]) -> Iterator[tuple[list[Rendered], int]]:
+        """Rendered rows, as many as may be in memory at once, and how many between cannot be rendered."""
+        window: list[Rendered] = []
+        tokens = skipped = 0
+        for number, record in records:
+            self.context.check_stop()
+            rendered = self._render(number, record)
+            if isinstance(rendered, str):
+                skipped += 1
+                continue
+            window.append(rendered)
+            tokens += len(rendered.ids)
+            if tokens >= _WINDOW_TOKENS:
+                yield window, skipped
+                window, tokens, skipped = [], 0, 0
+        yield window, skipped
+
+    def _fill_window(
+        self, window: list[Rendered], loaded: LoadedModel | None, progress: Callable[[int], None]
+    ) -> LoadedModel | None:
+        keys = [row_key(row.ids, row.mask) for row in window]
+        lengths = [len(row.ids) for row in window]
+        for batch in micro_batches(lengths, range(len(window)), self.max_tokens):
+            self.context.check_stop()
+            if any(keys[number] not in self._store for number in batch):
+                loaded = loaded or load(self.settings)
+                limit = context_tokens(loaded)
+                fits = [number for number in batch if limit is None or lengths[number] <= limit]
+                scored = token_logprobs(loaded, [window[number] for number in fits]) if fits else []
+                found = {number: logprobs.numpy() for number, logprobs in zip(fits, scored, strict=True)}
+                nothing = np.zeros(0, dtype=np.float32)
+                self._store.put((keys[number], found.get(number, nothing)) for number in batch)
+            progress(len(batch))
+        return loaded
+
+    def of(self, number: int, record: Record, *, with_bytes: bool) -> TokenScores | str:
+        """The scores of a row that was filled in, or why it has none.
+
+        What another model wrote before the response goes on has no known log p, as in the trace's own.
+        """
+        rendered = self._render(number, record)
+        if isinstance(rendered, str):
+            return rendered
+        logprobs = self._store[row_key(rendered.ids, rendered.mask)]
+        if not len(logprobs):
+            return f"its {len(rendered.ids):,} tokens exceed the context of {self.settings.path}"
+        if not np.isfinite(logprobs).all():
+            return f"{self.settings.path} gives some of its tokens no probability (NaN or infinity)"
+        sizes = None
+        if with_bytes:
+            ids = [id_ for id_, supervised in zip(rendered.ids, rendered.mask, strict=True) if supervised]
+            sizes = bytes_of_tokens(self.renderer.bytes_of(ids), record.response or "")
+        found = logprobs.astype(np.float64)
+        if record.prefix_characters:
+            try:
+                behind = self.renderer.render(record, mask_prefix=True, row_number=number)
+            except DataError as error:
+                return error.what
+            found[: len(found) - self.renderer.without_end_of_turn(behind).supervised_tokens] = np.nan
+        return TokenScores(found, sizes)
+
+    def _render(self, number: int, record: Record) -> Rendered | str:
+        try:
+            return self.renderer.without_end_of_turn(self.renderer.render(record, row_number=number))
+        except DataError as error:
+            return error.what

@@ -1,0 +1,230 @@
+"""The `select` step: read, filter, score, choose, write; what one stage has done outlives a kill."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+
+from potstill.core.errors import DataError, ModelError
+from potstill.core.records import Record
+from potstill.core.settings import ModelRef
+from potstill.core.step import StepContext, StepResult
+from potstill.models import TransformersModel
+from potstill.select.figures import arm, histogram, warnings
+from potstill.select.pool import Chosen, Pool, logprob_temperature
+from potstill.select.rules import Candidate, at_random, best, of_like_length
+from potstill.select.scores import (
+    ModelScores,
+    TokenScores,
+    probability,
+    sentence_class,
+    sentence_probabilities,
+    stored_scores,
+)
+from potstill.select.sentences import sentences
+from potstill.select.settings import SelectSettings
+
+__all__ = ["select"]
+
+_UNPLACED = "nobody knows which bytes of the response its tokens stand for"
+_MEND_UNPLACED = (
+    "generate again with `logprobs: 1`, which notes the bytes, name a local `teacher`, or take "
+    "`level: response`"
+)
+
+
+def select(settings: SelectSettings, context: StepContext) -> StepResult:
+    """Carry out a select step. Raises DataError where no row can be chosen from, or the rule keeps none."""
+    pool = Pool(settings, context)
+    if settings.rule == "none":
+        return pool.write()
+    with ExitStack() as stack:
+        scorers = {
+            role: stack.enter_context(closing(_open(role, reference, settings, context)))
+            for role, reference in settings.models.items()
+        }
+        tokens = sum(_fill(role, scorer, pool) for role, scorer in scorers.items())
+        scored = _Scored(settings, pool, scorers)
+    chosen = _choose(settings, context, scored, pool)
+    return pool.write(chosen, scored.scores, scored.unscored, tokens=tokens)
+
+
+def _open(role: str, reference: ModelRef, settings: SelectSettings, context: StepContext) -> ModelScores:
+    model = context.model(reference)
+    if not isinstance(model, TransformersModel):
+        raise ModelError(
+            f"{role} {reference} is a model of engine {getattr(model, 'engine', type(model).__name__)}",
+            where=f"step {context.name}",
+            expected="a model that transformers loads, because it scores given responses",
+            mend="declare the same weights with a path (a folder, hub id or .gguf file), and name that",
+        )
+    if settings.device is not None:
+        model = model.model_copy(update={"device": settings.device})
+    return ModelScores(model, context, settings.max_tokens)
+
+
+def _fill(role: str, scorer: ModelScores, pool: Pool) -> int:
+    """Let a model score the rows that it has to; returns their tokens."""
+    needed = pool.temperatures.total() - (pool.temperatures[1.0] if role == "teacher" else 0)
+    rows = (one for one in pool.candidates() if role != "teacher" or logprob_temperature(one[1]) != 1.0)
+    if not needed:
+        return 0
+    with pool.context.progress(f"scoring: {role}", total=needed) as progress:
+        return scorer.fill(rows, progress.advance)
+
+
+class _Scored:
+    """The candidates with what they are ranked by, and the reasons why other rows have no score."""
+
+    def __init__(self, settings: SelectSettings, pool: Pool, scorers: Mapping[str, ModelScores]) -> None:
+        self._settings, self._scorers = settings, scorers
+        self.candidates: list[Candidate] = []
+        self.scores: dict[int, dict[str, float]] = {}
+        self.unscored: dict[int, str] = {}
+        for number, record in pool.candidates():
+            found = self._tokens(number, record)
+            scores = found if isinstance(found, str) else self._scores(record, found)
+            if isinstance(scores, str) or isinstance(found, str):
+                self.unscored[number] = str(scores)
+                continue
+            self.scores[number] = scores
+            self.candidates.append(
+                Candidate(
+                    number,
+                    record.id,
+                    record.prompt_id,
+                    len(found["student"].logprobs),
+                    self._score(scores),
+                    scores["divergence"],
+                )
+            )
+        if not self.candidates:
+            reasons = Counter(self.unscored.values()).most_common(3)
+            raise DataError(
+                "no row can be scored: " + "; ".join(f"{count:,} x {reason}" for reason, count in reasons),
+                where=str(settings.data),
+                expected="traces that are not held out, which student and teacher can both score",
+                mend=_MEND_UNPLACED if any(_UNPLACED in reason for reason, _ in reasons) else None,
+            )
+
+    def _tokens(self, number: int, record: Record) -> dict[str, TokenScores] | str:
+        """What each model gives to the response's tokens, by role, or why it gives nothing."""
+        by_sentence = self._settings.level == "sentence"
+        found: dict[str, TokenScores] = {}
+        for role in ("teacher", "student", "distilled"):
+            scorer = self._scorers.get(role)
+            scores: TokenScores | str
+            if role == "teacher" and (scorer is None or logprob_temperature(record) == 1.0):
+                scores = stored_scores(record, (scorer or self._scorers["student"]).renderer)
+            elif scorer is None:
+                continue
+            else:
+                scores = scorer.of(number, record, with_bytes=by_sentence)
+            if isinstance(scores, str):
+                return f"{role}: {scores}"
+            if by_sentence and scores.token_bytes is None:
+                return f"{role}: {_UNPLACED}"
+            found[role] = scores
+        return found
+
+    def _scores(self, record: Record, tokens: Mapping[str, TokenScores]) -> dict[str, float] | str:
+        whole = {role: probability(one.logprobs) for role, one in tokens.items()}
+        scores = {f"{role}_probability": value for role, value in whole.items()}
+        scores["divergence"] = whole["teacher"] - whole["student"]
+        if self._settings.level == "response":
+            return scores
+        spans = sentences(record.response or "")
+        try:
+            by_role = {role: sentence_probabilities(one, spans) for role, one in tokens.items()}
+        except DataError as error:
+            return error.what
+        classes: Counter[str] = Counter()
+        for place in range(len(spans)):
+            of = {role: float(values[place]) for role, values in by_role.items()}
+            if not any(map(math.isnan, of.values())):
+                classes[
+                    sentence_class(
+                        of["teacher"],
+                        of["student"],
+                        of.get("distilled"),
+                        alpha=self._settings.alpha,
+                        beta=self._settings.beta,
+                    )
+                ] += 1
+        if not classes:
+            return "no sentence has tokens of all models"
+        scores["sentences"] = float(classes.total())
+        names = ("teacher", "student", "shared", *(["boosted"] if "distilled" in tokens else []))
+        return scores | {f"{name}_sentences": float(classes[name]) for name in names}
+
+    def _score(self, scores: Mapping[str, float]) -> float:
+        if self._settings.level == "response":
+            return scores["divergence"]
+        share = 1.0 if self._settings.measure == "count" else scores["sentences"]
+        return scores["teacher_sentences"] / share
+
+
+def _choose(settings: SelectSettings, context: StepContext, scored: _Scored, pool: Pool) -> Chosen:
+    keep, candidates = settings.keep, scored.candidates
+    assert keep is not None
+    kept = best(candidates, keep)
+    if not kept:
+        highest = max(one.score for one in candidates)
+        raise DataError(
+            f"no row reaches the threshold of {keep.threshold:g}; the highest score is {highest:.4g}",
+            where=f"step {context.name}",
+            expected="a threshold that some rows reach",
+            mend="lower it, or keep a share of the rows: `keep: {top: 0.6}`",
+        )
+    seed = context.derive_seed("control")
+    arms = {
+        "all": candidates,
+        "rule": kept,
+        "random": at_random(candidates, kept, keep, seed),
+        "length": of_like_length(candidates, kept, keep, seed),
+    }
+    lowest = min(one.score for one in kept)
+    found = [*_temperature_warnings(settings, pool), *warnings(settings, candidates, kept)]
+    for warning in found:
+        context.say(f"warning: {warning}")
+        context.event("warning", message=warning)
+    gaps = [one.divergence for one in candidates]
+    metrics = {
+        "score": "divergence" if settings.level == "response" else f"{settings.measure} of teacher sentences",
+        "kept_by": settings.control or "rule",
+        # Of each prompt the best stay: there is no score from which on rows do.
+        "effective_threshold": lowest if keep.per_prompt is None else None,
+        "divergence": {"mean": math.fsum(gaps) / len(gaps), "low": min(gaps), "high": max(gaps)},
+        "arms": {name: arm(rows, scored.scores) for name, rows in arms.items()},
+        "histogram": histogram(candidates, kept),
+        "warnings": found,
+    }
+    if settings.control is not None:
+        reason = f"not drawn by the control ({settings.control})"
+    elif keep.per_prompt is not None:
+        reason = f"not among the best {keep.per_prompt} of its prompt"
+    else:
+        reason = f"below {lowest:.4g}, the lowest score that is kept"
+    by = settings.control or "rule"
+    return Chosen(frozenset(one.row for one in arms[by]), by, reason, metrics)
+
+
+def _temperature_warnings(settings: SelectSettings, pool: Pool) -> list[str]:
+    """What log-probabilities at another temperature than 1 mean, where they are used as they are."""
+    if settings.teacher is not None:
+        return []
+    others = {one: count for one, count in pool.temperatures.items() if one != 1.0}
+    if not others:
+        return []
+    named = " and ".join(
+        "a temperature that nobody states" if one is None else f"temperature {one:g}" for one in others
+    )
+    return [
+        (
+            f"{sum(others.values()):,} traces have log-probabilities at {named}, which are not log p at "
+            "temperature 1: below 1 the teacher looks surer than it is, above it less sure, and every "
+            "divergence shifts with it. Shares (`top`, `per_prompt`) within one temperature suffer less than "
+            "thresholds and sentence classes. Name a local `teacher` to score them at 1, or state the "
+            "server's `logprob_temperature` on its model where it is known (vLLM's default is 1)"
+        )
+    ]

@@ -1,0 +1,146 @@
+"""Which rows a rule keeps, and which its controls keep, whatever order they come in."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from potstill.select.rules import Candidate, at_random, best, of_like_length
+from potstill.select.settings import Keep
+
+Control = Callable[[list[Candidate], list[Candidate], Keep, int], list[Candidate]]
+CONTROLS: list[Control] = [at_random, of_like_length]
+
+
+def _row(number: int, score: float, *, prompt: str = "p", tokens: int = 10, gap: float = 0.0) -> Candidate:
+    return Candidate(number, f"id{number:03d}", prompt, tokens, score, gap)
+
+
+def _pool(count: int, *, prompts: int = 1, seed: int = 5) -> list[Candidate]:
+    """Longer rows score higher, as sentence counts do."""
+    chance = random.Random(seed)
+    rows = []
+    for number in range(count):
+        tokens = chance.randint(10, 400)
+        score = tokens / 400 + chance.gauss(0, 0.1)
+        rows.append(_row(number, score, prompt=f"p{number % prompts}", tokens=tokens, gap=score))
+    return rows
+
+
+def _ids(rows: list[Candidate]) -> list[str]:
+    return sorted(one.id for one in rows)
+
+
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        row=st.integers(0, 10**6),
+        id=st.text("abc", max_size=3),
+        prompt_id=st.sampled_from(["p", "q", "r"]),
+        tokens=st.integers(1, 50),
+        score=st.floats(-1, 1),
+        divergence=st.floats(-1, 1),
+    ),
+    min_size=1,
+    max_size=40,
+    unique_by=lambda one: one.row,
+)
+keeps = st.one_of(
+    st.floats(0.01, 1).map(lambda share: Keep(top=share)),
+    st.floats(-1, 1).map(lambda least: Keep(threshold=least)),
+    st.integers(1, 3).map(lambda rows: Keep(per_prompt=rows)),
+)
+
+
+def test_a_share_is_the_highest_scores_rounded_up() -> None:
+    rows = [_row(number, number / 10) for number in range(10)]
+    assert [one.row for one in best(rows, Keep(top=0.3))] == [9, 8, 7]
+    assert len(best(rows, Keep(top=0.31))) == 4
+    assert len(best(rows, Keep(top=0.001))) == 1
+    assert len(best([_row(number, 0.0) for number in range(100)], Keep(top=0.07))) == 7  # 0.07 * 100 > 7
+
+
+def test_a_threshold_keeps_what_reaches_it() -> None:
+    rows = [_row(number, score) for number, score in enumerate([0.1, 0.2, 0.3])]
+    assert [one.row for one in best(rows, Keep(threshold=0.2))] == [2, 1]
+    assert best(rows, Keep(threshold=0.4)) == []
+
+
+def test_each_prompt_keeps_its_own_best() -> None:
+    rows = [_row(number, score, prompt=prompt) for number, (score, prompt) in enumerate(
+        [(0.9, "p"), (0.8, "p"), (0.1, "q"), (0.2, "q"), (0.0, "r")]
+    )]  # fmt: skip
+    assert sorted(one.row for one in best(rows, Keep(per_prompt=1))) == [0, 3, 4]
+    assert sorted(one.row for one in best(rows, Keep(per_prompt=2))) == [0, 1, 2, 3, 4]
+
+
+def test_between_equal_scores_the_divergence_decides_then_the_id() -> None:
+    rows = [_row(3, 2.0, gap=0.1), _row(1, 2.0, gap=0.2), _row(2, 2.0, gap=0.1)]
+    assert [one.row for one in best(rows, Keep(top=1.0))] == [1, 2, 3]
+
+
+@given(candidates, keeps, st.randoms(use_true_random=False))
+def test_the_rule_and_its_controls_keep_the_same_rows_whatever_the_order(
+    rows: list[Candidate], keep: Keep, chance: random.Random
+) -> None:
+    shuffled = chance.sample(rows, len(rows))
+    kept = best(rows, keep)
+    assert best(shuffled, keep) == kept
+    for control in CONTROLS:
+        found = control(rows, kept, keep, 7)
+        assert {one.row for one in control(shuffled, kept, keep, 7)} == {one.row for one in found}
+
+
+@given(candidates, keeps)
+def test_a_control_keeps_as_many_rows_and_of_each_prompt_where_the_rule_goes_by_prompts(
+    rows: list[Candidate], keep: Keep
+) -> None:
+    kept = best(rows, keep)
+    for control in CONTROLS:
+        found = control(rows, kept, keep, 7)
+        assert len({one.row for one in found}) == len(found) == len(kept)
+        assert {one.row for one in found} <= {one.row for one in rows}
+        if keep.per_prompt is not None:
+            assert Counter(one.prompt_id for one in found) == Counter(one.prompt_id for one in kept)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("keep", [Keep(top=0.5), Keep(per_prompt=2)])
+def test_a_control_draws_by_its_seed(control: Control, keep: Keep) -> None:
+    rows = _pool(120, prompts=30)
+    kept = best(rows, keep)
+    assert _ids(control(rows, kept, keep, 1)) == _ids(control(rows, kept, keep, 1))
+    assert _ids(control(rows, kept, keep, 1)) != _ids(control(rows, kept, keep, 2))
+    assert _ids(control(rows, kept, keep, 1)) != _ids(kept)
+
+
+def _mean_tokens(rows: list[Candidate]) -> float:
+    return math.fsum(one.tokens for one in rows) / len(rows)
+
+
+@pytest.mark.parametrize("keep", [Keep(top=0.4), Keep(threshold=0.5), Keep(per_prompt=1)])
+def test_lengths_are_matched_where_a_random_draw_misses_them(keep: Keep) -> None:
+    rows = _pool(400, prompts=100)
+    kept = best(rows, keep)
+    wanted = _mean_tokens(kept)
+    matched = _mean_tokens(of_like_length(rows, kept, keep, 3))
+    drawn = _mean_tokens(at_random(rows, kept, keep, 3))
+    assert drawn < 0.85 * wanted, "the rule does not go by length here: nothing is shown"
+    assert matched == pytest.approx(wanted, rel=0.06)
+    # It is no copy of the rule.
+    assert len({*_ids(kept)} & {*_ids(of_like_length(rows, kept, keep, 3))}) < 0.95 * len(kept)
+
+
+def test_matched_lengths_have_the_rules_own_distribution() -> None:
+    rows = _pool(400)
+    kept = best(rows, Keep(top=0.4))
+    matched = of_like_length(rows, kept, Keep(top=0.4), 3)
+    ours, theirs = (sorted(one.tokens for one in part) for part in (kept, matched))
+    apart = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
+    widest = max(high - low for low, high in pairwise(sorted(one.tokens for one in rows)[::40]))
+    assert max(apart) <= widest
