@@ -3,6 +3,7 @@
 Shapes: N tokens, H hidden size, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from potstill.losses.metrics import comparison
 from potstill.losses.response import response_loss
 from potstill.losses.types import Dense, Live
 from potstill.models import hidden_states, output_head
+
+from .distributions import exact_sparse
 
 N, H, V = 11, 6, 17
 CHUNKS = [1, 3, 4, 11, 100]
@@ -263,6 +266,55 @@ def test_a_lora_adapted_head_trains_its_adapter_alone(
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_head_in_four_bits_gives_the_gradient_of_its_dequantised_weight(
+    build_tiny_model: Callable[..., torch.nn.Module], adapter: bool
+) -> None:
+    """As QLoRA has it: the weight itself takes no gradient, what lies before it and an adapter on it do."""
+    bitsandbytes, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    plain: Any = build_tiny_model("qwen2").requires_grad_(False)
+    four_bits: Any = copy.deepcopy(plain)
+    layer = bitsandbytes.nn.Linear4bit(
+        *plain.lm_head.weight.shape[::-1], bias=False, compute_dtype=torch.float32, quant_type="nf4"
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        plain.lm_head.weight.data.clone(), requires_grad=False, quant_type="nf4"
+    )
+    layer.to("cpu")  # which quantises
+    assert layer.weight.dtype == torch.uint8
+    layer.support_avx512bf16_for_cpu = False
+    four_bits.lm_head = layer
+    dequantised = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert not torch.allclose(dequantised, plain.lm_head.weight)
+    plain.lm_head.weight.data.copy_(dequantised)
+    models = [plain, four_bits]
+    if adapter:
+        settings = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+        torch.manual_seed(0)
+        models[0] = peft.get_peft_model(plain, settings)
+        models[1] = peft.get_peft_model(four_bits, settings)
+        weights = {name: one for name, one in models[0].named_parameters() if "lora_" in name}
+        for name, one in models[1].named_parameters():
+            if name in weights:
+                one.data.copy_(weights[name].data)
+
+    hidden_NH, targets_N = _random(N, plain.config.hidden_size, seed=4).float(), torch.arange(N) % 300
+    teacher = exact_sparse(_random(N, 300, seed=5).float(), 8, 2.0)
+    results = []
+    for model in models:
+        hidden_NH = hidden_NH.detach().requires_grad_()
+        quantities = blend(targets_N, teacher, alpha=0.5, temperature=2.0)
+        loss, _ = weighted_loss(hidden_NH, output_head(model, 300), quantities, torch.ones(N), chunk_tokens=4)
+        torch.autograd.backward(loss)
+        found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+        results.append((loss.detach(), {**found, "hidden": hidden_NH.grad}))
+    assert results[1][1].keys() == results[0][1].keys()
+    assert len(results[1][1]) == (3 if adapter else 1)
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=0)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_a_live_teacher_is_a_dense_one_made_chunk_by_chunk() -> None:

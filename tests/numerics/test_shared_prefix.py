@@ -24,7 +24,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "phi3", "gpt2")
 def gradients(
     model: Any, *, share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[float, list[torch.Tensor]]:
-    monkeypatch.setattr("potstill.train.student.can_share_prefix", lambda model: share)
+    monkeypatch.setattr("potstill.scoring.can_share_prefix", lambda model: share)
     model.zero_grad()
     batch = make_micro_batch(ROWS)
     loss, _ = StudentWithLoss(model, 300)(batch, batch.supervised)

@@ -1,7 +1,6 @@
 """KL, agreement and perplexity in one chunked pass against whole logits in float64, row by row."""
 
 import copy
-import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,20 +8,13 @@ import pytest
 
 from potstill.data.chat import Rendered
 
+from .rows import rendered_rows
+
 if TYPE_CHECKING:
     from potstill.evaluate.traces import TraceFigures
     from potstill.models import LoadedModel
 
 CHUNK_TOKENS = 5
-
-
-def _rows(count: int, vocabulary: int, *, seed: int = 3) -> list[Rendered]:
-    chance, rows = random.Random(seed), []
-    for _ in range(count):
-        prompt, response = chance.randint(1, 9), chance.randint(1, 14)
-        ids = [chance.randrange(3, vocabulary) for _ in range(prompt + response)]
-        rows.append(Rendered(ids, [0] * prompt + [1] * response))
-    return rows
 
 
 def _loaded(model: Any, tokenizer: Any) -> "LoadedModel":
@@ -75,7 +67,7 @@ def test_one_chunked_pass_gives_what_whole_logits_give(
 
     monkeypatch.setattr(head, "full_precision_logits", watched)
     student, teacher = build_tiny_model(tiny_family, seed=1), build_tiny_model(tiny_family, seed=2)
-    rows = _rows(7, len(tiny_tokenizer))
+    rows = rendered_rows(7, vocabulary=len(tiny_tokenizer))
 
     batches: list[int] = []
     found = traces.compare_on_traces(
@@ -109,7 +101,7 @@ def test_a_padded_vocabulary_does_not_reach_the_normaliser(
     student = build_tiny_model("qwen2", seed=1)
     padded = student.get_output_embeddings().weight
     assert len(padded) > len(tiny_tokenizer)
-    rows = _rows(2, len(tiny_tokenizer))
+    rows = rendered_rows(2, vocabulary=len(tiny_tokenizer))
     before = compare_on_traces(_loaded(student, tiny_tokenizer), None, rows, max_tokens=100)
     with torch.no_grad():
         padded[len(tiny_tokenizer) :] = 50.0
@@ -120,7 +112,7 @@ def test_a_model_is_at_no_distance_from_itself(tiny_llama: Any, tiny_tokenizer: 
     from potstill.evaluate.traces import compare_on_traces
 
     model = _loaded(tiny_llama, tiny_tokenizer)
-    for one in compare_on_traces(model, model, _rows(3, 300), max_tokens=100):
+    for one in compare_on_traces(model, model, rendered_rows(3, vocabulary=300), max_tokens=100):
         assert one.kl_nats == pytest.approx(0, abs=1e-6)
         assert one.agreed_tokens == one.supervised_tokens
 
@@ -128,7 +120,7 @@ def test_a_model_is_at_no_distance_from_itself(tiny_llama: Any, tiny_tokenizer: 
 def test_how_rows_are_split_changes_nothing_but_rounding(tiny_llama: Any, tiny_tokenizer: Any) -> None:
     from potstill.evaluate.traces import compare_on_traces
 
-    model, rows = _loaded(tiny_llama, tiny_tokenizer), _rows(6, 300)
+    model, rows = _loaded(tiny_llama, tiny_tokenizer), rendered_rows(6, vocabulary=300)
     one_by_one = compare_on_traces(model, None, rows, max_tokens=1, chunk_tokens=1)
     together = compare_on_traces(model, None, rows, max_tokens=10_000)
     assert [one.cross_entropy_nats for one in one_by_one] == pytest.approx(

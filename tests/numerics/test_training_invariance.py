@@ -18,12 +18,13 @@ from potstill.logits.codecs import TopK
 from potstill.logits.shards import CachedRow, LogitCache, ShardWriter, write_index
 from potstill.losses.types import Dense, Live, Sparse, TeacherSignal
 from potstill.models import LoadedModel, hidden_states, isolates_packed_rows, output_head
+from potstill.train.arguments import DistillationArguments
 from potstill.train.lora import add_adapter
 from potstill.train.online import OnlineTeacher
 from potstill.train.rows import CachedTeacher, Rows, TrainingData
 from potstill.train.settings import LoraSettings
 from potstill.train.student import MicroBatch, StudentWithLoss, make_micro_batch
-from potstill.train.trainer import DistillationArguments, DistillationTrainer
+from potstill.train.trainer import DistillationTrainer
 
 VOCABULARY = 300
 VOCABULARY_OF_IDS = SimpleNamespace(get_vocab=lambda: {str(number): number for number in range(VOCABULARY)})
@@ -279,7 +280,7 @@ def test_worker_processes_give_the_micro_batches_of_the_trainers_own(
         trainer = DistillationTrainer(student, arguments, TrainingData(in_rows()), teacher=cached)
         loader = trainer.get_train_dataloader()
         assert loader.num_workers == workers
-        return [batch for step in loader for batch in step]
+        return [batch for step in loader for batch in step.batches]
 
     own, workers = steps(0), steps(2)
     assert len(own) == len(workers) > 3
@@ -376,9 +377,10 @@ def test_a_cache_of_the_whole_vocabulary_and_a_teacher_in_memory_give_the_same_g
         student = LoadedModel(model, VOCABULARY_OF_IDS, "student")
         trainer = DistillationTrainer(student, arguments, TrainingData(in_rows()), teacher=source)
         trainer.student.bf16 = False
-        batches[name] = trainer.micro_batches(trainer.rows, list(range(8)))
+        step = trainer.micro_batches(trainer.rows)(range(8))
+        batches[name] = step.batches
         passes.clear()
-        trainer.training_step(trainer.student, batches[name])
+        trainer.training_step(trainer.student, step)
         found[name] = gradients(model)
         assert len(passes) == (0 if name == "cached" else len(batches[name]) > 1 and len(batches[name]))
     assert not any(one.requires_grad for one in teacher.parameters())
@@ -425,7 +427,7 @@ def test_whole_trainings_in_one_micro_batch_in_eight_and_in_packs_end_alike(
         trainer = DistillationTrainer(student, arguments, TrainingData(in_rows()), teacher=teacher)
         trainer.train()
         weights = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}
-        return weights, len(trainer.micro_batches(in_rows(), list(range(8))))
+        return weights, len(trainer.micro_batches(in_rows())(range(8)).batches)
 
     (one, one_count), (eight, eight_count) = trained(10_000), trained(1)
     packed, packed_count = trained(40, packing=True)

@@ -18,7 +18,7 @@ from potstill.losses.divergences import renormalised, require_comparable
 from potstill.losses.head import TokenFunction, at_least_fp32
 from potstill.losses.types import Dense, Sampled, Sparse, TeacherSignal
 
-__all__ = ["ClosedForm"]
+__all__ = ["ClosedForm", "tile_parts"]
 
 # A tile's bytes: what stays in a core's cache; a GPU needs work enough for each of its launches.
 _TILE_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
@@ -63,7 +63,7 @@ class ClosedForm:
                 None if weights_C is None else weights_C[part],
                 scratch,
             )
-            for part in _parts(len(logits_CV), tile_rows)
+            for part in tile_parts(logits_CV, tile_rows)
         ]
         quantities = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
         if isinstance(kept, Sparse):
@@ -258,7 +258,8 @@ def _tile_rows(logits_CV: Tensor) -> int:
     return max(1, min(_LARGEST_TILE, tile_bytes // bytes_a_row))
 
 
-def _parts(tokens: int, tile_rows: int) -> Iterator[slice]:
-    """At least one part, so that no tokens still give every quantity's name."""
+def tile_parts(logits_CV: Tensor, tile_rows: int | None = None) -> Iterator[slice]:
+    """The tiles of a chunk, at least one, so that no tokens still give every quantity's name."""
+    tokens, tile_rows = len(logits_CV), tile_rows or _tile_rows(logits_CV)
     for start in range(0, max(tokens, 1), tile_rows):
-        yield slice(start, start + tile_rows)
+        yield slice(start, min(start + tile_rows, tokens))

@@ -17,7 +17,7 @@ from potstill.models.heads import (
     isolates_packed_rows,
     output_head,
 )
-from potstill.models.loading import LoadedModel, choose_device, load, supports_bf16
+from potstill.models.loading import LoadedModel, choose_device, frozen_weight_bytes, load, supports_bf16
 from potstill.models.source import TransformersModel, adapter_base, find_source, identity, parameter_count
 from potstill.models.tokenizers import (
     DEFAULT_CHAT_TEMPLATE,
@@ -45,6 +45,7 @@ __all__ = [
     "embedded_path",
     "fetch_embedded",
     "find_source",
+    "frozen_weight_bytes",
     "hidden_states",
     "hidden_states_after",
     "identity",

@@ -10,8 +10,9 @@ __all__ = ["cached_hub_folder", "hub_commit"]
 def cached_hub_folder(name: str, revision: str | None) -> Path | None:
     """The snapshot folder of a hub model in the local cache, or None; the folder's name is the commit."""
     import huggingface_hub
+    from huggingface_hub import constants  # no attribute of the package until it has been imported
 
-    cache = huggingface_hub.constants.HF_HUB_CACHE
+    cache = constants.HF_HUB_CACHE
     file = huggingface_hub.try_to_load_from_cache(name, "config.json", cache_dir=cache, revision=revision)
     return Path(file).parent if isinstance(file, str) else None
 

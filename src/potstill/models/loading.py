@@ -15,7 +15,7 @@ from potstill.models.tokenizers import load_tokenizer, vocabulary_size
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoadedModel", "choose_device", "load", "supports_bf16"]
+__all__ = ["LoadedModel", "choose_device", "frozen_weight_bytes", "load", "supports_bf16"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,31 @@ def supports_bf16(device: "torch.device") -> bool:
     return device.type == "mps"
 
 
+# Four bits and their doubly quantised scales (Dettmers et al. 2023, sec. 3).
+_NF4_BYTES = (4 + 0.127) / 8
+
+
+def frozen_weight_bytes(settings: TransformersModel) -> float:
+    """Bytes of a frozen weight of a model as `load` would load it; of a quantised one, of those in 4 bits.
+
+    Raises ModelError as `choose_device` does.
+    """
+    source = find_source(settings.path)
+    base = adapter_base(source.folder) if source.kind == "adapter" else settings
+    if settings.quantize or base.quantize:
+        return _NF4_BYTES
+    return float(_weight_type(settings, choose_device(settings), all_trained=False).itemsize)
+
+
+def _weight_type(settings: TransformersModel, device: "torch.device", *, all_trained: bool) -> "torch.dtype":
+    import torch
+
+    if settings.dtype is not None:
+        stated: torch.dtype = getattr(torch, settings.dtype)
+        return stated
+    return torch.bfloat16 if supports_bf16(device) and not all_trained else torch.float32
+
+
 def load(
     settings: TransformersModel, *, dtype: "torch.dtype | None" = None, trainable: bool = False
 ) -> LoadedModel:
@@ -76,15 +101,11 @@ def load(
     Raises ModelError, also for a model whose logits would come out wrong from its halves (`hidden_states`,
     `output_head`).
     """
-    import torch
-
     source = find_source(settings.path)
     tokenizer, device = load_tokenizer(settings), choose_device(settings)
     all_trained = trainable and source.kind != "adapter" and settings.quantize is None
-    if dtype is None and settings.dtype is not None:
-        dtype = getattr(torch, settings.dtype)
     if dtype is None:
-        dtype = torch.bfloat16 if supports_bf16(device) and not all_trained else torch.float32
+        dtype = _weight_type(settings, device, all_trained=all_trained)
     with quiet_transformers():
         if source.kind == "adapter":
             base = adapter_base(source.folder)

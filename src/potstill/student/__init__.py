@@ -23,6 +23,9 @@ class InitSettings(Settings):
     data: Data
     samples: int = Field(64, ge=1, description="calibration traces, chosen by the recipe's seed")
     max_length: int = Field(1024, ge=2, description="tokens a calibration trace, the rest is cut off")
+    quantize: Literal["nf4"] | None = Field(
+        None, description="how the steps that use the student load it; the weights are kept in full"
+    )
 
     device: str | None = execution(None, description="cpu, cuda, ...; by default the GPU where there is one")
 

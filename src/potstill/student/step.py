@@ -60,6 +60,7 @@ def initialise(settings: InitSettings, context: StepContext) -> StepResult:
     return StepResult(
         counts={"blocks": len(kept), "parameters": parameters, "calibration_rows": len(rows)},
         metrics={"block_importance": importance, "kept_blocks": kept, "parameters_before": parameters_before},
+        extra={} if settings.quantize is None else {"quantize": settings.quantize},
         tokenizer=renderer.tokenizer_hash,
         model_identity=identity(TransformersModel(path=str(context.folder))),
     )

@@ -35,7 +35,8 @@ class EarlyStopping(TrainerCallback):
     Where the arguments have no evaluations, it asks for those that count: every so many steps and
     at the last.
     `save` and `load` write the trained weights to a file and read them back; files lie in the trainer's
-    output folder, one for the best step so far and one for that of the newest checkpoint.
+    output folder, one for the best step so far and one for that of the newest checkpoint. Several processes
+    decide alike, since they have one log; `save` is to write in one of them alone.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class EarlyStopping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Remove the weights that no checkpoint refers to any more."""
+        if not args.should_save:
+            return
         best, _ = self._judge(state)
         folder = Path(str(args.output_dir))
         for path in folder.glob(_file(folder, "*").name):

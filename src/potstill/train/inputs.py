@@ -62,6 +62,7 @@ def resolve_inputs(
     teacher: TeacherInput,
     *,
     temperature: float,
+    top_k: int | None,
     max_length: int | None,
 ) -> tuple[TrainingData, SignalSource | OnlineTeacher | None]:
     """Rows and the teacher's signal for them.
@@ -94,6 +95,7 @@ def resolve_inputs(
             [(_open(data, student), None)],
             vocabulary_size=student.vocabulary_size,
             temperature=temperature,
+            top_k=top_k,
             max_length=limit,
         )
     else:
@@ -101,7 +103,7 @@ def resolve_inputs(
         find: Callable[[Rendered], int] | None = None
         if isinstance(teacher, str | Path) and not _is_model(teacher):
             cache = _open(teacher, student)
-            source = CachedTeacher([cache], temperature)
+            source = CachedTeacher([cache], temperature, top_k)
 
             def find(rendered: Rendered) -> int:
                 return cache.find(rendered.ids, rendered.mask)

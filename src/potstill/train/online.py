@@ -3,6 +3,8 @@
 Shapes: N supervised tokens, H hidden size.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from potstill.core.errors import ModelError
 from potstill.losses.types import Live
 from potstill.models import LoadedModel, check_same_vocabulary, output_head
+from potstill.train.features import FeatureLoss, Passed, counted
 from potstill.train.student import supervised_hidden
 
 if TYPE_CHECKING:
@@ -40,8 +43,17 @@ class OnlineTeacher:
         self.model.eval().requires_grad_(requires_grad=False)
         self.head = output_head(self.model, size)
 
-    def signal(self, batch: "MicroBatch") -> Live:
-        """The teacher's answer to the micro-batch's supervised tokens, which is on its device."""
-        with torch.no_grad():
+    def answer(self, batch: "MicroBatch", feature: FeatureLoss | None = None) -> "MicroBatch":
+        """The micro-batch, which is on its device, with the teacher's signal for its supervised tokens.
+
+        And with those of its inner states that `feature` compares, out of the same pass.
+        """
+        listening: AbstractContextManager[Passed] = (
+            nullcontext({}) if feature is None else feature.listening(self.model, teacher=True)
+        )
+        with torch.no_grad(), listening as passed:
             hidden_NH, _ = supervised_hidden(self.model, batch)
-        return Live(hidden_NH, self.head)
+        states = None
+        if feature is not None:
+            states = feature.joined(passed, counted(batch, feature.settings.tokens))
+        return replace(batch, teacher=Live(hidden_NH, self.head), teacher_states=states)

@@ -59,6 +59,10 @@ class Rows:
         """Tokens of a row."""
         return self._ends[number + 1] - self._ends[number]
 
+    def supervised(self, number: int) -> int:
+        """Tokens of a row that the loss counts."""
+        return sum(self._mask[self._ends[number] : self._ends[number + 1]])
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
@@ -130,11 +134,16 @@ def rows_of_records(
     renderer: Renderer,
     max_length: int,
     find: Callable[[Rendered], int] | None = None,
+    *,
+    mask_prefix: bool = False,
 ) -> TrainingData:
-    """Render every trace once; `find` gives each rendered row its number where the teacher's signal is."""
+    """Render every trace once; `find` gives each rendered row its number where the teacher's signal is.
+
+    With `mask_prefix` the loss leaves out what another model wrote before the response was continued.
+    """
     rows = TrainingData()
     for number, record in enumerate(records, start=1):
-        rendered = renderer.render(record, row_number=number)
+        rendered = renderer.render(record, mask_prefix=mask_prefix, row_number=number)
         rows.add(
             rendered,
             record.id,
@@ -165,13 +174,14 @@ def read_caches(
     *,
     vocabulary_size: int,
     temperature: float,
+    top_k: int | None,
     max_length: int,
 ) -> tuple[TrainingData, "CachedTeacher"]:
     """The rows of caches, each with its view, and the teacher that answers for them at one temperature.
 
-    Raises DataError for a temperature that was not declared, ModelError for another vocabulary.
+    Raises DataError as `CachedTeacher` does, ModelError for another vocabulary.
     """
-    teacher = CachedTeacher([cache for cache, _ in caches], temperature)
+    teacher = CachedTeacher([cache for cache, _ in caches], temperature, top_k)
     rows, source = TrainingData(), 0
     for cache, view in caches:
         if view == "prompts":
@@ -201,13 +211,14 @@ def read_caches(
 class CachedTeacher:
     """A teacher whose answers were cached: no teacher is in memory. A `SignalSource`.
 
-    Several caches give as many ids as the smallest of them. Raises DataError for a temperature that was not
-    declared and for caches of different codecs.
+    It gives the `top_k` most probable ids, by default as many as the smallest of the caches kept; the others
+    join the tail. Raises DataError for a temperature that was not declared, for more ids than a cache kept or
+    any of drawn ones, and for caches of different codecs.
     """
 
-    def __init__(self, caches: Sequence[LogitCache], temperature: float) -> None:
+    def __init__(self, caches: Sequence[LogitCache], temperature: float, top_k: int | None = None) -> None:
         for cache in caches:
-            self.signal_type = type(cache.signal(0, temperature))  # refuses a temperature not declared
+            self.signal_type = type(cache.signal(0, temperature, top_k))  # refuses what was not kept
         if len(names := {cache.codec.name for cache in caches}) > 1:
             raise DataError(
                 f"logits of codecs {' and '.join(sorted(names))} cannot be mixed",
@@ -215,12 +226,12 @@ class CachedTeacher:
                 expected="caches of one codec, whose signals are of one kind",
             )
         ks = [cache.codec.k for cache in caches if cache.codec.k is not None]
-        self.temperature, self.k = temperature, min(ks, default=None)
+        self.temperature, self.k = temperature, top_k or min(ks, default=None)
         self._places = [(cache, number) for cache in caches for number in range(len(cache))]
 
     def __call__(self, rows: Rows, numbers: Sequence[int]) -> Sparse | Sampled:
         """The signal of rows that were read from the caches."""
-        places = [(*self._places[rows.sources[number]], rows[number].supervised_tokens) for number in numbers]
+        places = [(*self._places[rows.sources[number]], rows.supervised(number)) for number in numbers]
         # Of a row that was cut, the cache has more signals than tokens are left: the first are theirs.
         signals = [
             cache.signals(

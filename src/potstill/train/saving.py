@@ -3,17 +3,23 @@
 import copy
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from potstill.data.chat import Renderer
 from potstill.models import LoadedModel
 from potstill.models.pretrained import quiet_transformers
 from potstill.train import checkpoints
+from potstill.train.features import PROJECTIONS_FILE, FeatureLoss
 from potstill.train.lora import save_adapter
 
 __all__ = ["save_student"]
 
 
-def save_student(student: LoadedModel, folder: Path) -> None:
-    """Write model or adapter, and tokenizer; the model ends a response where training did."""
+def save_student(student: LoadedModel, folder: Path, feature: FeatureLoss | None = None) -> None:
+    """Write model or adapter, and tokenizer; the model ends a response where training did.
+
+    The projections of a feature loss, where it has any, are written apart.
+    """
     _set_generation_config(student)
     with checkpoints.writing(folder), quiet_transformers():
         if hasattr(student.model, "peft_config"):
@@ -21,6 +27,9 @@ def save_student(student: LoadedModel, folder: Path) -> None:
         else:
             student.model.save_pretrained(folder)
         student.tokenizer.save_pretrained(folder)
+        if feature is not None and feature.projections:
+            (folder / PROJECTIONS_FILE).parent.mkdir(exist_ok=True)
+            save_file(dict(feature.projections.state_dict()), folder / PROJECTIONS_FILE)
 
 
 def _set_generation_config(student: LoadedModel) -> None:

@@ -8,10 +8,19 @@ from pydantic import Field, field_validator, model_validator
 from potstill.core.settings import ModelRef, Settings, execution
 from potstill.data.sources import Data
 
-__all__ = ["EarlyStoppingSettings", "LoraSettings", "ParameterGroup", "TrainSettings"]
+__all__ = [
+    "EarlyStoppingSettings",
+    "FeatureSettings",
+    "LoraSettings",
+    "ParameterGroup",
+    "Schedule",
+    "TrainSettings",
+    "default_max_tokens",
+]
 
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "adaptive_kl"]
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 def _names(text: str) -> list[str]:
@@ -135,6 +144,65 @@ class ParameterGroup(Settings):
         return pattern
 
 
+class FeatureSettings(Settings):
+    """Bring the student's inner states near those of a `teacher` in memory, beside the loss of its answers.
+
+    Layers are numbered as in transformers' `hidden_states`: 0 is what the first block reads, l what block l
+    hands on, and the last what the head reads. Relations are those inside block l.
+    """
+
+    kind: Literal["hidden_mse", "hidden_cosine", "cka", "relations"] = Field(
+        description="mean square or 1 - cosine of hidden states, 1 - linear CKA of a row's states, or KL of "
+        "how its queries, keys and values relate"
+    )
+    weight: float = Field(
+        1.0, gt=0, description="what the feature loss is multiplied with before it is added"
+    )
+    layers: Literal["uniform", "last", "first_and_last"] | dict[int, int] = Field(
+        "uniform",
+        description="which layers are compared: every one of the student with one of the teacher, evenly "
+        "spread; some; or a mapping from the student's to the teacher's",
+    )
+    embeddings: bool = Field(False, description="layer 0 as well")
+    tokens: Literal["supervised", "all"] = Field(
+        "supervised", description="states that predict supervised tokens, or those of all tokens"
+    )
+    relation_heads: int | None = Field(
+        None,
+        ge=1,
+        description="of relations: equal heads that both models' vectors are split into anew; by default as "
+        "many as divide all widths, at most the student's attention heads",
+    )
+    projection_lr: float = Field(
+        1.0, gt=0, description="what lr is multiplied with for projections to another width"
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _numbers(cls, layers: Any) -> Any:
+        # In JSON and on the command line a mapping's keys are texts.
+        if not isinstance(layers, dict):
+            return layers
+        return {int(key) if str(key).isdecimal() else key: value for key, value in layers.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.layers, dict) and (
+            not self.layers or min(*self.layers, *self.layers.values(), 0) < 0
+        ):
+            raise ValueError("layers is a mapping from the student's layers to the teacher's, counted from 0")
+        if self.kind == "relations":
+            if self.embeddings or (
+                isinstance(self.layers, dict) and 0 in {*self.layers, *self.layers.values()}
+            ):
+                raise ValueError("relations are inside blocks, of which layer 1 is the first")
+        elif self.relation_heads is not None:
+            raise ValueError(f"relation_heads belongs to relations, and kind is {self.kind}")
+        if self.projection_lr != 1 and not self.kind.startswith("hidden_"):
+            raise ValueError(f"{self.kind} needs no projection that projection_lr could train")
+        return self
+
+
 class TrainSettings(Settings):
     """Train on traces (cross-entropy), or on a teacher's logits as well: (1 - alpha) CE + alpha T^2 D.
 
@@ -154,7 +222,8 @@ class TrainSettings(Settings):
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps; the schedule ends there")
     batch: int = Field(16, ge=1, description="sequences an optimiser step, over all devices")
     lr: float = Field(1e-4, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
+    min_lr_ratio: float = Field(0.0, ge=0, lt=1, description="share of lr that the schedule ends at")
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
@@ -180,10 +249,26 @@ class TrainSettings(Settings):
     kl_reduction: Literal["token", "batchmean"] = Field(
         "token", description="the divergence's mean over tokens, or its sum over tokens divided by sequences"
     )
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        description="of cached logits, so many ids a token, the others in the tail; by default all kept ones",
+    )
+    base_kl: float = Field(
+        0.0,
+        ge=0,
+        description="weight of KL(student || base), which keeps an adapter near the model it is put on",
+    )
+    feature: FeatureSettings | None = Field(
+        None, description="learn from the inner states of a `teacher` in memory as well"
+    )
     early_stopping: EarlyStoppingSettings | None = None
     lora: LoraSettings | None = None
     max_length: int | None = Field(
         None, ge=2, description="tokens a row, the rest is cut off; by default the student's context"
+    )
+    mask_prefix: bool = Field(
+        False, description="of continued responses, leave out of the loss what another model wrote before"
     )
     trainer: dict[str, Any] = Field({}, description="further fields of transformers.TrainingArguments")
 
@@ -216,3 +301,14 @@ class TrainSettings(Settings):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas are two numbers of at least 0 and less than 1")
         return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        if self.min_lr_ratio and self.schedule == "constant":
+            raise ValueError("min_lr_ratio is where a schedule ends that falls, and schedule is constant")
+        return self
+
+
+def default_max_tokens(device_type: str) -> int:
+    """Padded tokens that a micro-batch has where `max_tokens` is not set."""
+    return 2048 if device_type == "cpu" else 16384

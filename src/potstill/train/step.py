@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from potstill.models import (
     load,
 )
 from potstill.train import checkpoints, cpu
+from potstill.train.arguments import DistillationArguments
 from potstill.train.lora import add_adapter
 from potstill.train.online import OnlineTeacher
 from potstill.train.rows import (
@@ -33,20 +35,21 @@ from potstill.train.rows import (
     rows_of_records,
 )
 from potstill.train.saving import save_student
-from potstill.train.settings import TrainSettings
+from potstill.train.settings import TrainSettings, default_max_tokens
 from potstill.train.student import StudentWithLoss
+from potstill.train.throughput import parameter_size
 from potstill.train.trackers import check_trackers
-from potstill.train.trainer import DistillationArguments, DistillationTrainer
+from potstill.train.trainer import DistillationTrainer
 from potstill.train.watcher import Watcher, history_point
 
 __all__ = ["train"]
 
 # Padded tokens a micro-batch: a CPU's matrix units are busy with fewer than a GPU's.
-_CPU_MAX_TOKENS, _GPU_MAX_TOKENS = 2048, 16384
 
 
 def train(settings: TrainSettings, context: StepContext) -> StepResult:
     """Carry out a train step, from its newest checkpoint where an earlier attempt left one."""
+    _check_one_process()
     cpu.tune_memory()  # the trainer's own call comes after the student's tensors, too late for huge pages
     model_settings = _model_settings(settings, settings.student, context)
     loaded = _load_student(settings, model_settings, context.derive_seed("lora"))
@@ -63,7 +66,8 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
     trainer = DistillationTrainer(loaded, arguments, data, teacher=teacher, callbacks=callbacks)
     counts = _say_what_is_trained(trainer, data, context)
     watcher.train(trainer, checkpoint)
-    save_student(loaded, context.folder)
+    feature = trainer.student.feature
+    save_student(loaded, context.folder, feature)
     history = [point for point in map(history_point, trainer.state.log_history) if point]
     kept_step = trainer.state.global_step
     if trainer.early_stopping is not None and trainer.early_stopping.kept_step is not None:
@@ -83,6 +87,7 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
             **_final_figures(history, kept_step),
             "parameter_groups": trainer.groups.as_json(),
             "untouched": untouched,
+            **({} if feature is None else {"feature": feature.as_json()}),
             "history": history,
         },
         extra=extra,
@@ -90,6 +95,17 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
         model_identity=identity(TransformersModel(path=str(context.folder))),
         tokens=int(sum(point.get("tokens", 0) for point in history)),
     )
+
+
+def _check_one_process() -> None:
+    """Refuse to be one of several processes that run a recipe, before they wait for one another."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise TrainingError(
+            f"{processes} processes run this recipe, and a step has one maker: the others would wait for it",
+            mend="start potstill itself, without torchrun or accelerate launch; from Python "
+            "DistillationTrainer trains in several processes",
+        )
 
 
 def _model_settings(settings: TrainSettings, name: ModelRef, context: StepContext) -> TransformersModel:
@@ -140,6 +156,11 @@ def _read_data(
     if settings.teacher is not None:
         teacher = OnlineTeacher(load(_model_settings(settings, settings.teacher, context)), loaded)
     if caches := logit_artifacts(settings.data, context):
+        if settings.mask_prefix:
+            raise TrainingError(
+                f"{settings.data} holds a teacher's logits, which have their own mask",
+                mend="set mask_prefix in the cache step, and leave it out here",
+            )
         if teacher is not None:
             raise TrainingError(
                 f"{settings.data} holds a teacher's logits, and teacher: {settings.teacher} is given besides",
@@ -153,10 +174,12 @@ def _read_data(
             ],
             vocabulary_size=loaded.vocabulary_size,
             temperature=settings.temperature,
+            top_k=settings.top_k,
             max_length=max_length,
         )
     else:
-        data = rows_of_records(read(settings.data, context), renderer, max_length)
+        records = read(settings.data, context)
+        data = rows_of_records(records, renderer, max_length, mask_prefix=settings.mask_prefix)
     data.check()
     if data.shortened:
         context.say(f"{data.shortened:,} rows were cut to {max_length:,} tokens")
@@ -168,9 +191,9 @@ def _read_data(
 def _say_what_is_trained(
     trainer: DistillationTrainer, data: TrainingData, context: StepContext
 ) -> dict[str, int]:
-    student = trainer.student
-    every = sum(one.numel() for one in student.parameters())
-    trained = sum(one.numel() for one in student.parameters() if one.requires_grad)
+    model = trainer.loaded.model
+    every = sum(map(parameter_size, model.parameters()))
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     context.say(
         f"{len(data.train):,} rows, {len(data.held_out):,} held out; trains {trained:,} of {every:,} "
         f"parameters ({trained / every:.2%})"
@@ -178,6 +201,8 @@ def _say_what_is_trained(
     if trainer.args.groups:
         for line in trainer.groups.as_text():
             context.say(line)
+    if trainer.student.feature is not None:
+        context.say(trainer.student.feature.as_text())
     return {
         "rows": len(data.train),
         "held_out_rows": len(data.held_out),
@@ -210,10 +235,11 @@ def _arguments(settings: TrainSettings, context: StepContext, device: torch.devi
     ours: dict[str, Any] = {
         "output_dir": str(context.scratch),
         "batch": settings.batch,
-        "max_tokens": settings.max_tokens or (_CPU_MAX_TOKENS if device.type == "cpu" else _GPU_MAX_TOKENS),
+        "max_tokens": settings.max_tokens or default_max_tokens(device.type),
         "packing": settings.packing,
         "order_seed": context.derive_seed("order"),
         "schedule": settings.schedule,
+        "min_lr_ratio": settings.min_lr_ratio,
         "alpha": settings.alpha,
         "temperature": settings.temperature,
         "divergence": settings.divergence,
@@ -221,7 +247,10 @@ def _arguments(settings: TrainSettings, context: StepContext, device: torch.devi
         "skew": settings.skew,
         "renormalise": settings.renormalise,
         "kl_reduction": settings.kl_reduction,
+        "top_k": settings.top_k,
+        "base_kl": settings.base_kl,
         "groups": [group.model_dump() for group in settings.groups],
+        "feature": None if settings.feature is None else settings.feature.model_dump(),
         "early_stopping": None if settings.early_stopping is None else settings.early_stopping.model_dump(),
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,

@@ -3,25 +3,29 @@
 Shapes: B rows, T tokens, N supervised tokens, H hidden size.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from potstill import scoring
 from potstill.data.batches import collate, collate_packed
 from potstill.data.chat import Rendered
+from potstill.losses.base_kl import with_base_kl
 from potstill.losses.blend import blend
-from potstill.losses.head import supervised_pairs, weighted_loss
+from potstill.losses.head import weighted_loss
 from potstill.losses.response import response_loss
 from potstill.losses.types import Sampled, Sparse, TeacherSignal
-from potstill.models import can_share_prefix, hidden_states, hidden_states_after, output_head
+from potstill.models import output_head
+from potstill.scoring import shared_prefix
+from potstill.train.features import FeatureLoss, Passed, States, counted
+
+if TYPE_CHECKING:
+    from potstill.train.base import Base
 
 __all__ = ["MicroBatch", "StudentWithLoss", "make_micro_batch", "supervised_hidden"]
-
-
-# Below this a second pass through the layers costs more than the tokens it saves.
-_WORTH_SHARING = 8
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class MicroBatch:
     `lengths` are each row's real tokens, `supervised` counts those that the loss does; `row_ids` name the
     records in messages. `shared_prefix` counts the first tokens that all rows have in common and none of
     which predicts a supervised one. Packed rows are one row here, without padding, whose positions begin
-    again with each of them.
+    again with each of them. `teacher_states` are there where features are compared.
     """
 
     input_ids_BT: Tensor
@@ -42,6 +46,7 @@ class MicroBatch:
     row_ids: tuple[str, ...] = ()
     shared_prefix: int = 0
     position_ids_BT: Tensor | None = None
+    teacher_states: States | None = None
 
     @property
     def tokens(self) -> int:
@@ -78,38 +83,26 @@ def make_micro_batch(
         supervised=sum(row.supervised_tokens for row in rows),
         teacher=teacher,
         row_ids=row_ids,
-        shared_prefix=0 if packed else _shared_prefix(rows),
+        shared_prefix=0 if packed else shared_prefix(rows),
         position_ids_BT=tensors.get("position_ids"),
     )
 
 
-def _shared_prefix(rows: list[Rendered]) -> int:
-    """How many first tokens all rows share, short of the first that predicts a supervised token."""
-    first, others = rows[0].ids, [row.ids for row in rows[1:]]
-    end = min(row.mask.index(1) if 1 in row.mask else len(row.mask) for row in rows) - 1
-    if not others:
-        return 0
-    return next((i for i in range(end) if any(ids[i] != first[i] for ids in others)), max(end, 0))
-
-
 def supervised_hidden(model: Any, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """The trunk's hidden states that predict the micro-batch's supervised tokens (NH), and those tokens (N).
-
-    A prefix that all rows share (a system prompt, say) is run once for all of them. No attention mask is
-    needed, because causal attention never looks at the padding on the right.
-    """
-    prefix = batch.shared_prefix if can_share_prefix(model) and batch.shared_prefix >= _WORTH_SHARING else 0
-    if prefix:
-        hidden_BTH = hidden_states_after(model, batch.input_ids_BT, prefix)
-    else:
-        hidden_BTH = hidden_states(model, batch.input_ids_BT, position_ids_BT=batch.position_ids_BT)
-    return supervised_pairs(hidden_BTH, batch.input_ids_BT[:, prefix:], batch.loss_mask_BT[:, prefix:])
+    """The hidden states that predict the micro-batch's supervised tokens (NH), and those tokens (N)."""
+    return scoring.supervised_hidden(
+        model,
+        batch.input_ids_BT,
+        batch.loss_mask_BT,
+        prefix_tokens=batch.shared_prefix,
+        position_ids_BT=batch.position_ids_BT,
+    )
 
 
 class StudentWithLoss(nn.Module):
     """Trunk, head and loss in one forward, so that whatever wraps this module for several devices sees it."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the settings of the loss, which are flat
         self,
         model: Any,
         vocabulary_size: int,
@@ -120,6 +113,8 @@ class StudentWithLoss(nn.Module):
         beta: float = 0.5,
         skew: float = 0.1,
         renormalise: bool = False,
+        base: "Base | None" = None,
+        feature: FeatureLoss | None = None,
         bf16: bool = False,
     ) -> None:
         super().__init__()
@@ -127,6 +122,7 @@ class StudentWithLoss(nn.Module):
         self.vocabulary_size, self.bf16 = vocabulary_size, bf16
         self.alpha, self.temperature, self.divergence = alpha, temperature, divergence
         self.beta, self.skew, self.renormalise = beta, skew, renormalise
+        self.base, self.feature = base, feature
 
     @property
     def device(self) -> torch.device:
@@ -135,16 +131,25 @@ class StudentWithLoss(nn.Module):
         return device
 
     def forward(
-        self, batch: MicroBatch, supervised_tokens: int, divergence_scale: float = 1.0
+        self,
+        batch: MicroBatch,
+        supervised_tokens: float,
+        divergence_scale: float = 1.0,
+        feature_scale: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the optimiser step's loss, and each quantity's sum over its tokens.
 
         `supervised_tokens` is the count of the whole optimiser step, so that gradients do not depend on how
-        the step is split; `divergence_scale` is `blend`'s. The head runs on supervised tokens only, chunk by
-        chunk.
+        the step is split, divided by the ranks where gradients are averaged over them; `divergence_scale` is
+        `blend`'s, and `feature_scale` is that count divided by that of the tokens which features are compared
+        of. The head runs on supervised tokens only, chunk by chunk.
         """
+        listening: AbstractContextManager[Passed] = (
+            nullcontext({}) if self.feature is None else self.feature.listening(self.model)
+        )
         with torch.autocast(batch.input_ids_BT.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden_NH, targets_N = supervised_hidden(self.model, batch)
+            with listening as passed:
+                hidden_NH, targets_N = supervised_hidden(self.model, batch)
             if batch.teacher is None:
                 quantities = response_loss(targets_N)
             else:
@@ -159,6 +164,8 @@ class StudentWithLoss(nn.Module):
                     renormalise=self.renormalise,
                     divergence_scale=divergence_scale,
                 )
+            if self.base is not None:
+                quantities = with_base_kl(quantities, self.base.signal(batch), self.base.weight)
             weights_N = hidden_NH.new_full(
                 (len(targets_N),),
                 1.0 / supervised_tokens,
@@ -166,7 +173,16 @@ class StudentWithLoss(nn.Module):
             )
             head = output_head(self.model, self.vocabulary_size)
             loss, values = weighted_loss(hidden_NH, head, quantities, weights_N)
-        return loss, {name: value_N.sum(dtype=torch.float64) for name, value_N in values.items()}
+            sums = {name: value_N.sum(dtype=torch.float64) for name, value_N in values.items()}
+            if self.feature is not None:
+                assert batch.teacher_states is not None
+                tokens = counted(batch, self.feature.settings.tokens)
+                states = self.feature.joined(passed, tokens)
+                feature = feature_scale * self.feature(states, batch.teacher_states, tokens.row_tokens)
+                loss = loss + self.feature.settings.weight * feature / supervised_tokens
+                sums["feature"] = feature.detach().double()
+                sums["loss"] = sums["loss"] + self.feature.settings.weight * sums["feature"]
+        return loss, sums
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Recompute activations in the backward pass; transformers.Trainer asks its model for this."""

@@ -1,6 +1,7 @@
 """How well training uses the machine: model FLOPs a second as a share of what its matrix products reach."""
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["StepCost", "peak_flops_per_s"]
+__all__ = ["StepCost", "parameter_size", "peak_flops_per_s"]
 
 _CPU_SIZES, _GPU_SIZES = (256, 1024), (1024, 8192)
 _REPEATS = 4
@@ -39,6 +40,12 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def parameter_size(parameter: nn.Parameter) -> int:
+    """How many weights a parameter holds; in four bits two are packed in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
 class StepCost:
     """Model FLOPs of an optimiser step (Chowdhery et al. 2022, appendix B): what the mathematics needs.
 
@@ -61,8 +68,8 @@ class StepCost:
             if one.ndim < 2 or id(one) in no_product:
                 continue
             backward = backward or one.requires_grad
-            self.per_token += one.numel() * (2 + 2 * backward + 2 * one.requires_grad)
-        self.per_supervised_token = head.numel() * (2 + 2 * backward + 2 * head.requires_grad)
+            self.per_token += parameter_size(one) * (2 + 2 * backward + 2 * one.requires_grad)
+        self.per_supervised_token = parameter_size(head) * (2 + 2 * backward + 2 * head.requires_grad)
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.per_squared_length = config.num_hidden_layers * heads * width * (6 if backward else 2)

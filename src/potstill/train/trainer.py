@@ -1,35 +1,36 @@
 """One trainer on transformers.Trainer, which keeps optimiser, schedule, checkpoints and logs.
 
 Ours are the order of the data (a pure plan), the loop over the micro-batches of one optimiser step with one
-count of supervised tokens, and the refusal of a loss that is not finite.
+count of supervised tokens over all processes (ranks), and the refusal of a loss that is not finite.
 """
 
 import math
+import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from transformers.training_args import OptimizerNames
+from transformers.trainer_utils import IntervalStrategy
 
 from potstill.core.errors import TrainingError
-from potstill.data.batches import epoch_plan, micro_batches, packs
 from potstill.losses.divergences import check_divergence
 from potstill.losses.types import Live
 from potstill.models import isolates_packed_rows, supports_bf16
 from potstill.train import checkpoints, cpu
+from potstill.train.arguments import DistillationArguments
+from potstill.train.base import Base
 from potstill.train.early_stopping import EarlyStopping
+from potstill.train.features import FeatureLoss
 from potstill.train.groups import ParameterGroups
 from potstill.train.inputs import (
     DataInput,
@@ -39,17 +40,16 @@ from potstill.train.inputs import (
     resolve_inputs,
     resolve_student,
 )
+from potstill.train.loader import EpochPlan, MicroBatches, OptimiserStep, StepLoader
 from potstill.train.online import OnlineTeacher
-from potstill.train.rows import CachedTeacher, Rows, SignalSource
+from potstill.train.rows import CachedTeacher, Rows
 from potstill.train.saving import save_student
-from potstill.train.settings import HONOURED, OWNED, Divergence, EarlyStoppingSettings, TrainSettings
-from potstill.train.student import MicroBatch, StudentWithLoss, make_micro_batch
+from potstill.train.settings import EarlyStoppingSettings, FeatureSettings, Schedule
+from potstill.train.student import MicroBatch, StudentWithLoss
 from potstill.train.throughput import StepCost, peak_flops_per_s
 from potstill.train.trackers import check_trackers
 
-__all__ = ["DistillationArguments", "DistillationTrainer", "Schedule", "learning_rate_factor"]
-
-Schedule = Literal["cosine", "linear", "constant"]
+__all__ = ["DistillationTrainer", "learning_rate_factor"]
 
 _WEIGHTS_FILE = "trained.safetensors"
 _ROWS_SHOWN = 8
@@ -57,20 +57,24 @@ _ROWS_SHOWN = 8
 _OWN_GROUPS = frozenset({"params", "model", "optimizer_dict"})
 
 
-def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, schedule: Schedule) -> float:
+def learning_rate_factor(
+    step: int, total_steps: int, warmup_steps: int, schedule: Schedule, min_lr_ratio: float = 0.0
+) -> float:
     """What the learning rate is multiplied with at a step, counted from 0: a linear rise, then the schedule.
 
-    Neither the first nor the last step is lost to a rate of zero.
+    The schedule falls from 1 towards `min_lr_ratio`. Neither the first nor the last step is lost to a rate of
+    zero.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     if schedule == "constant":
         return 1.0
-    return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    left = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return min_lr_ratio + (1 - min_lr_ratio) * left
 
 
-def _check_loss(arguments: "DistillationArguments", teacher: object) -> None:
+def _check_loss(arguments: DistillationArguments, teacher: object) -> None:
     """Refuse a loss that the teacher's signal cannot give, before anything is trained."""
     if teacher is None:
         asked = f"alpha is {arguments.alpha:g}" if arguments.alpha else None
@@ -85,18 +89,37 @@ def _check_loss(arguments: "DistillationArguments", teacher: object) -> None:
     elif isinstance(teacher, OnlineTeacher | CachedTeacher):
         kind = Live if isinstance(teacher, OnlineTeacher) else teacher.signal_type
         check_divergence(arguments.divergence, kind, renormalise=arguments.renormalise)
+    if arguments.feature is not None and not isinstance(teacher, OnlineTeacher):
+        what = "there is no teacher" if teacher is None else "cached logits are a teacher's answers alone"
+        raise TrainingError(
+            f"feature compares inner states with the teacher's, and {what}",
+            expected="traces or examples as data, and a teacher in memory",
+            mend="name the model as teacher and what it wrote as data, or leave feature out",
+        )
+    if arguments.top_k is not None and getattr(teacher, "k", None) != arguments.top_k:
+        raise TrainingError(
+            f"top_k is {arguments.top_k}, but the teacher's logits are not read from a cache here",
+            expected="a cache of top-k logits as data or teacher, which can be read with fewer ids",
+            mend="leave top_k out",
+        )
 
 
 def _default_alpha(teacher: object) -> float:
     return 0.0 if teacher is None else 0.5
 
 
-def _check_one_process(processes: int) -> None:
-    """Refuse to be one of several processes: each would train on all rows, and none would be the faster."""
-    if processes > 1:
+def _check_whole(arguments: DistillationArguments) -> None:
+    """Refuse to shard the student: the fused head, the groups and the checkpoints take each weight whole."""
+    asked = [name for name in ("fsdp", "deepspeed", "parallelism_config") if getattr(arguments, name)]
+    # As accelerate launch states its configuration.
+    launched = [f"ACCELERATE_USE_{name.upper()}" for name in ("fsdp", "deepspeed", "parallelism_config")]
+    asked += [name for name in launched if os.environ.get(name, "false").lower() in ("1", "true", "yes")]
+    if asked:
         raise TrainingError(
-            f"there are {processes} processes, and training takes one",
-            mend="start potstill itself, without torchrun or accelerate launch",
+            f"{', '.join(asked)} would divide the student's weights among processes",
+            expected="DistributedDataParallel, where each process holds the whole student: the gradient of "
+            "the head is summed, chunk by chunk, for the whole weight",
+            mend="leave it out; lora and quantize: nf4 save memory",
         )
 
 
@@ -123,138 +146,6 @@ def _check_precision(model: nn.Module, *, autocast: bool) -> None:
             )
 
 
-class _EpochPlan(Sampler[list[int]]):
-    """The row numbers of each optimiser step of one epoch."""
-
-    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration is; transformers and accelerate call this."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(epoch_plan(self.lengths, self.batch, self.seed, self.epoch))
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch)
-
-
-@dataclass
-class _MicroBatches:
-    """Makes a step's micro-batches of row numbers, in whatever process: it knows neither model nor device."""
-
-    rows: Rows
-    teacher: SignalSource | None
-    max_tokens: int
-    packed: bool
-
-    def __call__(self, numbers: Sequence[int]) -> list[MicroBatch]:
-        return list(self.one_by_one(numbers))
-
-    def one_by_one(self, numbers: Sequence[int]) -> Iterator[MicroBatch]:
-        """The micro-batches of any number of rows, each made when it is its turn."""
-        lengths = [self.rows.length(number) for number in numbers]
-        split = packs if self.packed else micro_batches
-        for group in split(lengths, range(len(numbers)), self.max_tokens):
-            members = [numbers[position] for position in group]
-            yield make_micro_batch(
-                [self.rows[number] for number in members],
-                None if self.teacher is None else self.teacher(self.rows, members),
-                tuple(self.rows.ids[number] for number in members),
-                packed=self.packed,
-            )
-
-
-class _StepLoader(DataLoader[int]):
-    """Yields the micro-batches of one optimiser step at a time."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration is; transformers calls this."""
-        plan = self.batch_sampler
-        assert isinstance(plan, _EpochPlan)
-        plan.set_epoch(epoch)
-
-
-@dataclass
-class DistillationArguments(TrainingArguments):
-    """TrainingArguments with what is ours, and with defaults that suit it: every step is logged.
-
-    `batch` is sequences an optimiser step; `max_tokens` is padded tokens a micro-batch and changes nothing
-    but speed and memory, nor does `packing` (rows one behind the other in place of padding; by default on a
-    GPU with flash attention); `order_seed` decides the order of the rows, epoch by epoch. `alpha` weighs the
-    teacher's distribution, by default 0.5 where there is a teacher; `divergence`, `beta`, `skew`,
-    `renormalise` and `kl_reduction` are those of a recipe. `groups` are mappings with `match`, `lr`
-    and `weight_decay`, `early_stopping` is a mapping with `patience`, `min_delta` and `every`, as in a
-    recipe; it evaluates every so many steps, by default an epoch, unless `eval_strategy` says when.
-    `autocast` multiplies in bfloat16, by default where the device does so itself. `max_length` cuts rows
-    off; by default the student's context does.
-
-    TrainingError for a value that a recipe would refuse, and for a field of transformers that one of ours
-    stands for (`gradient_accumulation_steps`, say).
-    """
-
-    batch: int = 16
-    max_tokens: int = 2048
-    packing: bool | None = None
-    order_seed: int = 0
-    schedule: Schedule = "cosine"
-    alpha: float | None = None
-    temperature: float = 1.0
-    divergence: Divergence = "forward_kl"
-    beta: float = 0.5
-    skew: float = 0.1
-    renormalise: bool = False
-    kl_reduction: Literal["token", "batchmean"] = "token"
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    early_stopping: dict[str, Any] | None = None
-    autocast: bool | None = None
-    max_length: int | None = None
-
-    optim: OptimizerNames | str = "adamw_torch_fused"
-    save_strategy: SaveStrategy | str = "no"
-    logging_steps: float = 1
-    logging_nan_inf_filter: bool = False
-    disable_tqdm: bool | None = True
-    report_to: str | list[str] | None = "none"
-    dataloader_pin_memory: bool = False
-
-    def __post_init__(self) -> None:
-        self.settings()
-        self._refuse_overtaken()
-        self.per_device_train_batch_size = self.batch
-        super().__post_init__()
-        self._n_gpu = min(self.n_gpu, 1)  # one process trains on one device
-
-    def settings(self) -> TrainSettings:
-        """Our fields as a recipe's settings, whose constraints they have. Raises TrainingError."""
-        theirs = {one.name for one in fields(TrainingArguments)}
-        ours = {one.name for one in fields(self)} & TrainSettings.model_fields.keys() - theirs
-        given = {name: getattr(self, name) for name in ours}
-        try:
-            return TrainSettings.model_validate(
-                {"do": "train", "student": "student", "data": "rows", **given}
-            )
-        except ValidationError as error:
-            faults = [
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, and it is {fault['input']!r}"
-                for fault in error.errors()
-            ]
-            raise TrainingError("; ".join(faults), expected="what a recipe's train step takes") from error
-
-    def _refuse_overtaken(self) -> None:
-        # What this class makes of two defaults, for arguments that are made from others.
-        made = {"per_device_train_batch_size": self.batch, "include_num_input_tokens_seen": "no"}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name in OWNED.keys() - HONOURED and value not in (one.default, made.get(one.name)):
-                raise TrainingError(
-                    f"{one.name}={value!r} would not do what it says",
-                    expected=f"its default: it is decided by {OWNED[one.name]}",
-                    mend="leave it out",
-                )
-
-
 class DistillationTrainer(Trainer):
     """Trains a student on rows, against a teacher's signal where there is one; usable without a recipe.
 
@@ -264,6 +155,10 @@ class DistillationTrainer(Trainer):
     cached logits of the examples; without one the student learns from the responses alone. Held-out examples
     are evaluated whenever the arguments or the control ask for it. The path of a data file serves for
     examples.
+
+    Started by torchrun or accelerate launch it is one of several processes (DDP): each trains on its part of
+    every step's rows, all have one loss and one log, and the first writes. Gradients do not depend on how
+    many they are, and a checkpoint serves any number of them.
 
     ```python
     from potstill import DistillationArguments, DistillationTrainer
@@ -302,7 +197,7 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         settings = arguments.settings()
-        _check_one_process(arguments.world_size)
+        _check_whole(arguments)
         check_trackers(arguments.report_to or [])
         if arguments.device.type == "cpu":
             cpu.tune_memory()
@@ -314,6 +209,7 @@ class DistillationTrainer(Trainer):
             held_out,
             teacher,
             temperature=arguments.temperature,
+            top_k=arguments.top_k,
             max_length=arguments.max_length,
         )
         self.rows, self.held_out = found.train, found.held_out
@@ -339,9 +235,11 @@ class DistillationTrainer(Trainer):
             beta=arguments.beta,
             skew=arguments.skew,
             renormalise=arguments.renormalise,
+            base=self._base(arguments.base_kl),
+            feature=self._feature(settings.feature, arguments.seed),
             bf16=bf16,
         )
-        self.plan = _EpochPlan(self.rows.lengths, arguments.batch, arguments.order_seed)
+        self.plan = EpochPlan(self.rows.lengths, arguments.batch, arguments.order_seed)
         self._cost = StepCost(model)
         self._figures: dict[str, float] = {}
         self._row_ids: list[str] = []
@@ -353,6 +251,8 @@ class DistillationTrainer(Trainer):
             eval_dataset=self.held_out if len(self.held_out) else None,
             callbacks=callbacks,
         )
+        if arguments.world_size > 1:  # else every process would drop out the same units
+            torch.manual_seed(arguments.seed + arguments.process_index)
         self.remove_callback(PrinterCallback)
         self.early_stopping = self._early_stopping(settings.early_stopping)
 
@@ -384,6 +284,15 @@ class DistillationTrainer(Trainer):
                     )
         return wanted
 
+    def _base(self, base_kl: float) -> Base | None:
+        return Base(self.loaded.model, self.loaded.vocabulary_size, base_kl) if base_kl else None
+
+    def _feature(self, settings: FeatureSettings | None, seed: int) -> FeatureLoss | None:
+        if settings is None:
+            return None
+        assert isinstance(self.teacher, OnlineTeacher)
+        return FeatureLoss(settings, self.loaded.model, self.teacher.model, seed)
+
     def _early_stopping(self, settings: EarlyStoppingSettings | None) -> EarlyStopping | None:
         if settings is None:
             return None
@@ -394,29 +303,31 @@ class DistillationTrainer(Trainer):
         self.add_callback(made)
         return made
 
-    def micro_batches(self, rows: Rows, numbers: Sequence[int]) -> list[MicroBatch]:
-        """Rows by number as micro-batches of at most `max_tokens`, with what is stored of the teacher."""
-        return self._micro_batches(rows)(numbers)
-
-    def _micro_batches(self, rows: Rows) -> _MicroBatches:
+    def micro_batches(self, rows: Rows) -> MicroBatches:
+        """What makes this rank's micro-batches of rows, with what is stored of the teacher."""
         stored = None if isinstance(self.teacher, OnlineTeacher) else self.teacher
-        return _MicroBatches(rows, stored, self.args.max_tokens, self.packs)
+        ranks = self.args.process_index, self.args.world_size
+        return MicroBatches(rows, stored, self.args.max_tokens, self.packs, *ranks)
 
     def _on_device(self, batch: MicroBatch) -> MicroBatch:
         batch = batch.to(self.student.device)
         if isinstance(self.teacher, OnlineTeacher):
-            return replace(batch, teacher=self.teacher.signal(batch))
+            return self.teacher.answer(batch, self.student.feature)
         return batch
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The steps of the plan; accelerate leaves them alone, because they are global already."""
+        """The steps of the plan, of which each rank makes its part; accelerate leaves them alone."""
         numbers: Any = range(len(self.rows))
-        return _StepLoader(
+        return StepLoader(
             numbers,
             batch_sampler=self.plan,
-            collate_fn=self._micro_batches(self.rows),
+            collate_fn=self.micro_batches(self.rows),
             num_workers=self.args.dataloader_num_workers,
         )
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Sequences an optimiser step."""
+        return self.args.batch
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
@@ -424,36 +335,57 @@ class DistillationTrainer(Trainer):
         """Forward and backward of an optimiser step's micro-batches, with one count of supervised tokens."""
         model.train()
         started = time.perf_counter()
-        supervised = sum(batch.supervised for batch in inputs)
-        self._row_ids = [row_id for batch in inputs for row_id in batch.row_ids]
+        step: OptimiserStep = inputs
+        supervised = sum(map(self.rows.supervised, step.numbers))
+        self._row_ids = [self.rows.ids[number] for number in step.numbers]
         if supervised == 0:
             raise TrainingError(
                 "no supervised token: there is nothing to learn", where=self._where(self._row_ids)
             )
-        scale = self._divergence_scale(supervised, len(self._row_ids))
+        scales = self._scales(self.rows, step.numbers)
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
-        for batch in inputs:
-            loss, values = model(self._on_device(batch), supervised, scale)
-            self.accelerator.backward(loss)
+        for batch in step.batches:
+            is_last = batch is step.batches[-1]
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                # DDP makes a mean over the ranks of what has to be their sum.
+                loss, values = model(self._on_device(batch), supervised / self.args.world_size, *scales)
+                self.accelerator.backward(loss)
             losses.append(loss.detach())
             for name, value in values.items():
-                sums[name] = sums[name] + value if name in sums else value
-        for batch, one in zip(inputs, torch.stack(losses).tolist(), strict=True):
-            if not math.isfinite(one):
+                sums[name] = value + sums.get(name, 0.0)
+        faults = (~torch.stack(losses).isfinite()).nonzero().flatten().tolist()
+        figures, first_faults = self._over_ranks(sums, fault=faults[0] + 1 if faults else 0)
+        figures = {name: value / supervised for name, value in figures.items()}
+        loss_of_step = figures.pop("loss")
+        for rank, place in enumerate(first_faults):
+            if place:
+                numbers = self.micro_batches(self.rows).split(step.numbers, rank)[place - 1]
                 raise TrainingError(
-                    f"the loss is {one}",
-                    where=self._where(batch.row_ids),
+                    f"the loss is {loss_of_step}",
+                    where=self._where([self.rows.ids[number] for number in numbers]),
                     mend="lower lr, lengthen warmup_ratio, or look at these rows",
                 )
-        self._figures = {name: value.item() / supervised for name, value in sums.items() if name != "loss"}
-        self._figures["tokens"] = sum(batch.tokens for batch in inputs)
-        lengths = [length for batch in inputs for length in batch.lengths]
+        lengths = [self.rows.length(number) for number in step.numbers]
+        self._figures = {**figures, "tokens": sum(lengths)}
         self._step = (started, self._cost.flops(lengths, supervised))
-        return torch.stack(losses).sum().to(self.args.device)
+        return torch.tensor(loss_of_step, device=self.args.device)
 
-    def _divergence_scale(self, supervised: int, sequences: int) -> float:
-        return 1.0 if self.args.kl_reduction == "token" else supervised / sequences
+    def _over_ranks(self, sums: dict[str, Tensor], fault: int = 0) -> tuple[dict[str, float], list[int]]:
+        """Each quantity's sum over all ranks, the same on each to the last bit, and every rank's `fault`."""
+        own = torch.stack([*sums.values(), torch.tensor(fault, dtype=torch.float64, device=self.args.device)])
+        by_rank = self.accelerator.gather(own[None])
+        *totals, _ = by_rank.sum(0).tolist()
+        return dict(zip(sums, totals, strict=True)), [int(one) for one in by_rank[:, -1].tolist()]
+
+    def _scales(self, rows: Rows, numbers: Sequence[int]) -> tuple[float, float]:
+        """What the divergence and the feature loss of some rows are multiplied with, to be means as asked."""
+        supervised = sum(map(rows.supervised, numbers))
+        divergence = 1.0 if self.args.kl_reduction == "token" else supervised / len(numbers)
+        feature = self.student.feature
+        if feature is None or feature.settings.tokens == "supervised":
+            return divergence, 1.0
+        return divergence, supervised / sum(map(rows.length, numbers))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -475,7 +407,7 @@ class DistillationTrainer(Trainer):
             started, flops = self._step
             seconds = time.perf_counter() - started
             dtype = torch.bfloat16 if self.student.bf16 else self.student.model.dtype
-            peak = peak_flops_per_s(self.student.device, dtype)
+            peak = self.args.world_size * peak_flops_per_s(self.student.device, dtype)
             speed = {"tokens_per_s": self._figures["tokens"] / seconds, "mfu": flops / seconds / peak}
             logs = {**logs, **self._figures, **speed}
         super().log(logs)
@@ -497,15 +429,15 @@ class DistillationTrainer(Trainer):
         if not len(self.held_out):
             raise TrainingError("there are no held-out rows to evaluate", mend="give the trainer held_out")
         self.student.eval()
-        totals: dict[str, float] = {}
-        supervised = 0
-        scale = self._divergence_scale(self.held_out.supervised_tokens, len(self.held_out))
+        sums: dict[str, Tensor] = {}
+        supervised = self.held_out.supervised_tokens
+        scales = self._scales(self.held_out, range(len(self.held_out)))
         with torch.no_grad():
-            for batch in self._micro_batches(self.held_out).one_by_one(range(len(self.held_out))):
-                _, values = self.student(self._on_device(batch), 1, scale)
-                supervised += batch.supervised
+            for batch in self.micro_batches(self.held_out).one_by_one(range(len(self.held_out))):
+                _, values = self.student(self._on_device(batch), 1, *scales)
                 for name, value in values.items():
-                    totals[name] = totals.get(name, 0.0) + value.item()
+                    sums[name] = value + sums.get(name, 0.0)
+        totals, _ = self._over_ranks(sums)
         metrics = {f"eval_{name}": total / supervised for name, total in totals.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -517,14 +449,21 @@ class DistillationTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
             # What "params" holds here is taken in place of Trainer's own groups.
             if not is_optimizer_factory(kind) and not _OWN_GROUPS & options.keys():
-                self.optimizer_cls_and_kwargs = (kind, {**options, "params": self.groups.for_optimiser()})
-            elif self.args.groups:
+                self.optimizer_cls_and_kwargs = (kind, {**options, "params": self._optimiser_groups()})
+            elif self.args.groups or (self.args.feature or {}).get("projection_lr", 1) != 1:
                 raise TrainingError(
-                    f"the optimiser {self.args.optim} divides the weights by itself, and groups are given",
-                    mend="choose another optimiser, or leave groups out",
+                    f"the optimiser {self.args.optim} divides the weights by itself, and groups or a "
+                    "projection_lr are given",
+                    mend="choose another optimiser, or leave these out",
                 )
         made: torch.optim.Optimizer = super().create_optimizer(model)
         return made
+
+    def _optimiser_groups(self) -> list[dict[str, Any]]:
+        groups, feature = self.groups.for_optimiser(), self.student.feature
+        if feature is not None:
+            groups += feature.optimiser_group(self.args.learning_rate, self.args.weight_decay)
+        return groups
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -533,7 +472,9 @@ class DistillationTrainer(Trainer):
         warmup_steps = self.args.get_warmup_steps(num_training_steps)
 
         def factor(step: int) -> float:
-            return learning_rate_factor(step, num_training_steps, warmup_steps, self.args.schedule)
+            return learning_rate_factor(
+                step, num_training_steps, warmup_steps, self.args.schedule, self.args.min_lr_ratio
+            )
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
@@ -549,11 +490,15 @@ class DistillationTrainer(Trainer):
         ]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the student, with its tokenizer, as a folder that plain transformers or PEFT loads."""
+        """Write the student, with its tokenizer, as a folder that plain transformers or PEFT loads.
+
+        Projections of features lie in it apart, in `features.PROJECTIONS_FILE`.
+        """
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)  # of a checkpoint
-        else:
-            save_student(self.loaded, Path(output_dir or str(self.args.output_dir)))
+        elif self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            save_student(self.loaded, folder, self.student.feature)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with checkpoints.writing(Path(str(self.args.output_dir))):
@@ -563,6 +508,8 @@ class DistillationTrainer(Trainer):
         return {name: one.detach() for name, one in self.student.named_parameters() if one.requires_grad}
 
     def _write_trained(self, path: Path) -> None:
+        if not self.args.should_save:
+            return
         with checkpoints.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: one.contiguous() for name, one in self._trained().items()}, path)

@@ -40,7 +40,7 @@ def test_it_knows_what_it_knew(loaded):
 
 
 def test_its_text_is_split_as_llama_cpp_splits_it(loaded, gguf_path):
-    import httpx
+    import httpx2
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
@@ -50,7 +50,7 @@ def test_its_text_is_split_as_llama_cpp_splits_it(loaded, gguf_path):
     server = xllamacpp.Server(settings)
     draw = random.Random(0)
     noise = ["".join(draw.choices("ab1 2\n\t'é.,$中½²٣  s", k=24)) for _ in range(100)]
-    with httpx.Client(base_url=server.listening_address, timeout=60) as client:
+    with httpx2.Client(base_url=server.listening_address, timeout=60) as client:
         for text in (*TEXTS, *noise):
             request = {"content": text, "add_special": False, "parse_special": True}
             expected = client.post("/tokenize", json=request).json()["tokens"]

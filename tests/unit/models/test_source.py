@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -209,3 +211,9 @@ def test_the_embedded_models_are_pinned():
     for one in EMBEDDED.values():
         assert "==" in one.requirement
         assert len(one.wheel_sha256) == len(one.gguf_sha256) == 64
+
+
+def test_a_hub_model_is_looked_for_by_a_process_that_has_imported_nothing_else() -> None:
+    code = "from potstill.models.hub import cached_hub_folder; print(cached_hub_folder('no/such', None))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"

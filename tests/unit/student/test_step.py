@@ -121,3 +121,12 @@ def test_blocks_that_work_by_their_number_are_noticed(
 def test_a_quantised_model_is_refused(prune: Pruning, deep_folder: Path) -> None:
     with pytest.raises(ModelError, match="quantised to nf4"):
         prune(model=TransformersModel(path=str(deep_folder), quantize="nf4"))
+
+
+def test_a_student_to_be_loaded_in_four_bits_keeps_its_weights_in_full(prune: Pruning) -> None:
+    plain, whole = prune()
+    quantised, packed = prune("packed", quantize="nf4")
+    assert (plain.extra, quantised.extra) == ({}, {"quantize": "nf4"})
+    assert (whole.folder / "model.safetensors").read_bytes() == (
+        packed.folder / "model.safetensors"
+    ).read_bytes()

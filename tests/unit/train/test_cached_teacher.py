@@ -57,6 +57,36 @@ def test_rows_of_several_caches_are_answered_in_the_order_asked_for(
     assert isinstance(found, Sparse if teacher.k == 5 else Sampled)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_cache_read_with_fewer_ids_is_the_cache_that_kept_no_more(
+    tmp_path: Path, temperature: float
+) -> None:
+    many, few = (_cache(tmp_path / str(k), TopK(k, V, (1.0, 2.0))) for k in (20, 5))
+    rows, numbers = _rows([many]), [2, 0, 3]
+    found, expected = (
+        CachedTeacher([many], temperature, 5)(rows, numbers),
+        CachedTeacher([few], temperature)(rows, numbers),
+    )
+    assert isinstance(found, Sparse)
+    assert isinstance(expected, Sparse)
+    assert torch.equal(found.ids_NK, expected.ids_NK)
+    # Both are rounded, and what is kept is shifted to the kept mass.
+    torch.testing.assert_close(found.log_probs_NK, expected.log_probs_NK, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(found.log_tail_N, expected.log_tail_N, rtol=0.02, atol=0.02)
+    whole = CachedTeacher([many], temperature)(rows, numbers)
+    assert isinstance(whole, Sparse)
+    assert (found.log_tail_N > whole.log_tail_N + 0.1).all()
+
+
+def test_more_ids_than_a_cache_kept_and_the_likeliest_of_drawn_ones_are_refused(tmp_path: Path) -> None:
+    caches = [_cache(tmp_path / "a", TopK(8, V)), _cache(tmp_path / "b", TopK(5, V), 1)]
+    assert CachedTeacher(caches, 1.0, 5).k == 5
+    with pytest.raises(DataError, match=r"top 6 asked for[\s\S]*1 to 5, which the cache step kept"):
+        CachedTeacher(caches, 1.0, 6)
+    with pytest.raises(DataError, match=r"top 2 asked for[\s\S]*drawn, not the most probable"):
+        CachedTeacher([_cache(tmp_path / "c", Draws(20, V))], 1.0, 2)
+
+
 def test_caches_of_different_codecs_are_not_mixed(tmp_path: Path) -> None:
     caches = [_cache(tmp_path / "a", TopK(8, V)), _cache(tmp_path / "b", Draws(20, V))]
     with pytest.raises(DataError, match="logits of codecs sampled and topk cannot be mixed"):

@@ -86,7 +86,7 @@ def test_the_files_of_steps_that_no_checkpoint_knows_are_removed(tmp_path: Path)
         written.append(path)
 
     stopping = EarlyStopping(EarlyStoppingSettings(patience=2, every=2), save, written.remove)
-    arguments: Any = SimpleNamespace(output_dir=tmp_path)
+    arguments: Any = SimpleNamespace(output_dir=tmp_path, should_save=True)
     control: Any = SimpleNamespace(should_training_stop=False, should_save=True)
     state: Any = SimpleNamespace(global_step=0, max_steps=20, log_history=[])
     for step, loss in ((0, 3.0), (2, 2.0), (3, 1.0), (4, 1.5)):
@@ -95,6 +95,9 @@ def test_the_files_of_steps_that_no_checkpoint_knows_are_removed(tmp_path: Path)
         stopping.on_evaluate(arguments, state, control)
     # Step 3 was no counted evaluation.
     assert [path.name for path in written] == [f"best-{step}.safetensors" for step in (0, 2, 4)]
+    of_another_process: Any = SimpleNamespace(output_dir=tmp_path, should_save=False)
+    stopping.on_save(of_another_process, state, control)
+    assert len(list(tmp_path.iterdir())) == 3
     stopping.on_save(arguments, state, control)
     assert [path.name for path in tmp_path.iterdir()] == ["best-4.safetensors"]
     for step in (6, 8):

@@ -123,8 +123,8 @@ def test_what_is_missing_is_told_before_training(
     arguments = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(TrainingError, match="without its tokenizer"):
         DistillationTrainer(build_tiny_model(), arguments, EXAMPLES)
-    with pytest.raises(DataError, match="example 2: its keys are input, output"):
-        DistillationTrainer(tiny_model_folder, arguments, [EXAMPLES[0], {"input": "a", "output": "b"}])
+    with pytest.raises(DataError, match="example 2: its keys are first, second"):
+        DistillationTrainer(tiny_model_folder, arguments, [EXAMPLES[0], {"first": "a", "second": "b"}])
     with pytest.raises(DataError, match="example 1"):
         DistillationTrainer(tiny_model_folder, arguments, [{"prompt": "What?"}])
     arguments.groups = [{"match": "mlp", "rate": 1}]

@@ -1,7 +1,9 @@
 """The train step as a recipe runs it: artifacts in, a model out, and the same after an interruption."""
 
+import contextlib
 import errno
 import json
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,12 +74,18 @@ def weights(folder: Path) -> bytes:
 
 
 def cached(
-    step_context: Any, seal: Any, teacher: TransformersModel, source: Artifact, **fields: Any
+    step_context: Any,
+    seal: Any,
+    teacher: TransformersModel,
+    source: Artifact,
+    *,
+    folder: str = "cache",
+    **fields: Any,
 ) -> Artifact:
     from potstill.cache import CacheSettings
     from potstill.cache import run as run_cache
 
-    context = step_context("cache", folder="cache", models={"teacher": teacher}, data={"traces": [source]})
+    context = step_context("cache", folder=folder, models={"teacher": teacher}, data={"traces": [source]})
     chosen = CacheSettings.model_validate(
         {"do": "cache", "model": "teacher", "data": "traces", "top_k": 8, **fields}
     )
@@ -198,6 +206,27 @@ def test_cached_logits_are_a_training_set_by_themselves(
     assert short.counts["shortened_rows"] > 0
 
 
+def test_a_cache_read_at_a_smaller_k_trains_as_one_captured_at_it(
+    train: Training, step_context: Any, seal: Any, traces: Any, teacher: TransformersModel
+) -> None:
+    source = traces()
+    losses = {}
+    for name, kept, asked in (("read at 8", 64, 8), ("captured at 8", 8, None), ("all 64", 64, None)):
+        cache = cached(step_context, seal, teacher, source, top_k=kept, folder=f"cache of {name}")
+        fields = {} if asked is None else {"top_k": asked}
+        result, _, _ = train(name, data=cache, max_steps=3, alpha=1.0, **fields)
+        losses[name] = [point["loss"] for point in result.metrics["history"] if "loss" in point]
+    assert losses["read at 8"] == pytest.approx(losses["captured at 8"], rel=0.01)
+    assert losses["read at 8"] != pytest.approx(losses["all 64"], rel=0.02)
+    with pytest.raises(DataError, match="1 to 64"):
+        train("more", data=cache, top_k=65)
+
+
+def test_a_k_without_a_cache_is_an_error(train: Training, teacher: TransformersModel) -> None:
+    with pytest.raises(TrainingError, match="top_k is 8, but the teacher's logits are not read from a cache"):
+        train(top_k=8, teacher=teacher)
+
+
 def test_a_weight_for_the_teacher_without_its_logits_is_an_error(train: Training) -> None:
     with pytest.raises(TrainingError, match=r"alpha is 0\.5, but there is no teacher"):
         train(alpha=0.5)
@@ -218,6 +247,44 @@ def test_a_teacher_in_memory_is_learned_from_beside_traces(
     cache = cached(step_context, seal, teacher, traces(name="scored"))
     with pytest.raises(TrainingError, match="one teacher"):
         train("both", teacher=teacher, data=cache)
+
+
+@pytest.fixture
+def wide_teacher(build_tiny_model: Any, tmp_path: Path, base: Any) -> TransformersModel:
+    """A deeper and wider model of the student's tokenizer."""
+    from transformers import AutoTokenizer
+
+    build_tiny_model(seed=5, hidden_size=48, num_hidden_layers=4).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(base.path).save_pretrained(tmp_path / "wide")
+    return TransformersModel(path=str(tmp_path / "wide"))
+
+
+def test_inner_states_of_a_deeper_and_wider_teacher_are_learned_from_and_projections_saved_apart(
+    train: Training, wide_teacher: TransformersModel, seal: Any, step_context: Any, traces: Any
+) -> None:
+    result, folder, context = train(
+        "feature", teacher=wide_teacher, epochs=4, feature={"kind": "hidden_mse", "embeddings": True}
+    )
+    before, *_, after = [point for point in result.metrics["history"] if "eval_feature" in point]
+    assert after["eval_feature"] < before["eval_feature"]
+    assert result.metrics["feature"] == {
+        "kind": "hidden_mse",
+        "layers": {"0": 0, "1": 2, "2": 4},
+        "projections": {"0": [48, 32], "1": [48, 32], "2": [48, 32]},
+    }
+    assert result.counts["trained_parameters"] == result.counts["parameters"]  # projections are no part of it
+    assert any(
+        line.startswith("feature hidden_mse: the student's layer 0 to 0, 1 to 2")
+        for line in context.reporter.said
+    )
+    assert (folder / "feature" / "projections.safetensors").is_file()
+    plain, _, _ = train("plain", epochs=4)
+    assert result.counts["parameters"] == plain.counts["parameters"]
+    on, _, _ = train("on", student=TransformersModel(path=str(folder)), max_steps=1)
+    assert on.metrics["eval_loss_before"] == pytest.approx(after["eval_cross_entropy"], rel=1e-5)
+    cache = cached(step_context, seal, wide_teacher, traces(name="scored"))
+    with pytest.raises(TrainingError, match="cached logits are a teacher's answers alone"):
+        train("stored", data=cache, feature={"kind": "cka"})
 
 
 def test_logits_of_another_tokenizer_are_refused(
@@ -358,6 +425,14 @@ def test_quantised_weights_need_an_adapter(train: Training, base: TransformersMo
         train(student=base.model_copy(update={"quantize": "nf4"}))
 
 
+def test_one_of_several_processes_that_run_a_recipe_is_refused(
+    train: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="2 processes run this recipe"):
+        train(max_steps=1)
+
+
 def test_a_model_of_another_engine_cannot_be_trained(train: Training) -> None:
     class Remote(Settings):
         engine: str = "openai"
@@ -398,7 +473,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(
     losses = {}
     plain = LlamaMLP.forward
     # It is off where activations are recomputed.
-    monkeypatch.setattr("potstill.train.student.can_share_prefix", lambda model: False)
+    monkeypatch.setattr("potstill.scoring.can_share_prefix", lambda model: False)
     for name in calls:
 
         def counted(module: Any, hidden: Any, name: str = name) -> Any:
@@ -429,10 +504,39 @@ def test_tensorboard_has_every_figure_and_the_artifact_none_of_its_files(train: 
     assert {path.name for path in folder.iterdir()} == {path.name for path in plain.iterdir()}
 
 
+def test_trackio_keeps_every_step_in_its_folder(
+    train: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip("trackio")
+    result, _, _ = train("tracked", epochs=1, report_to=["trackio"])
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "potstill.db")) as database:
+        rows = database.execute("SELECT metrics FROM metrics ORDER BY step").fetchall()
+    logged = [json.loads(metrics) for (metrics,) in rows]
+    losses = [point["loss"] for point in result.metrics["history"] if "loss" in point]
+    assert [one["train/loss"] for one in logged if "train/loss" in one] == pytest.approx(losses)
+
+
 # --- interruption
 
 
 MID_EPOCH, BOUNDARY = 5, 6  # of three steps an epoch
+
+
+@pytest.mark.parametrize("stop_at", [MID_EPOCH, BOUNDARY])
+@pytest.mark.parametrize("lora", [None, {"rank": 4, "dropout": 0.3}], ids=["all", "lora"])
+def test_with_features_interrupted_equals_uninterrupted_and_so_do_the_projections(
+    train: Training, wide_teacher: TransformersModel, stop_at: int, lora: Any
+) -> None:
+    fields: dict[str, Any] = {"epochs": 4, "lora": lora, "feature": {"kind": "hidden_mse", "weight": 2.0}}
+    expected, expected_folder, _ = train("whole", teacher=wide_teacher, **fields)
+    with pytest.raises(Interrupted):
+        train("parted", teacher=wide_teacher, stop_at=stop_at, **fields)
+    found, folder, context = train("parted", teacher=wide_teacher, **fields)
+    assert f"goes on after step {stop_at} of 12" in context.reporter.said
+    assert weights(folder) == weights(expected_folder)
+    assert weights(folder / "feature") == weights(expected_folder / "feature")
+    assert found.metrics == expected.metrics
 
 
 @pytest.mark.parametrize("stop_at", [MID_EPOCH, BOUNDARY])

@@ -1,5 +1,6 @@
 """Model FLOPs: against what torch itself counts."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from potstill.data.chat import Rendered
 from potstill.losses.response import cross_entropy
-from potstill.models import output_head
+from potstill.models import TransformersModel, load, output_head
 from potstill.train.groups import ParameterGroups
 from potstill.train.lora import add_adapter
 from potstill.train.settings import LoraSettings, ParameterGroup
 from potstill.train.student import make_micro_batch, supervised_hidden
-from potstill.train.throughput import StepCost, peak_flops_per_s
+from potstill.train.throughput import StepCost, parameter_size, peak_flops_per_s
 
 ROW = Rendered(list(range(20, 60)), [0] * 10 + [1] * 30)
 
@@ -46,6 +47,18 @@ def test_gradients_that_are_not_needed_are_not_counted(build_tiny_model: Any, ki
         ParameterGroups(model, [ParameterGroup(match=frozen, lr=0.0)], 1e-3, 0.0)
     cost = StepCost(model)
     assert cost.flops([40], 30) + cost.per_squared_length * 1600 == pytest.approx(counted(model), rel=0.12)
+
+
+def test_weights_in_four_bits_count_as_what_they_stand_for(shared_model_folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = TransformersModel(path=str(shared_model_folder), device="cpu")
+    packed = load(settings.model_copy(update={"quantize": "nf4"}), dtype=torch.float32).model
+    plain = load(settings, dtype=torch.float32).model
+    assert sum(one.numel() for one in packed.parameters()) < sum(one.numel() for one in plain.parameters())
+    sizes = [sum(map(parameter_size, model.parameters())) for model in (packed, plain)]
+    assert sizes[0] == sizes[1]
+    costs = [StepCost(add_adapter(model, LoraSettings(rank=4), seed=1)) for model in (packed, plain)]
+    assert costs[0].flops([40], 30) == costs[1].flops([40], 30)
 
 
 def test_the_peak_is_measured_once() -> None:

@@ -10,10 +10,11 @@ from transformers import Trainer
 from potstill.core.errors import TrainingError
 from potstill.data.chat import Rendered
 from potstill.models import LoadedModel
+from potstill.train.arguments import DistillationArguments
 from potstill.train.online import OnlineTeacher
 from potstill.train.rows import Rows, TrainingData
 from potstill.train.trackers import check_trackers
-from potstill.train.trainer import DistillationArguments, DistillationTrainer, learning_rate_factor
+from potstill.train.trainer import DistillationTrainer, learning_rate_factor
 
 
 def rows(count: int = 6, *, first_token: int = 20) -> Rows:
@@ -52,6 +53,15 @@ def test_the_learning_rate_rises_then_falls_by_the_schedule() -> None:
     assert [learning_rate_factor(step, 10, 2, "constant") for step in range(2, 10)] == [1] * 8
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_learning_rate_ends_at_the_share_that_is_stated(schedule: Any) -> None:
+    factors = [learning_rate_factor(step, 1000, 100, schedule, 0.2) for step in range(1000)]
+    plain = [learning_rate_factor(step, 1000, 100, schedule) for step in range(1000)]
+    assert factors[:100] == plain[:100], "the rise is not touched"
+    assert factors[-1] == pytest.approx(0.2, abs=1e-3)
+    assert factors[100:] == pytest.approx([0.2 + 0.8 * one for one in plain[100:]])
+
+
 def test_rows_come_back_as_they_were_added() -> None:
     packed = rows(3)
     assert len(packed) == 3
@@ -63,7 +73,7 @@ def test_rows_come_back_as_they_were_added() -> None:
 def test_a_step_is_split_into_micro_batches_that_hold_each_row_once(
     build_tiny_model: Any, tmp_path: Path
 ) -> None:
-    made = trainer(build_tiny_model(), tmp_path, rows()).micro_batches(rows(), [5, 0, 3])
+    made = trainer(build_tiny_model(), tmp_path, rows()).micro_batches(rows())([5, 0, 3]).batches
     assert len(made) > 1
     assert sorted(row_id for batch in made for row_id in batch.row_ids) == [
         "record-0",
@@ -82,7 +92,7 @@ def test_the_order_of_an_epoch_depends_on_the_seed_and_the_epoch_alone(
 
     def order(loader: Any, epoch: int) -> list[str]:
         loader.set_epoch(epoch)
-        return [row_id for step in loader for batch in step for row_id in batch.row_ids]
+        return [row_id for step in loader for batch in step.batches for row_id in batch.row_ids]
 
     assert order(first, 0) == order(second, 0)
     assert order(first, 1) == order(second, 1) != order(first, 0)
@@ -226,11 +236,13 @@ def test_frozen_weights_in_float16_are_refused_where_nothing_multiplies_in_bfloa
         trainer(model, tmp_path, rows(4), autocast=False)
 
 
-def test_one_of_several_processes_is_refused(
+def test_a_student_in_shards_is_refused(
     build_tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DistillationArguments, "world_size", 2)
-    with pytest.raises(TrainingError, match="there are 2 processes, and training takes one"):
+    with pytest.raises(TrainingError, match="fsdp would divide the student's weights"):
+        trainer(build_tiny_model(), tmp_path, rows(4), fsdp=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(TrainingError, match="ACCELERATE_USE_FSDP would divide"):
         trainer(build_tiny_model(), tmp_path, rows(4))
 
 

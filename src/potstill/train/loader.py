@@ -1,0 +1,97 @@
+"""The rows as optimiser steps of micro-batches; of several processes (ranks) each makes its part of them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch.utils.data import DataLoader, Sampler
+
+from potstill.data.batches import epoch_plan, micro_batches, packs, share
+from potstill.data.chat import Rendered
+from potstill.train.rows import Rows, SignalSource
+from potstill.train.student import MicroBatch, make_micro_batch
+
+__all__ = ["EpochPlan", "MicroBatches", "OptimiserStep", "StepLoader"]
+
+
+class EpochPlan(Sampler[list[int]]):
+    """The row numbers of each optimiser step of one epoch."""
+
+    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration is; transformers and accelerate call this."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(epoch_plan(self.lengths, self.batch, self.seed, self.epoch))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch)
+
+
+class OptimiserStep(NamedTuple):
+    """The numbers of a step's rows, over all ranks, and the micro-batches of those that are this rank's."""
+
+    numbers: tuple[int, ...]
+    batches: list[MicroBatch]
+
+
+@dataclass
+class MicroBatches:
+    """Makes micro-batches of row numbers, in whatever process: it knows neither model nor device.
+
+    What it is asked for are the rows of all ranks, and every rank knows which of them are whose.
+    """
+
+    rows: Rows
+    teacher: SignalSource | None
+    max_tokens: int
+    packed: bool
+    rank: int = 0
+    ranks: int = 1
+
+    def __call__(self, numbers: Sequence[int]) -> OptimiserStep:
+        """The step of these rows."""
+        return OptimiserStep(tuple(numbers), list(self.one_by_one(numbers)))
+
+    def split(self, numbers: Sequence[int], rank: int) -> list[list[int]]:
+        """The row numbers of each micro-batch of a rank; none where there are fewer rows than ranks."""
+        lengths = [self.rows.length(number) for number in numbers]
+        split = packs if self.packed else micro_batches
+        own = share(lengths, self.ranks)[rank]
+        return [[numbers[position] for position in group] for group in split(lengths, own, self.max_tokens)]
+
+    def one_by_one(self, numbers: Sequence[int]) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of any number of rows, at least one, each made when it is its turn."""
+        groups = self.split(numbers, self.rank)
+        if not groups:
+            yield self._idle(numbers[0])
+        for members in groups:
+            yield make_micro_batch(
+                [self.rows[number] for number in members],
+                None if self.teacher is None else self.teacher(self.rows, members),
+                tuple(self.rows.ids[number] for number in members),
+                packed=self.packed,
+            )
+
+    def _idle(self, number: int) -> MicroBatch:
+        """Without a token that counts, for a rank without rows: it too takes part in what the ranks exchange.
+
+        The row lends its first tokens and the kind of its signal.
+        """
+        signal = None if self.teacher is None else self.teacher(self.rows, [number]).rows(slice(0, 0))
+        made = make_micro_batch([Rendered(self.rows[number].ids[:2], [0, 0])], signal, packed=self.packed)
+        return replace(made, lengths=(0,))
+
+
+class StepLoader(DataLoader[int]):
+    """Yields one optimiser step at a time."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration is; transformers calls this."""
+        plan = self.batch_sampler
+        assert isinstance(plan, EpochPlan)
+        plan.set_epoch(epoch)

@@ -1,0 +1,49 @@
+"""The part of an optimiser step that is a rank's: all rows together, none twice, and one for who has none."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from potstill.data.chat import Rendered
+from potstill.losses.types import Dense
+from potstill.train.loader import MicroBatches
+from potstill.train.rows import Rows
+
+
+def rows(count: int = 7) -> Rows:
+    made = Rows()
+    for number in range(count):
+        made.append(Rendered(list(range(10, 14 + number)), [0, 0] + [1] * (2 + number)), f"r{number}")
+    return made
+
+
+def signal(some: Rows, numbers: Sequence[int]) -> Dense:
+    return Dense(torch.zeros(sum(map(some.supervised, numbers)), 30))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_ranks_of_a_step_have_each_row_once(ranks: int, packed: bool) -> None:
+    numbers = [6, 1, 3, 0, 5]
+    makers = [MicroBatches(rows(), signal, 20, packed, rank, ranks) for rank in range(ranks)]
+    steps = [make(numbers) for make in makers]
+    assert all(step.numbers == tuple(numbers) for step in steps)
+    ids = [[row_id for batch in step.batches for row_id in batch.row_ids] for step in steps]
+    assert sorted(one for own in ids for one in own) == ["r0", "r1", "r3", "r5", "r6"]
+    assert all(own for own in ids)
+    # Each rank knows which rows are another's, micro-batch by micro-batch.
+    for rank, step in enumerate(steps):
+        split = [[f"r{number}" for number in group] for group in makers[0].split(numbers, rank)]
+        assert split == [list(batch.row_ids) for batch in step.batches]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_rank_without_rows_has_a_micro_batch_without_supervised_tokens(packed: bool) -> None:
+    (batch,) = MicroBatches(rows(), signal, 20, packed, 1, 2)([4]).batches
+    assert (batch.supervised, batch.row_ids) == (0, ())
+    assert not batch.loss_mask_BT.any()
+    assert isinstance(batch.teacher, Dense)
+    assert batch.teacher.logits_NV.shape == (0, 30)
+    (batch,) = MicroBatches(rows(), None, 20, packed, 1, 2)([4]).batches
+    assert batch.teacher is None
