@@ -14,6 +14,8 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 DONE := $(VENV)/installed
+# A process a core, each with one thread: more threads than cores wait for each other.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: quickstart test check format clean
 .DELETE_ON_ERROR:
@@ -22,14 +24,14 @@ quickstart: $(DONE)
 	$(BIN)/potstill run quickstart
 
 test: $(DONE)
-	$(BIN)/python -m pytest
+	$(TEST)
 
 check: $(DONE)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/architecture
+	$(TEST) tests/architecture
 	$(MAKE) --no-print-directory test
 
 format: $(DONE)

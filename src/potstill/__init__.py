@@ -5,7 +5,7 @@ from typing import Any
 
 # Where each public name lives; imported when it is first asked for, so that `import potstill` stays cheap.
 _HOMES: dict[str, str] = {
-    "DistillationArguments": "potstill.train.trainer",
+    "DistillationArguments": "potstill.train.arguments",
     "DistillationTrainer": "potstill.train.trainer",
 }
 

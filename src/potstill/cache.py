@@ -17,13 +17,12 @@ from potstill.core.errors import DataError, ModelError
 from potstill.core.settings import ModelRef, Settings, execution
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact, Store, write_atomically
-from potstill.data.batches import collate, micro_batches
+from potstill.data.batches import micro_batches
 from potstill.data.chat import Rendered, Renderer
 from potstill.data.sources import Data, read
 from potstill.models import (
     LoadedModel,
     TransformersModel,
-    hidden_states,
     load,
     load_tokenizer,
     output_head,
@@ -65,7 +64,7 @@ class CacheSettings(Settings):
     )
     top_k: int = Field(64, ge=1, description="ids kept a token by codec topk")
     draws: int = Field(50, ge=1, le=65535, description="ids drawn a token by codec sampled, with replacement")
-    temperatures: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
         [1.0],
         description="temperatures that training may ask for; of topk 1 is always among them, of sampled it "
         "is the one temperature of the draws",
@@ -77,6 +76,10 @@ class CacheSettings(Settings):
         "model's context",
     )
 
+    mask_prefix: bool = Field(
+        False,
+        description="of responses that the teacher continued, keep nothing for what the other model wrote",
+    )
     batch_tokens: int | None = execution(
         None, ge=1, description="padded tokens a forward pass; by default found from the memory that is free"
     )
@@ -220,17 +223,13 @@ class _LocalScorer:
         """From the chunked head: no more than one chunk of logits exists at a time."""
         import torch
 
-        from potstill.losses.head import per_token, supervised_pairs
+        from potstill.losses.head import per_token
+        from potstill.scoring import hidden_of_rows
 
         teacher = self._teacher
         rendered = [Rendered(list(row.token_ids), list(row.mask)) for row in batch]
-        tensors = collate(rendered, pad_id=0)
-        ids_BT, attention_BT, loss_mask_BT = (
-            tensors[name].to(teacher.model.device) for name in ("input_ids", "attention_mask", "loss_mask")
-        )
         with torch.no_grad():
-            hidden_BTH = hidden_states(teacher.model, ids_BT, attention_BT)
-        hidden_NH, _ = supervised_pairs(hidden_BTH, ids_BT, loss_mask_BT)
+            hidden_NH, _ = hidden_of_rows(teacher.model, rendered)
         head = output_head(teacher.model, teacher.vocabulary_size)
         counts = [row.supervised_tokens for row in rendered]
         kept = per_token(hidden_NH, head, codec.encoder([row.key for row in batch], counts))
@@ -269,21 +268,18 @@ class _ServerScorer:
         return self._runner.run(self._score(codec, batch))
 
     async def _score(self, codec: "TopK", batch: "list[CachedRow]") -> "list[dict[str, Tensor]]":
-        places = asyncio.Semaphore(self._server.concurrency)
-
         async def one(row: "CachedRow") -> "dict[str, Tensor]":
-            async with places:
-                try:
-                    found = await self._server.prompt_logprobs(row.token_ids, codec.k)
-                except RequestError as error:
-                    raise RequestError(
-                        error.what,
-                        status=error.status,
-                        blames_row=error.blames_row,
-                        where=f"{error.where}, record {row.record_id}",
-                        expected=error.expected,
-                        mend=error.mend,
-                    ) from error
+            try:
+                found = await self._server.prompt_logprobs(row.token_ids, codec.k)
+            except RequestError as error:
+                raise RequestError(
+                    error.what,
+                    status=error.status,
+                    blames_row=error.blames_row,
+                    where=f"{error.where}, record {row.record_id}",
+                    expected=error.expected,
+                    mend=error.mend,
+                ) from error
             return codec.from_log_probs(
                 [likeliest for likeliest, supervised in zip(found, row.mask[1:], strict=True) if supervised]
             )
@@ -319,7 +315,9 @@ class _BatchSize:
             try:
                 scored = list(scorer.score(codec, batch[start : start + rows]))
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                from potstill.scoring import is_out_of_memory
+
+                if not is_out_of_memory(error):
                     raise
                 if rows == 1:
                     raise ModelError(
@@ -332,12 +330,6 @@ class _BatchSize:
                 continue
             yield from scored
             start += len(scored)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def import_artifact(path: Path, folder: Path) -> Artifact:
@@ -389,7 +381,7 @@ def _rows(settings: CacheSettings, context: StepContext, scorer: _Scorer) -> "tu
                 expected="the ids that the cached teacher itself would read",
                 mend="cache the model that wrote these rows, or another of its family",
             )
-        rendered = renderer.render(record, row_number=number)
+        rendered = renderer.render(record, mask_prefix=settings.mask_prefix, row_number=number)
         windows = [rendered]
         if limit is not None and len(rendered.ids) > limit:
             windows = [] if record.messages else _windows(rendered, limit)

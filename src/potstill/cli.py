@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -206,6 +206,7 @@ def _step_command(kind: str, summary: str, group: typer.Typer = app, name: str |
 
 for _kind, _summary in {
     "generate": "Let a teacher answer prompts.",
+    "select": "Keep the traces that teach a student most.",
     "init": "Make a smaller student out of a model.",
     "train": "Train a student on traces or cached logits.",
     "evaluate": "Compare models on held-out traces and tasks.",
@@ -291,6 +292,39 @@ def report(
         write_comparison(views, path)
         table = comparison_table(views)
     print(json.dumps({"report": str(path)}) if as_json else f"{table}\n\nreport:  {path}")
+
+
+@app.command()
+def export(
+    place: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_OR_STEP", help="A run folder, or a step in it: runs/a, runs/a/stage2."),
+    ],
+    to: Annotated[Literal["llamafactory"], typer.Option("--to", help="The trainer to write files for.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    template: Annotated[
+        str | None,
+        typer.Option(help="LLaMA-Factory's name of a chat template.  [default: the tokenizer's own]"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write data and settings of a run's training for another trainer, one YAML a stage."""
+    from potstill.export import export_llamafactory
+
+    assert to == "llamafactory"
+    exported = export_llamafactory(place, output, template=template)
+    if as_json:
+        print(json.dumps({"output": str(output), **vars(exported)}))
+        return
+    for file, count in exported.rows.items():
+        print(f"{output / file}: {count:,} rows")
+    for name, reasons in exported.left_out.items():
+        for reason, count in reasons.items():
+            print(f"note: {name}: {count:,} rows left out: {reason}")
+    for name, settings in exported.lost.items():
+        print(f"note: {name}: LLaMA-Factory has nothing like {', '.join(settings)}")
+    for file in exported.stages:
+        print(f"next:    cd {output} && llamafactory-cli train {file}")
 
 
 @app.command()

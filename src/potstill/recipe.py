@@ -201,13 +201,14 @@ def _keys_at(root: type[BaseModel] | None, loc: Iterable[Any]) -> list[str]:
     for part in loc:
         followed = []
         for model in models:
-            if part in model.model_fields:
-                followed += list(_settings_classes(model.model_fields[part].annotation))
+            fields = {field.alias or name: field for name, field in model.model_fields.items()}
+            if part in fields:
+                followed += list(_settings_classes(fields[part].annotation))
             else:
                 # A list index, or the tag that pydantic puts in for the chosen member of a union.
                 followed.append(model)
         models = [one for one in followed if one.__name__ == part] or followed
-    return [key for model in models for key in model.model_fields]
+    return [field.alias or key for model in models for key, field in model.model_fields.items()]
 
 
 def _settings_classes(annotation: Any) -> Iterator[type[BaseModel]]:

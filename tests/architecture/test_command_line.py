@@ -4,7 +4,7 @@ import resource
 import subprocess
 import sys
 
-HEAVY = {"torch", "transformers", "pyarrow", "httpx", "matplotlib", "reasoning_gym", "numpy"}
+HEAVY = {"torch", "transformers", "pyarrow", "httpx2", "matplotlib", "reasoning_gym", "numpy"}
 
 
 def _modules_after(code: str) -> set[str]:

@@ -72,7 +72,7 @@ HEAVY = (
     "transformers",
     "peft",
     "pyarrow",
-    "httpx",
+    "httpx2",
     "matplotlib",
     "reasoning_gym",
     "numpy",

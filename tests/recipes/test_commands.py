@@ -167,3 +167,39 @@ def test_the_machine_the_models_and_the_schema_are_told(potstill: Command) -> No
     models = json.loads(potstill("models", "list", "--json").out)
     assert models == [{**models[0], "name": "smollm2-135m-instruct", "fetched": False}]
     assert json.loads(potstill("schema").out)["title"] == "potstill recipe"
+
+
+def test_a_sweep_of_variants_and_seeds_is_compared_arm_by_arm(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    small["variants"] = {"slow": {}, "fast": {"steps": {"student": {"lr": 1e-2}}}}
+    recipe, store = write_recipe(tmp_path / "recipe.yaml", small), tmp_path / "store"
+    outcome = potstill(
+        *("run", recipe, "--store", store, "--output", "swept"),
+        *("--sweep", "slow,fast", "--sweep", "seed=1,2"),
+    )
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("traces: done in") == 2, "once a seed"
+    assert outcome.err.count("student: done in") == 4
+    arms = outcome.out[outcome.out.index("minus slow") :].splitlines()[2:4]
+    assert [line.split()[:2] for line in arms] == [["slow", "2"], ["fast", "2"]]
+    assert arms[1].count("(") == 2
+    assert arms[1].count(",") == 1, "a difference a seed"
+    assert "arm by arm" in (tmp_path / "swept" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_runs_training_is_exported(potstill: Command, tiny_model_folder: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"{n} + 1 =", "response": f"{n + 1}"}) for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    arguments = [f"student={tiny_model_folder}", "data=./rows.jsonl", "batch=4", "lora.rank=2"]
+    assert potstill("train", *arguments, "--store", tmp_path / "store").code == 0
+    outcome = potstill("export", "--to", "llamafactory", "runs/train", "--output", "lf")
+    assert outcome.code == 0, outcome.err
+    assert f"{Path('lf') / 'train.jsonl'}: 8 rows" in outcome.out
+    assert "llamafactory-cli train train.yaml" in outcome.out
+    assert {path.name for path in Path("lf").iterdir()} == {"dataset_info.json", "train.jsonl", "train.yaml"}
+    again = potstill("export", "--to", "llamafactory", "runs/train", "--output", "lf")
+    assert again.code == 1
+    assert "is there already" in again.err
+    other = potstill("export", "--to", "axolotl", "runs/train", "--output", "ax")
+    assert other.code == 2

@@ -1,6 +1,8 @@
 """What a step function is given: a context around folders, and sealed artifacts to read."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ Sealer = Callable[..., Artifact]
 
 
 class RecordingReporter(Reporter):
-    """Keeps what a step says and tells of; `on_event` hears every event."""
+    """Keeps what a step says, shows and tells of; `on_event` hears every event."""
 
     def __init__(self) -> None:
         super().__init__("quiet")
         self.said: list[str] = []
         self.events: list[dict[str, Any]] = []
         self.totals: list[float | None] = []
+        self.figures: list[dict[str, object]] = []
         self.on_event: Callable[[dict[str, Any]], None] = lambda event: None
 
     def say(self, message: str) -> None:
@@ -31,7 +34,10 @@ class RecordingReporter(Reporter):
 
     def progress(self, description: str, total: float | None = None, unit: str = "rows") -> Any:
         self.totals.append(total)
-        return super().progress(description, total, unit)
+        return nullcontext(self)
+
+    def advance(self, count: float = 1, **figures: object) -> None:
+        self.figures.append(figures)
 
     def event(self, kind: str, **fields: Any) -> None:
         self.events.append({"event": kind, **fields})
@@ -101,3 +107,13 @@ def traces(tmp_path: Path, seal: Sealer) -> Callable[..., Artifact]:
         return seal(tmp_path / name, "generate")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data: POTSTILL_SHARED_DATA, or shared/data beside the repository."""
+    stated = os.environ.get("POTSTILL_SHARED_DATA")
+    folder = Path(stated) if stated else Path(__file__).parents[3] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real data is not at hand")
+    return folder

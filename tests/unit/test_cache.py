@@ -28,7 +28,7 @@ from potstill.core.settings import Settings, meaning
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact, Store
 from potstill.data.batches import collate
-from potstill.data.chat import Renderer
+from potstill.data.chat import Rendered, Renderer
 from potstill.logits import shards
 from potstill.logits.hdf5 import export_hdf5
 from potstill.logits.shards import LogitCache
@@ -36,11 +36,11 @@ from potstill.losses.types import Sampled, Sparse
 from potstill.models import (
     LoadedModel,
     TransformersModel,
-    hidden_states,
     load,
     load_tokenizer,
     tokenizer_hash,
 )
+from potstill.scoring import hidden_of_rows
 from potstill.teachers import OpenAIModel
 
 from ..servers import Reply, ScriptedServer, error, running_server
@@ -137,11 +137,11 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each forward pass of the step, as they happen."""
     passes: list[int] = []
 
-    def counted(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        passes.append(len(ids_BT))
-        return hidden_states(model, ids_BT, mask_BT)
+    def counted(model: Any, rows: list[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
+        passes.append(len(rows))
+        return hidden_of_rows(model, rows)
 
-    monkeypatch.setattr("potstill.cache.hidden_states", counted)
+    monkeypatch.setattr("potstill.scoring.hidden_of_rows", counted)
     return passes
 
 
@@ -231,11 +231,11 @@ def test_pitfall_15_an_interrupted_capture_ends_with_the_same_bytes(
     context = bench.context("interrupted")
 
     def stops(*arguments: Any, **options: Any) -> Any:
-        if len(forward_passes) == passes_before - 1:
+        if len(forward_passes) == passes_before:
             context.stop.set()
         return collate(*arguments, **options)
 
-    monkeypatch.setattr("potstill.cache.collate", stops)
+    monkeypatch.setattr("potstill.scoring.collate", stops)
     with pytest.raises(Interrupted):
         run(_settings(batch_tokens=70, **codec), context)
     assert len(forward_passes) == passes_before
@@ -244,7 +244,7 @@ def test_pitfall_15_an_interrupted_capture_ends_with_the_same_bytes(
     assert sealed not in itertools.accumulate(whole_passes), "no shard ends inside a batch"
     assert not (context.folder / "index.safetensors").exists()
 
-    monkeypatch.setattr("potstill.cache.collate", collate)
+    monkeypatch.setattr("potstill.scoring.collate", collate)
     forward_passes.clear()
     result, _ = bench.run("interrupted", batch_tokens=70, **codec)
     assert 0 < len(forward_passes) < len(whole_passes), "nothing was taken over from the first attempt"
@@ -300,12 +300,14 @@ def test_a_row_that_the_teacher_gives_no_distribution_for_is_named(
 ) -> None:
     longest = max(RECORDS[:6], key=lambda record: len(str(record.messages)) + len(record.response))
 
-    def overflowing(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        hidden_BTH = hidden_states(model, ids_BT, mask_BT)
-        hidden_BTH[mask_BT.sum(-1).argmax()] = torch.nan
-        return hidden_BTH
+    def overflowing(model: Any, rows: list[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_NH, targets_N = hidden_of_rows(model, rows)
+        place = max(range(len(rows)), key=lambda number: len(rows[number].ids))
+        first = sum(row.supervised_tokens for row in rows[:place])
+        hidden_NH[first : first + rows[place].supervised_tokens] = torch.nan
+        return hidden_NH, targets_N
 
-    monkeypatch.setattr("potstill.cache.hidden_states", overflowing)
+    monkeypatch.setattr("potstill.scoring.hidden_of_rows", overflowing)
     with pytest.raises(DataError, match=rf"record {longest.id}: token 0 of those kept has no distribution"):
         bench.run(codec=codec, batch_tokens=5000)
 
@@ -366,14 +368,14 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(
     forward_passes.clear()
     refused: list[int] = []
 
-    def small_memory(model: Any, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        if len(ids_BT) > 2:
-            refused.append(len(ids_BT))
+    def small_memory(model: Any, rows: list[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(rows) > 2:
+            refused.append(len(rows))
             raise torch.OutOfMemoryError("out of memory")
-        forward_passes.append(len(ids_BT))
-        return hidden_states(model, ids_BT, mask_BT)
+        forward_passes.append(len(rows))
+        return hidden_of_rows(model, rows)
 
-    monkeypatch.setattr("potstill.cache.hidden_states", small_memory)
+    monkeypatch.setattr("potstill.scoring.hidden_of_rows", small_memory)
     _, found = bench.run("found", batch_tokens=2000)
     assert refused == [6, 3]
     assert sum(forward_passes) == 6
@@ -388,7 +390,7 @@ def test_a_row_that_fits_into_no_memory_is_an_error(bench: Bench, monkeypatch: p
     def no_memory(*_: Any) -> torch.Tensor:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("potstill.cache.hidden_states", no_memory)
+    monkeypatch.setattr("potstill.scoring.hidden_of_rows", no_memory)
     with pytest.raises(ModelError, match=r"a row of \d+ tokens does not fit into memory"):
         bench.run()
 

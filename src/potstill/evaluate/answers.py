@@ -2,12 +2,13 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from potstill.core.errors import DataError
 from potstill.core.records import Record
 from potstill.core.step import StepContext
-from potstill.data.chat import THINK_OPEN, Renderer
+from potstill.data.chat import THINK_OPEN, Renderer, split_reasoning
+from potstill.evaluate.rouge import rouge
 from potstill.evaluate.rows import AnswerRow
 from potstill.evaluate.settings import EvaluateSettings
 from potstill.models import LoadedModel
@@ -22,6 +23,7 @@ def answer_prompts(
     model: LoadedModel,
     renderer: Renderer,
     records: Sequence[Record],
+    references: Mapping[str, Sequence[str]],
     *,
     settings: EvaluateSettings,
     context: StepContext,
@@ -29,6 +31,7 @@ def answer_prompts(
 ) -> tuple[list[AnswerRow], float]:
     """One answer a prompt with its verdicts, in the prompts' order, and the seconds that decoding took.
 
+    `references` are texts by prompt id that answers are compared with by ROUGE, reasoning left aside.
     Prompts of like length are decoded together. Sampling draws by seeds made from the prompt's id, the same
     for every model. Raises DataError for a prompt that does not fit the model's context.
     """
@@ -54,13 +57,22 @@ def answer_prompts(
             found.update(zip(batch, answers, strict=True))
             progress.advance(len(batch))
     rows = [
-        _row(record, renderer, prompts_ids[number], found[number], number)
+        _row(
+            record, renderer, prompts_ids[number], found[number], number, references.get(record.prompt_id, ())
+        )
         for number, record in enumerate(records)
     ]
     return rows, seconds
 
 
-def _row(record: Record, renderer: Renderer, prompt_ids: list[int], answer: Answer, number: int) -> AnswerRow:
+def _row(
+    record: Record,
+    renderer: Renderer,
+    prompt_ids: list[int],
+    answer: Answer,
+    number: int,
+    references: Sequence[str],
+) -> AnswerRow:
     opened = THINK_OPEN if renderer.opens_reasoning(record.messages) else ""
     try:
         verdicts = verify(record, opened + answer.response)
@@ -77,4 +89,5 @@ def _row(record: Record, renderer: Renderer, prompt_ids: list[int], answer: Answ
         prompt_tokens=len(prompt_ids),
         response_tokens=answer.response_tokens or 0,
         verdicts=verdicts,
+        scores=rouge(split_reasoning(opened + answer.response)[1], references) if references else {},
     )

@@ -17,6 +17,7 @@ __all__ = [
     "SCORES_FILE",
     "AnswerRow",
     "TraceRow",
+    "read_traces",
     "write_answers",
     "write_traces",
 ]
@@ -38,7 +39,7 @@ class TraceRow:
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """A model's answer to one prompt. `prompt` holds the messages as JSON."""
+    """A model's answer to one prompt. `prompt` holds the messages as JSON, `scores` lie in 0..1."""
 
     record_id: str
     prompt_id: str
@@ -48,6 +49,7 @@ class AnswerRow:
     prompt_tokens: int
     response_tokens: int
     verdicts: dict[str, bool] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 def write_traces(path: Path, rows: Mapping[str, Sequence[TraceRow]]) -> None:
@@ -69,8 +71,17 @@ def write_traces(path: Path, rows: Mapping[str, Sequence[TraceRow]]) -> None:
     _write(path, pa.Table.from_pylist(table, schema))
 
 
+def read_traces(path: Path, model: str) -> list[TraceRow]:
+    """One model's trace rows of a table, in order."""
+    import pyarrow.parquet as pq
+
+    names = [one.name for one in dataclasses.fields(TraceRow)]
+    table = pq.read_table(path, columns=names, filters=[("model", "=", model)])
+    return [TraceRow(**row) for row in table.to_pylist()]
+
+
 def write_answers(path: Path, rows: Mapping[str, Mapping[str, Sequence[AnswerRow]]]) -> None:
-    """All models' answers by task as one Parquet table; verdicts are JSON."""
+    """All models' answers by task as one Parquet table; verdicts and scores are JSON."""
     import pyarrow as pa
 
     schema = pa.schema(
@@ -85,10 +96,17 @@ def write_answers(path: Path, rows: Mapping[str, Mapping[str, Sequence[AnswerRow
             ("prompt_tokens", pa.int64()),
             ("response_tokens", pa.int64()),
             ("verdicts", pa.string()),
+            ("scores", pa.string()),
         ]
     )
     table = [
-        {"model": model, "task": task, **dataclasses.asdict(row), "verdicts": json.dumps(row.verdicts)}
+        {
+            "model": model,
+            "task": task,
+            **dataclasses.asdict(row),
+            "verdicts": json.dumps(row.verdicts),
+            "scores": json.dumps(row.scores),
+        }
         for model, tasks in rows.items()
         for task, answers in tasks.items()
         for row in answers

@@ -14,7 +14,7 @@ class EvaluateSettings(Settings):
     """Compare models on the same traces and prompts with the same decoding.
 
     On held-out traces: KL to the teacher, top-1 agreement and perplexity. On tasks: the share of verified
-    answers.
+    answers, and with `rouge` their likeness to given responses.
     """
 
     kind: ClassVar[str] = "evaluate"
@@ -34,6 +34,9 @@ class EvaluateSettings(Settings):
     data: Data | None = Field(None, description="traces kept from training, such as traces:held_out")
     tasks: dict[str, Data] = Field(
         {}, description="prompts with a verifier, by the name the report gives them"
+    )
+    rouge: bool = Field(
+        False, description="compare answers with the responses that the rows of tasks come with, by ROUGE"
     )
     limit: int | None = Field(
         None, ge=1, description="at most so many traces, and prompts of each task; the first ones"
@@ -73,6 +76,8 @@ class EvaluateSettings(Settings):
     def _check(self) -> Self:
         if self.data is None and not self.tasks:
             raise ValueError("nothing to evaluate on: give data (held-out traces), tasks, or both")
+        if self.rouge and not self.tasks:
+            raise ValueError("rouge needs tasks whose rows have responses, such as {name: traces:held_out}")
         if self.baseline not in self.roles:
             raise ValueError(f"baseline {self.baseline!r} is not among the models: {', '.join(self.roles)}")
         if isinstance(self.models, list) and len(self.roles) < len(self.models):

@@ -18,9 +18,10 @@ from potstill.core.records import Record
 from potstill.core.settings import ModelRef
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import write_atomically
-from potstill.data.chat import Renderer, fit
+from potstill.data.chat import Renderer, fit, split_reasoning
 from potstill.data.sources import Data, prompts, read
 from potstill.evaluate.answers import answer_prompts
+from potstill.evaluate.rouge import check_rouge
 from potstill.evaluate.rows import (
     HELD_OUT_FILE,
     SAMPLES_FILE,
@@ -42,11 +43,11 @@ from potstill.models import (
     load_tokenizer,
     tokenizer_hash,
 )
+from potstill.scoring import micro_batch_tokens
 from potstill.teachers.transformers import context_tokens
 
 __all__ = ["evaluate"]
 
-_CPU_MAX_TOKENS, _GPU_MAX_TOKENS = 2048, 16384
 _HELD_OUT = "held_out"
 
 
@@ -78,6 +79,7 @@ class _Evaluation:
     context: StepContext
     traces: list[Record]
     tasks: dict[str, list[Record]]
+    references: dict[str, dict[str, list[str]]]
     teacher: _Subject | None
     device: str = ""
 
@@ -105,11 +107,11 @@ def evaluate(settings: EvaluateSettings, context: StepContext) -> StepResult:
         named = _Subject("teacher", settings.teacher, _model_settings(settings.teacher, settings, context))
         # The same weights are not loaded twice.
         teacher = next((one for one in subjects if one.is_same_model(named)), named)
-    tasks = {
-        name: list(islice(prompts(read(data, context)), settings.limit))
-        for name, data in settings.tasks.items()
-    }
-    work = _Evaluation(settings, context, _read_traces(settings.data, settings, context), tasks, teacher)
+    if settings.rouge:
+        check_rouge()
+    tasks, references = _read_tasks(settings, context)
+    traces = _read_traces(settings.data, settings, context)
+    work = _Evaluation(settings, context, traces, tasks, references, teacher)
     rows: dict[str, ModelRows] = {}
     shown: dict[str, list[AnswerRow]] = {}
     described: dict[str, dict[str, Any]] = {}
@@ -160,6 +162,40 @@ def _read_traces(data: Data | None, settings: EvaluateSettings, context: StepCon
     return traces
 
 
+def _read_tasks(
+    settings: EvaluateSettings, context: StepContext
+) -> tuple[dict[str, list[Record]], dict[str, dict[str, list[str]]]]:
+    """The prompts of each task, and for ROUGE the answers that their rows come with, by prompt id."""
+    tasks: dict[str, list[Record]] = {}
+    references: dict[str, dict[str, list[str]]] = {name: {} for name in settings.tasks}
+    for name, data in settings.tasks.items():
+        rows = read(data, context)
+        if settings.rouge:
+            rows = iter(known := list(rows))
+            for record in known:
+                if text := _reference(record):
+                    references[name].setdefault(record.prompt_id, []).append(text)
+        tasks[name] = list(islice(prompts(rows), settings.limit))
+        bare = sum(record.prompt_id not in references[name] for record in tasks[name])
+        if settings.rouge and bare:
+            context.say(
+                f"{name}: {bare:,} of {len(tasks[name]):,} prompts have no answer to compare by ROUGE"
+            )
+    if settings.rouge and not any(references.values()):
+        raise DataError(
+            "the rows of no task have responses that answers could be compared with",
+            where=f"step {context.name}, tasks",
+            expected="traces, such as {name: traces:held_out}",
+            mend="name such a task, or leave rouge out",
+        )
+    return tasks, references
+
+
+def _reference(record: Record) -> str:
+    """The answer of a row's response; empty where it was cut off before one."""
+    return split_reasoning(record.response or "")[1] if record.answer is None else record.answer
+
+
 def _refusal(subject: _Subject, teacher: _Subject | None) -> str | None:
     """Why KL and agreement cannot be measured, or None where they can (or were not asked for)."""
     if teacher is None or subject.is_same_model(teacher) or subject.tokenizer_hash == teacher.tokenizer_hash:
@@ -195,7 +231,6 @@ def _trace_rows(subject: _Subject, work: _Evaluation, *, with_teacher: bool) -> 
         fit(subject.renderer.render(record, row_number=number), length, row_number=number)
         for number, record in enumerate(work.traces, start=1)
     ]
-    on_cpu = model.model.device.type == "cpu"
     with context.progress(f"{subject.name}: held-out traces", total=len(rendered)) as progress:
 
         def on_batch(rows: int) -> None:
@@ -206,7 +241,7 @@ def _trace_rows(subject: _Subject, work: _Evaluation, *, with_teacher: bool) -> 
             model,
             teacher.loaded if teacher is not None else None,
             rendered,
-            max_tokens=work.settings.max_tokens or (_CPU_MAX_TOKENS if on_cpu else _GPU_MAX_TOKENS),
+            max_tokens=work.settings.max_tokens or micro_batch_tokens(model.model.device),
             on_batch=on_batch,
         )
     return [
@@ -225,6 +260,7 @@ def _answers(
             subject.loaded,
             subject.renderer,
             records,
+            work.references.get(task, {}),
             settings=work.settings,
             context=work.context,
             description=f"{subject.name}: {task}",
@@ -309,7 +345,7 @@ def _samples(
                     "answers": {
                         role: {
                             key: getattr(given[number], key)
-                            for key in ("response", "finish_reason", "response_tokens", "verdicts")
+                            for key in ("response", "finish_reason", "response_tokens", "verdicts", "scores")
                         }
                         for role, given in answers.items()
                     },

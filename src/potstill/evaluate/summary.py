@@ -69,14 +69,19 @@ def _exp(estimate: Estimate) -> Estimate:
 
 
 def _answer_figures(answers: Sequence[AnswerRow], seed: int) -> dict[str, Any]:
+    clusters = [answer.prompt_id for answer in answers]
     lengths = bootstrap_ratio(
         [answer.response_tokens for answer in answers],
         [1] * len(answers),
-        [answer.prompt_id for answer in answers],
+        clusters,
         seed=seed,
     )
     return {
         "prompts": len(answers),
+        "scores": {
+            name: bootstrap_ratio(scores, [1] * len(scores), _scored(answers), seed=seed).as_dict()
+            for name, scores in _scores(answers).items()
+        },
         "verdicts": {
             name: wilson_interval(sum(verdicts), len(verdicts)).as_dict()
             for name, verdicts in _verdicts(answers).items()
@@ -90,6 +95,17 @@ def _verdicts(answers: Sequence[AnswerRow]) -> dict[str, list[bool]]:
     """The verdicts that every answer has, by name."""
     names = [name for name in answers[0].verdicts if all(name in answer.verdicts for answer in answers)]
     return {name: [answer.verdicts[name] for answer in answers] for name in names}
+
+
+def _scores(answers: Sequence[AnswerRow]) -> dict[str, list[float]]:
+    """The scores by name, of the answers that there is something to compare with."""
+    scored = [answer.scores for answer in answers if answer.scores]
+    return {name: [scores[name] for scores in scored] for name in scored[0]} if scored else {}
+
+
+def _scored(answers: Sequence[AnswerRow]) -> list[str]:
+    """The prompts of these answers, the same ones of every model."""
+    return [answer.prompt_id for answer in answers if answer.scores]
 
 
 def differences(
@@ -110,7 +126,10 @@ def differences(
             one["held_out"] = _trace_differences(base.traces, model.traces, seed)
         if model.answers:
             one["tasks"] = {
-                task: {"verdicts": _verdict_differences(base.answers[task], answers)}
+                task: {
+                    "verdicts": _verdict_differences(base.answers[task], answers),
+                    "scores": _score_differences(base.answers[task], answers, seed),
+                }
                 for task, answers in model.answers.items()
             }
         found[role] = one
@@ -134,6 +153,20 @@ def _trace_differences(base: Sequence[TraceRow], model: Sequence[TraceRow], seed
         found["kl_nats_per_token"] = difference("kl_nats").as_dict()
         found["top1_agreement"] = difference("agreed_tokens").as_dict()
     return found
+
+
+def _score_differences(
+    base: Sequence[AnswerRow], model: Sequence[AnswerRow], seed: int
+) -> dict[str, dict[str, float]]:
+    clusters, first, second = _scored(base), _scores(base), _scores(model)
+    ones = [1] * len(clusters)
+    return {
+        name: bootstrap_ratio_difference(
+            (first[name], ones), (second[name], ones), clusters, seed=seed
+        ).as_dict()
+        for name in first
+        if name in second
+    }
 
 
 def _verdict_differences(base: Sequence[AnswerRow], model: Sequence[AnswerRow]) -> dict[str, Any]:

@@ -1,22 +1,22 @@
 """How well a model predicts given traces, and how close it is to a teacher on them, in one pass.
 
-Shapes: B rows, T tokens, N supervised tokens, H hidden size.
+Shapes: N supervised tokens, H hidden size.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from potstill.data.batches import collate, micro_batches
+from potstill.data.batches import micro_batches
 from potstill.data.chat import Rendered
-from potstill.losses.head import CHUNK_TOKENS, per_token, supervised_pairs
+from potstill.losses.head import CHUNK_TOKENS, TokenFunction
 from potstill.losses.metrics import comparison
 from potstill.losses.response import response_loss
 from potstill.losses.types import Live
-from potstill.models import LoadedModel, hidden_states, output_head
+from potstill.models import LoadedModel, output_head
+from potstill.scoring import hidden_of_rows, score_rows
 
 __all__ = ["TraceFigures", "compare_on_traces"]
 
@@ -51,13 +51,17 @@ def compare_on_traces(
     found: list[TraceFigures | None] = [None] * len(rows)
     lengths = [len(row.ids) for row in rows]
     for batch in micro_batches(lengths, range(len(rows)), max_tokens):
-        values = _quantities(model, teacher, [rows[number] for number in batch], size, chunk_tokens)
-        counts = [sum(rows[number].mask[1:]) for number in batch]
-        parts = {name: torch.split(value_N.double().cpu(), counts) for name, value_N in values.items()}
-        for place, number in enumerate(batch):
-            sums = {name: float(part[place].sum()) for name, part in parts.items()}
+        scored = score_rows(
+            model,
+            [rows[number] for number in batch],
+            partial(_quantities, teacher, size),
+            vocabulary_size=size,
+            chunk_tokens=chunk_tokens,
+        )
+        for number, values in zip(batch, scored, strict=True):
+            sums = {name: float(value_N.sum()) for name, value_N in values.items()}
             found[number] = TraceFigures(
-                counts[place],
+                rows[number].supervised_tokens,
                 sums["cross_entropy"],
                 sums.get("kl"),
                 round(sums["agreement"]) if "agreement" in sums else None,
@@ -66,20 +70,10 @@ def compare_on_traces(
     return [one for one in found if one is not None]
 
 
-@torch.no_grad()
 def _quantities(
-    model: LoadedModel, teacher: LoadedModel | None, rows: list[Rendered], size: int, chunk_tokens: int
-) -> dict[str, Tensor]:
-    tensors = {name: tensor.to(model.model.device) for name, tensor in collate(rows, pad_id=0).items()}
-    ids_BT, attention_BT, mask_BT = tensors["input_ids"], tensors["attention_mask"], tensors["loss_mask"]
-
-    def trunk(one: Any) -> tuple[Tensor, Tensor]:
-        return supervised_pairs(hidden_states(one, ids_BT, attention_BT), ids_BT, mask_BT)
-
-    hidden_NH, targets_N = trunk(model.model)
+    teacher: LoadedModel | None, size: int, rows: Sequence[Rendered], targets_N: Tensor
+) -> TokenFunction:
     if teacher is None:
-        quantities = response_loss(targets_N)
-    else:
-        teacher_hidden_NH, _ = trunk(teacher.model)
-        quantities = comparison(targets_N, Live(teacher_hidden_NH, output_head(teacher.model, size)))
-    return per_token(hidden_NH, output_head(model.model, size), quantities, chunk_tokens=chunk_tokens)
+        return response_loss(targets_N)
+    hidden_NH, _ = hidden_of_rows(teacher.model, rows)
+    return comparison(targets_N, Live(hidden_NH, output_head(teacher.model, size)))

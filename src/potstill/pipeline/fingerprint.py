@@ -42,8 +42,8 @@ class Inputs:
             return TransformersModel(path=str(reference))
         if reference.target in self.graph.models:
             return self.graph.models[reference.target]
-        step = self.graph.steps_named(reference, self.node)[0]
-        return TransformersModel(path=str(self._made(step.name).folder))
+        artifact = self._made(self.graph.steps_named(reference, self.node)[0].name)
+        return TransformersModel(path=str(artifact.folder), quantize=artifact.manifest.extra.get("quantize"))
 
     def _made(self, step: str) -> Artifact:
         if step not in self.made:
@@ -53,11 +53,11 @@ class Inputs:
     def identify(self, reference: Reference) -> Any:
         """What stands for a reference in a fingerprint: the content it leads to."""
         if isinstance(reference, ModelRef):
-            settings = self.model(reference)
             if not reference.is_path and reference.target not in self.graph.models:
                 manifest = self._made(self.graph.steps_named(reference, self.node)[0].name).manifest
-                return {"content": manifest.content, "identity": manifest.model_identity}
-            return meaning(settings)
+                quantized = {key: manifest.extra[key] for key in ("quantize",) if key in manifest.extra}
+                return {"content": manifest.content, "identity": manifest.model_identity, **quantized}
+            return meaning(self.model(reference))
         if reference.is_path and not (Path(reference) / MANIFEST_FILE).is_file():
             from potstill.data.sources import source_of_path
 

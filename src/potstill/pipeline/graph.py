@@ -13,7 +13,7 @@ __all__ = ["VIEWS", "Graph", "Node", "nearest"]
 
 VIEWS = ("prompts", "held_out")
 _MODEL_MAKERS = frozenset({"init", "train"})
-_DATA_MAKERS = frozenset({"generate", "cache"})
+_DATA_MAKERS = frozenset({"generate", "select", "cache"})
 _INSTANCE = re.compile(r"(?P<base>[^\[\]]+)\[(?P<values>[^\[\]]*)\]")
 
 

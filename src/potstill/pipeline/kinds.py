@@ -11,6 +11,7 @@ __all__ = ["STEP_KINDS", "settings_class", "step_function"]
 
 STEP_KINDS: dict[str, tuple[str, str]] = {
     "generate": ("potstill.generate", "GenerateSettings"),
+    "select": ("potstill.select", "SelectSettings"),
     "cache": ("potstill.cache", "CacheSettings"),
     "init": ("potstill.student", "InitSettings"),
     "train": ("potstill.train", "TrainSettings"),

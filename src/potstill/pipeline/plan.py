@@ -1,30 +1,55 @@
 """What a recipe will do, before anything is spent, and everything that is missing or impossible."""
 
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from potstill.core.errors import PotstillError
 from potstill.core.events import format_seconds
 from potstill.core.hashing import hash_json
+from potstill.core.records import Record
 from potstill.core.settings import DataRef, ModelRef, meaning, references
-from potstill.core.store import Artifact, Store
-from potstill.generate import GenerateSettings
-from potstill.models import TransformersModel, parameter_count
+from potstill.core.store import MANIFEST_FILE, Artifact, Store
+from potstill.data.sources import count_rows, first_prompts
+from potstill.generate import GenerateSettings, check_budget
+from potstill.models import (
+    TransformersModel,
+    choose_device,
+    find_source,
+    frozen_weight_bytes,
+    parameter_count,
+    supports_bf16,
+)
 from potstill.pipeline.fingerprint import Inputs, MissingInput
 from potstill.pipeline.graph import Graph, Node
 from potstill.pipeline.run import Runnable
-from potstill.teachers import check_teacher
+from potstill.teachers import OpenAIModel, check_teacher
+from potstill.teachers.continuation import check_continues
 from potstill.teachers.solver import SolverModel
+from potstill.train.settings import default_max_tokens
 
 __all__ = ["Plan", "PlannedStep", "make_plan"]
 
+Figure = TypeVar("Figure")
+
 _GB = 1e9
-# Bytes a parameter: fp32 weight, gradient and AdamW's two moments; a frozen bf16 weight; a weight on disk.
-_TRAINED_BYTES, _FROZEN_BYTES, _STORED_BYTES = 16, 2, 4
+_SIZE_IN_NAME = re.compile(r"-(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z0-9])")
+_LETTERS_A_TOKEN, _PROMPTS_LOOKED_AT = 3.0, 200
+# Bytes a parameter: fp32 weight, gradient and AdamW's two moments; a weight on disk.
+_TRAINED_BYTES, _STORED_BYTES = 16, 4
+_TRACE_TOKEN_BYTES = 16
+# Of a quantised model about a tenth, the embedding, stays in 16 bits; an adapter has about a hundredth of the
+# weights, which are trained.
+_EMBEDDING_BYTES, _ADAPTER_BYTES = 0.2, 0.16
+_WIDTH_TO_DEPTH = 70  # hidden size a block of common language models
+# Where nothing was measured: what an API writes a request, and the share of a matrix product's speed.
+_STREAM_TOKENS_PER_S, _PEAK_SHARE = 40.0, 0.35
 # Bytes of a token's cached logits: a kept or drawn id, a temperature's sums, ids and key of the row itself.
 _TOP_K_ID_BYTES, _SAMPLED_ID_BYTES, _TEMPERATURE_BYTES, _ROW_BYTES = 1.85, 1.9, 4.0, 4.0
 
@@ -40,6 +65,7 @@ class PlannedStep:
     settings: dict[str, Any]
     rows: int | None = None
     tokens: int | None = None
+    cost_usd: float | None = None
     memory_gb: float | None = None
     disk_gb: float | None = None
     seconds: float | None = None
@@ -60,7 +86,7 @@ class Plan:
 
     def to_text(self) -> str:
         """The plan for a terminal."""
-        head = ["step", "kind", "status", "rows", "tokens", "memory", "disk", "time"]
+        head = ["step", "kind", "status", "rows", "tokens", "cost", "memory", "disk", "time"]
         rows = [
             [
                 step.name,
@@ -68,6 +94,7 @@ class Plan:
                 step.status,
                 _shown(step.rows, "{:,}"),
                 _shown(step.tokens, "{:,}"),
+                _shown(step.cost_usd, "${:,.2f}"),
                 _shown(step.memory_gb, "{:.1f} GB"),
                 _shown(step.disk_gb, "{:.2f} GB"),
                 format_seconds(step.seconds) if step.seconds is not None else "-",
@@ -130,7 +157,7 @@ class _Planner:
             node.kind,
             "to make",
             self.graph.needs[name],
-            node.settings.model_dump(mode="json", exclude_none=True),
+            node.settings.model_dump(mode="json", exclude_none=True, by_alias=True),
         )
         self.steps[name] = planned
         inputs = Inputs(self.graph, node, self.made)
@@ -152,6 +179,8 @@ class _Planner:
         _ESTIMATES[node.kind](self, node, planned)
         if planned.tokens and (speed := self.speeds.get(self.work(node))):
             planned.seconds = planned.tokens / speed
+        elif planned.tokens:
+            planned.seconds = _guessed_seconds(self, node, planned)
 
     def work(self, node: Node) -> str:
         """What a step's speed depends on: its kind and, where a teacher writes, which one."""
@@ -164,27 +193,84 @@ class _Planner:
         if isinstance(data, DataRef) and not data.is_path:
             rows = [self.steps[step.name].rows for step in self.graph.steps_named(data, node)]
             return None if any(one is None for one in rows) else sum(one or 0 for one in rows)
-        from potstill.data.sources import count_rows
-
         try:
             return count_rows(data, self.seed)
         except PotstillError as error:
             self.problem(f"step {node.name}: {error}")
             return None
 
+    def makers(self, node: Node, data: Any) -> list[Node]:
+        """The steps that a step's data lead to."""
+        named = [ref for _, ref in references(data) if isinstance(ref, DataRef) and not ref.is_path]
+        return [step for ref in named for step in self.graph.steps_named(ref, node)]
+
+    def writers(self, node: Node) -> list[Node]:
+        """The generate steps behind a step's data, through the selections in between."""
+        settings: Any = node.settings
+        found: list[Node] = []
+        for maker in self.makers(node, settings.data):
+            if maker.kind == "select":
+                found += self.writers(maker)
+            elif maker.kind == GenerateSettings.kind:
+                found.append(maker)
+        return found
+
+    def reads_files(self, data: Any) -> bool:
+        """Whether data come, in part at least, from outside the recipe."""
+        members = data if isinstance(data, list) else [data]
+        return any(not isinstance(one, DataRef) or one.is_path for one in members)
+
+    def frozen_bytes(self, node: Node, reference: ModelRef, device: str | None) -> float | None:
+        """Bytes of all weights of a model that is not trained, on a device."""
+
+        def of(model: TransformersModel) -> float | None:
+            parameters = _parameters(model)
+            each = frozen_weight_bytes(model.model_copy(update={"device": device or model.device}))
+            if each < 1:  # in four bits, also where that is an adapter's base
+                each += _EMBEDDING_BYTES
+            return None if parameters is None else parameters * each
+
+        return self.of_model(node, reference, of)
+
+    def prompts_of(self, node: Node, data: Any) -> list[Record]:
+        """Some of the prompts behind a step's data; none where only a run can tell."""
+        if isinstance(data, DataRef) and not data.is_path:
+            maker = self.graph.steps_named(data, node)[0]
+            return self.prompts_of(maker, getattr(maker.settings, "data", []))
+        return first_prompts(data, self.seed, _PROMPTS_LOOKED_AT)
+
     def parameters(self, node: Node, reference: ModelRef) -> int | None:
         """Parameters of the model behind a reference; where it is not made yet, of the one it comes from."""
+        return self.of_model(node, reference, _parameters)
+
+    def of_model(
+        self, node: Node, reference: ModelRef, figure: Callable[[TransformersModel], Figure | None]
+    ) -> Figure | None:
+        """A figure of the model behind a reference; where it is not made yet, of the one it comes from."""
         inputs = Inputs(self.graph, node, self.made)
         try:
             settings = inputs.model(reference)
-            return parameter_count(settings) if isinstance(settings, TransformersModel) else None
+            return figure(settings) if isinstance(settings, TransformersModel) else None
         except MissingInput as missing:
             maker = self.graph.nodes[missing.step]
             sources = [ref for _, ref in references(maker.settings) if isinstance(ref, ModelRef)]
-            return self.parameters(maker, sources[0]) if sources else None
+            quantize = getattr(maker.settings, "quantize", None)
+
+            def as_made(model: TransformersModel) -> Figure | None:
+                return figure(model.model_copy(update={"quantize": quantize or model.quantize}))
+
+            return self.of_model(maker, sources[0], as_made) if sources else None
         except PotstillError as error:
             self.problem(f"step {node.name}: {error}")
             return None
+
+
+def _parameters(model: TransformersModel) -> int | None:
+    """From a model's files; of a hub model that is not here, about what its name says (Qwen3-4B)."""
+    if (found := parameter_count(model)) is not None or find_source(model.path).kind != "hub":
+        return found
+    named = _SIZE_IN_NAME.search(model.path)
+    return None if named is None else round(float(named[1]) * {"B": 1e9, "M": 1e6}[named[2].upper()])
 
 
 def _work(kind: str, writer: Any) -> str:
@@ -210,14 +296,122 @@ def _known_speeds(store: Store) -> dict[str, float]:
 
 def _plan_generate(planner: _Planner, node: Node, planned: PlannedStep) -> None:
     settings: Any = node.settings
-    prompts = planner.rows_of(node, settings.data)
-    if prompts is not None:
-        planned.rows = (min(prompts, settings.limit) if settings.limit else prompts) * settings.samples
+    if settings.continue_ is not None and (model := planner.graph.models.get(settings.model.target)):
+        try:
+            check_continues(model, f"model {settings.model}")
+        except PotstillError as error:
+            planner.problem(f"step {node.name}: {error}")
+    # A limit bounds what cannot be counted beforehand.
+    bounds = [
+        planner.rows_of(node, settings.data),
+        settings.limit,
+        getattr(settings.data, "limit", None),
+    ]
+    if known := [bound for bound in bounds if bound is not None]:
+        planned.rows = min(known) * settings.samples
         if not isinstance(
             planner.graph.models.get(settings.model.target), SolverModel
         ):  # a function writes as much as it likes, and at once
             planned.tokens = planned.rows * settings.max_new_tokens
-            planned.disk_gb = planned.tokens * 16 / _GB
+            planned.disk_gb = planned.tokens * _TRACE_TOKEN_BYTES / _GB
+    _plan_cost(planner, node, planned)
+
+
+def _guessed_seconds(planner: _Planner, node: Node, planned: PlannedStep) -> float | None:
+    """How long a step may take that nothing like it has been made before; noted, since it is a guess."""
+    settings: Any = node.settings
+    if node.kind == "train":
+        # Forward, to the inputs, and to the weights where they are trained; once more forward to recompute.
+        passes = 3 - _trains_adapter(planner, node) + bool(settings.trainer.get("activation_checkpointing"))
+
+        def seconds(model: TransformersModel) -> float | None:
+            import torch
+
+            from potstill.train.throughput import peak_flops_per_s
+
+            device = choose_device(model.model_copy(update={"device": settings.device or model.device}))
+            dtype = torch.bfloat16 if supports_bf16(device) else torch.float32
+            flops = 2.0 * passes * (_parameters(model) or 0) * (planned.tokens or 0)
+            return flops / (_PEAK_SHARE * peak_flops_per_s(device, dtype)) or None
+
+        planner.notes.append(
+            f"step {node.name}: its time is a guess, from what this machine's matrix products reach"
+        )
+        return planner.of_model(node, settings.student, seconds)
+    model = planner.graph.models.get(settings.model.target) if node.kind == GenerateSettings.kind else None
+    if not isinstance(model, OpenAIModel) or not planned.rows:
+        return None
+    at_once = min(settings.concurrency or model.concurrency, planned.rows)
+    planner.notes.append(
+        f"step {node.name}: its time is a guess, {at_once} requests at once at {_STREAM_TOKENS_PER_S:g} "
+        "tokens/s each"
+    )
+    return (planned.tokens or 0) / (at_once * _STREAM_TOKENS_PER_S)
+
+
+def _plan_cost(planner: _Planner, node: Node, planned: PlannedStep) -> None:
+    """About the most that a generate step can cost, with its prompts where they can be read beforehand."""
+    settings: Any = node.settings
+    model = planner.graph.models.get(settings.model.target)
+    try:
+        check_budget(settings, model)
+        prompts = planner.prompts_of(node, settings.data)
+    except PotstillError as error:
+        planner.problem(f"step {node.name}: {error}")
+        return
+    if not isinstance(model, OpenAIModel) or model.price is None or planned.rows is None:
+        return
+    letters = sum(len(message["content"]) for prompt in prompts for message in prompt.messages)
+    prompt_tokens = planned.rows * letters / len(prompts) / _LETTERS_A_TOKEN if prompts else 0.0
+    if not prompts:
+        planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
+    planned.cost_usd = model.price.cost(prompt_tokens, planned.tokens or 0)
+    if settings.max_cost is not None:
+        planned.cost_usd = min(planned.cost_usd, settings.max_cost)
+
+
+def _plan_select(planner: _Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    read = planner.rows_of(node, settings.data)
+    planned.rows = None if read is None else math.ceil(read * _kept_share(planner, node))
+    upstream = _upstream_tokens(planner, node)
+    if upstream is not None:
+        planned.disk_gb = upstream * _TRACE_TOKEN_BYTES / _GB
+        # A teacher that fills in what is missing may have to score everything.
+        planned.tokens = upstream * len(settings.models)
+    needed = [
+        weights
+        for reference in settings.models.values()
+        if (weights := planner.frozen_bytes(node, reference, settings.device))
+    ]
+    if needed:
+        planned.memory_gb = max(needed) / _GB  # one after the other
+    if settings.rule == "none" or settings.teacher is not None:
+        return
+    for maker in planner.writers(node):
+        if getattr(maker.settings, "logprobs", None) is None:
+            planner.problem(
+                f"step {node.name}: the traces of {maker.name} have no log-probabilities; set "
+                f"`{maker.name}.logprobs=1`, or name a local `teacher` in {node.name}"
+            )
+    if planner.reads_files(settings.data):
+        planner.notes.append(
+            f"step {node.name}: whether all its rows have log-probabilities shows when they are read"
+        )
+
+
+def _kept_share(planner: _Planner, node: Node) -> float:
+    """At most this share of what a select step reads is kept, as far as its settings say."""
+    settings: Any = node.settings
+    if settings.keep is None or settings.keep.threshold is not None:
+        return 1.0
+    if settings.keep.top is not None:
+        return float(settings.keep.top)
+    samples = [getattr(maker.settings, "samples", None) for maker in planner.makers(node, settings.data)]
+    known = [one for one in samples if one is not None]
+    if len(known) < len(samples) or not known or planner.reads_files(settings.data):
+        return 1.0
+    return min(1.0, float(settings.keep.per_prompt / min(known)))
 
 
 def _plan_cache(planner: _Planner, node: Node, planned: PlannedStep) -> None:
@@ -256,23 +450,126 @@ def _plan_train(planner: _Planner, node: Node, planned: PlannedStep) -> None:
         epochs = settings.max_steps * settings.batch / planned.rows
     if tokens := _upstream_tokens(planner, node):
         planned.tokens = int(tokens * epochs)
+    if settings.top_k is not None:
+        _check_top_k(planner, node)
+    if settings.feature is not None:
+        _check_feature(planner, node)
+    adapter = _trains_adapter(planner, node)
+    _check_student(planner, node, adapter=adapter)
     if parameters := planner.parameters(node, settings.student):
-        adapter = _trains_adapter(planner, node)
-        planned.memory_gb = parameters * (_FROZEN_BYTES if adapter else _TRAINED_BYTES) / _GB
+        frozen = planner.frozen_bytes(node, settings.student, settings.device) if adapter else None
+        weights = frozen + parameters * _ADAPTER_BYTES if frozen else parameters * _TRAINED_BYTES
+        planned.memory_gb = weights / _GB
+        device = planner.of_model(
+            node,
+            settings.student,
+            lambda model: choose_device(model.model_copy(update={"device": settings.device or model.device})),
+        )
+        max_tokens = settings.max_tokens or default_max_tokens("cpu" if device is None else device.type)
+        planned.memory_gb += _activation_bytes(settings, parameters, max_tokens) / _GB
         # A checkpoint holds the weights and both moments while the next one is written.
         planned.disk_gb = parameters * (0.1 if adapter else 2 * 12 + _STORED_BYTES) / _GB
-        if settings.teacher is not None and (teacher := planner.parameters(node, settings.teacher)):
-            planned.memory_gb += teacher * _FROZEN_BYTES / _GB
+        if settings.teacher is not None:
+            teacher = planner.frozen_bytes(node, settings.teacher, settings.device)
+            planned.memory_gb += (teacher or 0.0) / _GB
+
+
+def _check_student(planner: _Planner, node: Node, *, adapter: bool) -> None:
+    """Problems where the student cannot be trained as the step asks."""
+    settings: Any = node.settings
+    if settings.base_kl and not adapter:
+        planner.problem(f"step {node.name}: base_kl is for adapters, and all weights are trained; add lora")
+    if settings.lora is not None and _is_adapter(planner, node):
+        planner.problem(
+            f"step {node.name}: {settings.student} is an adapter, and lora asks for another one on top of "
+            "it; leave lora out to train the adapter on"
+        )
+    quantised = planner.of_model(node, settings.student, lambda model: model.quantize)
+    if quantised and not adapter:
+        planner.problem(
+            f"step {node.name}: {settings.student} is quantised to {quantised}, and quantised weights cannot "
+            "be trained; add lora"
+        )
+    if settings.mask_prefix and _kept_ids(planner, node):
+        planner.problem(
+            f"step {node.name}: {settings.data} holds a teacher's logits, which have their own mask; set "
+            "mask_prefix in the cache step"
+        )
+
+
+def _activation_bytes(settings: Any, parameters: int, max_tokens: int) -> float:
+    """About what a micro-batch's activations take, from the size of the model alone.
+
+    A block has 12 H^2 weights and keeps 34 H bytes a token in 16 bits (Korthikanti et al. 2022); with
+    checkpointing a block's input alone is kept, and one block is made again at a time.
+    """
+    hidden = (parameters * _WIDTH_TO_DEPTH / 12) ** (1 / 3)
+    blocks = hidden / _WIDTH_TO_DEPTH
+    if settings.trainer.get("activation_checkpointing"):
+        token_bytes = 2 * hidden * blocks + 34 * hidden
+    else:
+        token_bytes = 34 * hidden * blocks
+    return float(token_bytes * max_tokens)
+
+
+def _check_top_k(planner: _Planner, node: Node) -> None:
+    """A problem where a train step asks for more ids than its data keep, or for any where they were drawn."""
+    settings: Any = node.settings
+    asked = f"step {node.name}: top_k is {settings.top_k}, but"
+    kept = _kept_ids(planner, node)
+    if not kept:
+        planner.problem(f"{asked} its data are no cached logits")
+    for name, k in kept.items():
+        if k is None:
+            planner.problem(f"{asked} {name} keeps drawn ids, not the most probable ones")
+        elif k < settings.top_k:
+            planner.problem(f"{asked} {name} keeps {k}")
+
+
+def _check_feature(planner: _Planner, node: Node) -> None:
+    """A problem where a train step compares inner states, and no teacher in memory has any."""
+    settings: Any = node.settings
+    if caches := _kept_ids(planner, node):
+        planner.problem(
+            f"step {node.name}: feature compares inner states with the teacher's, and {', '.join(caches)} "
+            "holds the teacher's answers alone; name the traces as data, and the model as teacher"
+        )
+    elif settings.teacher is None:
+        planner.problem(
+            f"step {node.name}: feature compares inner states with the teacher's, and there is no teacher; "
+            f"set `{node.name}.teacher` to a model of the student's tokenizer"
+        )
+
+
+def _kept_ids(planner: _Planner, node: Node) -> dict[str, int | None]:
+    """The caches that are a train step's data, and how many of the most probable ids each keeps."""
+    settings: Any = node.settings
+    data = settings.data
+    if not isinstance(data, DataRef):
+        return {}
+    if data.is_path:
+        found = Artifact.open(Path(data)) if (Path(data) / MANIFEST_FILE).is_file() else None
+        return {str(data): found.manifest.extra.get("k")} if found and found.kind == "cache" else {}
+    makers: dict[str, Any] = {step.name: step for step in planner.graph.steps_named(data, node)}
+    return {
+        name: step.settings.top_k if step.settings.codec == "topk" else None
+        for name, step in makers.items()
+        if step.kind == "cache"
+    }
 
 
 def _trains_adapter(planner: _Planner, node: Node) -> bool:
-    """Whether a train step trains an adapter: its own, or that of the train step before it."""
+    """Whether a train step trains an adapter: its own, or that of its student."""
     settings: Any = node.settings
-    if settings.lora is not None:
-        return True
+    return settings.lora is not None or _is_adapter(planner, node)
+
+
+def _is_adapter(planner: _Planner, node: Node) -> bool:
+    """Whether a train step's student is an adapter, or will be one."""
+    settings: Any = node.settings
     student = settings.student
     if student.is_path or student.target in planner.graph.models:
-        return False
+        return bool(planner.of_model(node, student, lambda model: find_source(model.path).kind == "adapter"))
     maker = planner.graph.steps_named(student, node)[0]
     return maker.kind == "train" and _trains_adapter(planner, maker)
 
@@ -280,26 +577,38 @@ def _trains_adapter(planner: _Planner, node: Node) -> bool:
 def _plan_evaluate(planner: _Planner, node: Node, planned: PlannedStep) -> None:
     settings: Any = node.settings
     names = list(settings.roles.values())
-    known = [found for one in names if (found := planner.parameters(node, one))]
-    if known:
-        planned.memory_gb = 2 * max(known) * _STORED_BYTES / _GB
+    needed = [weights for one in names if (weights := planner.frozen_bytes(node, one, settings.device))]
+    if needed:
+        # Models take turns; their teacher stays.
+        teacher = settings.teacher and planner.frozen_bytes(node, settings.teacher, settings.device)
+        planned.memory_gb = (max(needed) + (teacher or 0.0)) / _GB
     counts = [planner.rows_of(node, data) for data in settings.tasks.values()]
     if counts and None not in counts:
         planned.rows = sum(one or 0 for one in counts) * len(names)
 
 
 def _upstream_tokens(planner: _Planner, node: Node) -> int | None:
-    makers = [
-        name
-        for name in planner.graph.needs[node.name]
-        if planner.graph.nodes[name].kind in ("generate", "cache")
-    ]
-    tokens = [planner.steps[name].tokens for name in makers]
+    """At most so many tokens of traces or logits a step reads, less what selections before it drop."""
+    tokens: list[int | None] = []
+    settings: Any = node.settings
+    for maker in planner.makers(node, settings.data):
+        if maker.kind != "select":
+            tokens.append(planner.steps[maker.name].tokens)
+        else:
+            read = _upstream_tokens(planner, maker)
+            made = planner.made.get(maker.name)
+            share = (
+                _kept_share(planner, maker)
+                if made is None
+                else made.manifest.counts["records"] / made.manifest.counts["rows"]
+            )
+            tokens.append(None if read is None else math.ceil(read * share))
     return None if not tokens or None in tokens else sum(one or 0 for one in tokens)
 
 
 _ESTIMATES: dict[str, Callable[[_Planner, Node, PlannedStep], None]] = {
     "generate": _plan_generate,
+    "select": _plan_select,
     "cache": _plan_cache,
     "init": _plan_init,
     "train": _plan_train,

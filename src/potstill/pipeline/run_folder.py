@@ -9,7 +9,15 @@ from potstill.core.events import read_events
 from potstill.core.store import Artifact, write_atomically
 from potstill.report import RunView, StepView
 
-__all__ = ["EVENTS_FILE", "RECIPE_FILE", "REPORT_FILE", "link_artifact", "load_run", "open_run_folder"]
+__all__ = [
+    "EVENTS_FILE",
+    "RECIPE_FILE",
+    "REPORT_FILE",
+    "link_artifact",
+    "linked_artifact",
+    "load_run",
+    "open_run_folder",
+]
 
 EVENTS_FILE = "events.jsonl"
 RECIPE_FILE = "recipe.yaml"
@@ -42,7 +50,8 @@ def link_artifact(folder: Path, step: str, artifact: Artifact) -> None:
     os.replace(partial, link)
 
 
-def _linked(folder: Path, step: str) -> Artifact | None:
+def linked_artifact(folder: Path, step: str) -> Artifact | None:
+    """The artifact that a run folder links to under a step's name, or None where none is sealed."""
     link = folder / step
     target = Path(link.read_text(encoding="utf-8")) if link.is_file() else link.resolve()
     try:
@@ -75,7 +84,7 @@ def load_run(folder: Path, steps: Sequence[tuple[str, str, list[str]]] | None = 
     reused = {event["step"] for event in latest if event["event"] == "step_reused"}
     views = []
     for name, kind, needs in steps:
-        artifact = _linked(folder, name)
+        artifact = linked_artifact(folder, name)
         views.append(
             StepView(
                 name=name,

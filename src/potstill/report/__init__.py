@@ -3,6 +3,7 @@
 from potstill.report.card import model_card
 from potstill.report.comparison import comparison_table, write_comparison
 from potstill.report.page import write_report
+from potstill.report.results import results_of
 from potstill.report.text import terminal_table
 from potstill.report.view import RunView, StepView
 
@@ -11,6 +12,7 @@ __all__ = [
     "StepView",
     "comparison_table",
     "model_card",
+    "results_of",
     "terminal_table",
     "write_comparison",
     "write_report",

@@ -79,7 +79,7 @@ def _lineage(run: RunView, step: StepView, ancestors: list[StepView]) -> list[tu
             what = "wrote the traces" if one.kind == "generate" else "gave its probabilities"
             rows.append((f"Teacher that {what}", _described(teacher, models, ancestors)))
     for one in ancestors:
-        if one.kind in ("generate", "cache") and one.manifest is not None:
+        if one.kind in ("generate", "select", "cache") and one.manifest is not None:
             counts = ", ".join(
                 f"{count:,} {name.replace('_', ' ')}" for name, count in one.manifest.counts.items()
             )

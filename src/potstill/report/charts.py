@@ -1,17 +1,21 @@
 """Charts as inline SVG: the same bytes for the same figures, colours left to the page's style sheet."""
 
 import io
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["bar_chart", "line_chart"]
+__all__ = ["Histogram", "bar_chart", "histogram_chart", "interval_chart", "line_chart", "save_histogram"]
 
 _HELD_OUT = "held-out"
+_LONGEST_LABEL = 32
 # Stand-ins for the page's colours, which differ in light and dark; replaced when the SVG is written.
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"
 _SERIES = ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")
@@ -117,14 +121,130 @@ def bar_chart(
     return _svg(title, draw)
 
 
-def _svg(title: str, draw: Any) -> str:
+@dataclass(frozen=True)
+class Histogram:
+    """Bars between `edges`, stacked by the names of `counts`, and where the cut is, if anywhere."""
+
+    edges: Sequence[float]
+    counts: Mapping[str, Sequence[float]]
+    cut: float | None
+    x_label: str
+    y_label: str
+
+    def draw(self, axes: "Axes", colours: Mapping[str, str]) -> None:
+        """Draw on axes; `colours` says what stands in for the page's."""
+        below = [0.0] * (len(self.edges) - 1)
+        widths = [high - low for low, high in itertools.pairwise(self.edges)]
+        for (name, counts), colour in zip(self.counts.items(), (_SERIES[0], _MUTED), strict=False):
+            axes.bar(
+                self.edges[:-1],
+                counts,
+                width=widths,
+                bottom=below,
+                align="edge",
+                color=colours.get(colour, colour),
+                linewidth=0,
+                label=name,
+            )
+            below = [low + count for low, count in zip(below, counts, strict=True)]
+        if self.cut is not None:
+            axes.axvline(
+                self.cut,
+                color=colours.get(_INK, _INK),
+                linewidth=1.2,
+                linestyle="--",
+                label=f"cut {self.cut:.3g}",
+            )
+        axes.set_xlabel(self.x_label)
+        axes.set_ylabel(self.y_label)
+        axes.grid(axis="y")
+        axes.margins(x=0.01)
+        axes.legend(loc="best", handlelength=1.2, borderaxespad=0.0)
+
+
+def histogram_chart(title: str, histogram: Histogram) -> str:
+    """A histogram as a drawing in the page."""
+    return _svg(title, lambda axes: histogram.draw(axes, {}))
+
+
+def save_histogram(stem: Path, title: str, histogram: Histogram) -> None:
+    """A histogram as `stem`.png and `stem`.svg, in the page's light colours."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = _light_colours()
+    style = {key: colours.get(value, value) for key, value in _STYLE.items()}
+    with mpl.rc_context({**style, "svg.hashsalt": title}):
+        figure: Figure = Figure(figsize=(5.6, 2.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        histogram.draw(axes, colours)
+        axes.set_title(title, fontsize=9.5).set_parse_math(False)
+        figure.savefig(f"{stem}.png", dpi=160, metadata={"Software": None})
+        figure.savefig(f"{stem}.svg", metadata={"Date": None, "Creator": None})
+
+
+def _light_colours() -> dict[str, str]:
+    """The page's own colours, the light ones, for each stand-in."""
+    style = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    found: dict[str, str] = {}
+    for variable, colour in re.findall(r"(--[\w-]+): (#[0-9a-f]{6});", style):
+        found.setdefault(variable, colour)  # the light ones stand first
+    return {stand_in: found[variable] for stand_in, variable in _VARIABLES.items()}
+
+
+def interval_chart(
+    title: str,
+    points: Mapping[str, tuple[float, float, float]],
+    *,
+    x_label: str,
+    paired: Mapping[str, tuple[float, float]],
+    best: str | None = None,
+    percent: bool = False,
+) -> str:
+    """One row a name, from the top: a point at its value and a line from low to high; `best` is in colour.
+
+    `paired` has the ends of a second, thicker bar, for names that have one. With `percent` values are shares,
+    shown as such.
+    """
+
+    def draw(axes: "Axes") -> None:
+        for place, (name, (value, low, high)) in enumerate(points.items()):
+            colour = _SERIES[0] if name == best else _MUTED
+            axes.plot([low, high], [place, place], color=colour, linewidth=1.2, solid_capstyle="butt")
+            if name in paired:
+                ends = paired[name]
+                axes.plot(ends, [place, place], color=colour, alpha=0.4, linewidth=6.0, solid_capstyle="butt")
+            axes.plot([value], [place], color=colour, marker="o", markersize=5)
+        axes.set_yticks(range(len(points)), [_shortened(name) for name in points])
+        for text in axes.get_yticklabels():
+            text.set_parse_math(False)
+            text.set_color(_INK)
+        axes.set_ylim(len(points) - 0.5, -0.5)
+        axes.set_xlabel(x_label)
+        axes.grid(axis="x")
+        axes.margins(x=0.04)
+        if percent:
+            axes.xaxis.set_major_formatter(lambda share, _: f"{share * 100:.0f} %")
+
+    return _svg(title, draw, height=0.75 + 0.27 * max(len(points), 3))
+
+
+def _shortened(name: str) -> str:
+    """A long name without its middle: what tells names of a sweep apart stands at either end."""
+    half = _LONGEST_LABEL // 2
+    return name if len(name) <= _LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def _svg(title: str, draw: Any, height: float = 2.9) -> str:
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     # The salt makes the ids of clip paths the same in every run, and different in every chart of a page.
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure: Figure = Figure(figsize=(5.6, 2.9), layout="constrained")
+        figure: Figure = Figure(figsize=(5.6, height), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         file = io.StringIO()

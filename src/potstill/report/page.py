@@ -9,17 +9,23 @@ from potstill.core.store import Manifest, write_atomically
 from potstill.report.graph import draw_graph
 from potstill.report.html import render
 from potstill.report.results import Results, conclusion, results_of
+from potstill.report.selection import save_score_histograms, selection_sections
+from potstill.report.stages import stage_sections
 from potstill.report.training import importance_charts, training_sections
 from potstill.report.view import RunView, StepView
 
-__all__ = ["flatten", "write_report"]
+__all__ = ["FIGURES_FOLDER", "flatten", "write_report"]
 
+FIGURES_FOLDER = "report.figures"
 _SHOWN_LETTERS = 6000
 _LONGEST_LIST = 40
 
 
 def write_report(run: RunView, path: Path) -> None:
-    """Write the report of a run, finished or not, as one HTML file that needs nothing else."""
+    """Write the report of a run, finished or not, as one HTML file that needs nothing else.
+
+    Histograms of scores are written beside it as well, in the folder `report.figures`.
+    """
     results = results_of(run)
     main = results[-1] if results else None
     text = render(
@@ -32,16 +38,19 @@ def write_report(run: RunView, path: Path) -> None:
         main=main,
         graph=draw_graph(run),
         reused=any(run.status(step) == "reused" for step in run.steps),
+        stages=stage_sections(run),
         training=training_sections(run),
         results=[{**vars(one), "compared": one.compared, "endings": _endings(one)} for one in results],
         samples=[sample for one in results for sample in _samples(run, one)],
         generation=_generation(run),
+        selection=selection_sections(run),
         students=importance_charts(run),
         steps=[_provenance(run, step) for step in run.steps],
         versions=_versions(run),
         machine=_machine(run),
     )
     write_atomically(path, text)
+    save_score_histograms(run, path.parent / FIGURES_FOLDER)
 
 
 def _facts(run: RunView) -> list[str]:
@@ -171,7 +180,7 @@ def _provenance(run: RunView, step: StepView) -> dict[str, Any]:
 def _figures(manifest: Manifest, *, provenance: bool = True) -> list[tuple[str, str]]:
     """Counts and the plain figures among the metrics; lists and tables are shown elsewhere."""
     rows = [(key.replace("_", " "), f"{count:,}") for key, count in manifest.counts.items()]
-    if manifest.kind != "evaluate":
+    if manifest.kind not in ("evaluate", "select"):
         found = flatten(
             {key: value for key, value in manifest.metrics.items() if not isinstance(value, list)}
         )

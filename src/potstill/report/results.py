@@ -22,7 +22,7 @@ __all__ = [
 Verdict = Literal["better", "worse", "unclear"]
 Aspect = Literal["closeness", "traces", "task", "other"]
 Better = Literal["lower", "higher", "neither"]
-Unit = Literal["nats", "share", "perplexity", "tokens", "tokens/s"]
+Unit = Literal["nats", "share", "score", "perplexity", "tokens", "tokens/s"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,11 @@ class Results:
     models: dict[str, dict[str, Any]]
     prompts: dict[str, int]
     notes: list[str]
+
+    @property
+    def judged(self) -> str:
+        """The model that stands for its run beside other runs: the student, else the last one."""
+        return self.student or self.roles[-1]
 
     @property
     def compared(self) -> list[str]:
@@ -151,14 +156,20 @@ _SPEED = _Row(
 )
 
 
-def _task_rows(task: str, verdicts: list[str]) -> list[_Row]:
-    """Right answers first, then form, then the other verdicts and the length of responses."""
+def _task_rows(task: str, verdicts: list[str], scores: list[str]) -> list[_Row]:
+    """Right answers first, then form, then the other verdicts, likeness, and the length of responses."""
     labels = {"correct": "right answers", "well_formed": "well-formed"}
     rows = []
     for name in sorted(verdicts, key=lambda name: (name != "correct", name != "well_formed", name)):
         label = f"{task}, {labels.get(name, name.replace('_', ' '))}"
         aspect: Aspect = "task" if name == "correct" else "other"
         rows.append(_Row(("tasks", task, "verdicts", name), label, "share", "higher", aspect, task))
+    for name in scores:
+        label = f"{task}, {name.replace('rouge', 'ROUGE-')}"
+        explanation = "words shared with the responses given in the data: 0 none, 1 all"
+        rows.append(
+            _Row(("tasks", task, "scores", name), label, "score", "higher", "other", task, explanation)
+        )
     length = _Row(
         ("tasks", task, "mean_response_tokens"), f"{task}, response length", "tokens", "neither", task=task
     )
@@ -175,10 +186,15 @@ def _results(step: StepView, manifest: Manifest) -> Results:
     tasks = list(dict.fromkeys(task for model in models.values() for task in model.get("tasks", {})))
     rows = [_KL, _AGREEMENT, _PERPLEXITY]
     for task in tasks:
-        verdicts = [
-            name for model in models.values() for name in _dig(model, "tasks", task, "verdicts") or {}
-        ]
-        rows += _task_rows(task, list(dict.fromkeys(verdicts)))
+        verdicts, scores = (
+            list(
+                dict.fromkeys(
+                    name for model in models.values() for name in _dig(model, "tasks", task, kind) or {}
+                )
+            )
+            for kind in ("verdicts", "scores")
+        )
+        rows += _task_rows(task, verdicts, scores)
     measures = [_measure(row, models, metrics.get("differences", {})) for row in [*rows, _SPEED]]
     refusals = {role: _dig(model, "held_out", "kl_refused") for role, model in models.items()}
     return Results(
@@ -228,8 +244,10 @@ def format_figure(value: float, unit: str, *, difference: bool = False, ascii_on
     elif unit == "perplexity":
         times = "x" if ascii_only else "×"
         text = f"{times}{_significant(value)}" if difference else _significant(value)
+    elif unit == "score":
+        text = f"{value:+.3f}" if difference else f"{value:.3f}"
     elif unit == "nats":
-        text = f"{value:+.2f}" if difference else f"{value:.{3 if abs(value) < 0.1 else 2}f}"
+        text = f"{value:{'+' if difference else ''}.{3 if abs(value) < 0.1 else 2}f}"
     else:
         text = f"{value:+,.0f}" if difference else f"{value:,.0f}"
     return text if ascii_only else text.replace("-", "−")

@@ -8,12 +8,22 @@ from potstill.core.events import format_seconds
 from potstill.report.charts import bar_chart, line_chart
 from potstill.report.view import RunView, StepView
 
-__all__ = ["Curve", "curves_of", "end_value", "importance_charts", "loss_comparison", "training_sections"]
+__all__ = [
+    "Curve",
+    "curves_of",
+    "end_value",
+    "importance_charts",
+    "loss_comparison",
+    "loss_rows",
+    "thinned",
+    "training_sections",
+]
 
 Curve = list[tuple[float, float]]
 """(optimiser step, value) points in order."""
 
 _DRAWN_POINTS = 160
+_TABLE_ROWS = 7
 _SHARE = "share of tokens"
 _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "loss, nats per token", {"loss": "training", "held-out loss": "held-out"}),
@@ -25,13 +35,21 @@ _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
             "held-out cross_entropy": "held-out cross-entropy",
             "kl": "KL to the teacher",
             "held-out kl": "held-out KL to the teacher",
+            "base_kl": "KL to the base",
+            "held-out base_kl": "held-out KL to the base",
         },
+    ),
+    (
+        "Feature loss",
+        "mean over tokens and layers",
+        {"feature": "training", "held-out feature": "held-out"},
     ),
     (
         "Top-1 agreement with the teacher",
         _SHARE,
         {"agreement": "training", "held-out agreement": "held-out"},
     ),
+    ("Gradient norm", "norm before clipping", {"grad_norm": "gradient norm"}),
 )
 
 
@@ -49,7 +67,7 @@ def curves_of(run: RunView, step: StepView) -> dict[str, Curve]:
     for point in history:
         for key, value in point.items():
             if (
-                key not in ("step", "optimiser_step", "epoch")
+                key not in ("step", "optimiser_step")
                 and isinstance(value, int | float)
                 and math.isfinite(value)
             ):
@@ -90,7 +108,7 @@ def training_sections(run: RunView) -> list[dict[str, Any]]:
             continue
         charts = []
         for title, y_label, names in _PANELS:
-            shown = {label: _thinned(curves[name]) for name, label in names.items() if name in curves}
+            shown = {label: thinned(curves[name]) for name, label in names.items() if name in curves}
             if shown:
                 svg = line_chart(
                     f"{step.name}: {title}",
@@ -101,9 +119,56 @@ def training_sections(run: RunView) -> list[dict[str, Any]]:
                 )
                 charts.append({"title": title, "svg": svg})
         sections.append(
-            {"name": step.name, "facts": _facts(step, curves), "charts": charts, "groups": _groups(step)}
+            {
+                "name": step.name,
+                "facts": _facts(step, curves),
+                "charts": charts,
+                "losses": _loss_table(curves),
+                "groups": _groups(step),
+            }
         )
     return sections
+
+
+def loss_rows(curves: dict[str, Curve]) -> list[tuple[float, float | None, float | None, float]]:
+    """A row each few steps: their last step, its epoch, and the means of gradient norm and training loss.
+
+    Steps are parted evenly into at most _TABLE_ROWS groups, the last of them perhaps a smaller one.
+    """
+    loss, epochs, norms = (curves.get(name, []) for name in ("loss", "epoch", "grad_norm"))
+    epoch_at, norm_at = dict(epochs), dict(norms)
+    size = max(1, -(-len(loss) // _TABLE_ROWS))
+    rows = []
+    for start in range(0, len(loss), size):
+        part = loss[start : start + size]
+        known = [norm_at[step] for step, _ in part if step in norm_at]
+        rows.append(
+            (
+                part[-1][0],
+                epoch_at.get(part[-1][0]),
+                sum(known) / len(known) if known else None,
+                sum(value for _, value in part) / len(part),
+            )
+        )
+    return rows
+
+
+def _loss_table(curves: dict[str, Curve]) -> list[list[str]]:
+    """Step, epoch, training loss, gradient norm, and the held-out loss if measured since the row before."""
+    rows, before = [], 0.0
+    for step, epoch, norm, loss in loss_rows(curves):
+        measured = [value for at, value in curves.get("held-out loss", []) if before < at <= step]
+        before = step
+        rows.append(
+            [
+                f"{step:,.0f}",
+                "–" if epoch is None else f"{epoch:.2f}",
+                f"{loss:.4f}",
+                "–" if norm is None else f"{norm:.3f}",
+                f"{measured[-1]:.4f}" if measured else "–",
+            ]
+        )
+    return rows
 
 
 def _groups(step: StepView) -> list[list[str]]:
@@ -130,7 +195,10 @@ def _facts(step: StepView, curves: dict[str, Curve]) -> list[str]:
     if step.manifest is None:
         facts.append("unfinished")
     else:
-        tokens, seconds = step.manifest.tokens, step.manifest.seconds
+        tokens, seconds, counts = step.manifest.tokens, step.manifest.seconds, step.manifest.counts
+        if every := counts.get("parameters"):
+            trained = counts.get("trained_parameters", 0)
+            facts.append(f"{trained:,} trained parameters ({trained / every:.2%})")
         if tokens:
             facts.append(f"{tokens:,} tokens")
         facts.append(format_seconds(seconds))
@@ -143,7 +211,7 @@ def _facts(step: StepView, curves: dict[str, Curve]) -> list[str]:
     return facts
 
 
-def _thinned(curve: Curve) -> Curve:
+def thinned(curve: Curve) -> Curve:
     """At most _DRAWN_POINTS points, each the mean of its neighbours."""
     size = -(-len(curve) // _DRAWN_POINTS)
     parts = [curve[start : start + size] for start in range(0, len(curve), size)]
@@ -157,7 +225,7 @@ def loss_comparison(runs: Sequence[RunView]) -> list[dict[str, Any]]:
         for run in runs:
             steps = [step for step in run.steps_of("train") if name in curves_of(run, step)]
             if steps:
-                shown[run.name] = _thinned(curves_of(run, steps[-1])[name])
+                shown[run.name] = thinned(curves_of(run, steps[-1])[name])
         if len(shown) > 1:
             svg = line_chart(label, shown, x_label="optimiser step", y_label=f"{label}, nats per token")
             return [{"title": label.capitalize(), "svg": svg}]

@@ -274,3 +274,65 @@ def test_sampling_draws_the_same_for_a_prompt_in_any_batch(evaluate: Evaluate) -
     ]
     assert responses[0] == responses[1]
     assert responses[0] != responses[2]
+
+
+def test_answers_are_compared_with_the_responses_of_the_traces_by_rouge(
+    evaluate: Evaluate, prompts_alone: dict[str, str]
+) -> None:
+    pytest.importorskip("rouge_score")
+    tasks = {"held": "traces:held_out", "sums": prompts_alone}
+    context, result = evaluate(tasks=tasks, rouge=True)
+    metrics = json.loads(json.dumps(result.metrics, allow_nan=False))
+    for role in ("base", "student", "teacher"):
+        scores = metrics["models"][role]["tasks"]["held"]["scores"]
+        assert list(scores) == ["rouge1", "rouge2", "rougeL"]
+        for figure in scores.values():
+            assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    assert metrics["models"]["base"]["tasks"]["sums"]["scores"] == {}, "its rows have no responses"
+    gaps = metrics["differences"]["student"]["tasks"]["held"]["scores"]
+    base, student = (metrics["models"][role]["tasks"]["held"]["scores"] for role in ("base", "student"))
+    for name, gap in gaps.items():
+        assert gap["value"] == pytest.approx(student[name]["value"] - base[name]["value"])
+    rows = [row for row in _rows(context.folder / "scores.parquet") if row["task"] == "held"]
+    assert all(set(json.loads(row["scores"])) == {"rouge1", "rouge2", "rougeL"} for row in rows)
+
+
+@pytest.fixture
+def prompts_alone(tmp_path: Path) -> dict[str, str]:
+    """A task whose rows have no responses."""
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 1 + 1?"}), encoding="utf-8")
+    return {"path": str(tmp_path / "prompts.jsonl")}
+
+
+def test_a_response_cut_off_in_its_reasoning_is_no_reference_of_rouge(
+    evaluate: Evaluate, tmp_path: Path
+) -> None:
+    pytest.importorskip("rouge_score")
+    rows = [
+        {"prompt": "What is 1 + 1?", "response": "<think>\none and one"},
+        {"prompt": "What is 1 + 2?", "response": "<think>\none and two\n</think>\n\nIt is three."},
+    ]
+    path = tmp_path / "given.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    context, _ = evaluate(tasks={"given": {"path": str(path)}}, rouge=True)
+    found = [json.loads(row["scores"]) for row in _rows(context.folder / "scores.parquet")]
+    assert [bool(scores) for scores in found[:2]] == [False, True]
+    assert any("given: 1 of 2 prompts have no answer" in said for said in context.reporter.said)
+
+
+def test_rouge_without_responses_to_compare_with_is_refused(
+    evaluate: Evaluate, prompts_alone: dict[str, str]
+) -> None:
+    pytest.importorskip("rouge_score")
+    with pytest.raises(DataError, match="no task have responses"):
+        evaluate(tasks={"sums": prompts_alone}, rouge=True)
+
+
+def test_rouge_without_its_library_says_what_to_install(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r'pip install "potstill\[rouge\]"'):
+        evaluate(rouge=True)

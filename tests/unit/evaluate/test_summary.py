@@ -84,3 +84,37 @@ def test_a_verdict_that_some_answers_lack_is_no_figure() -> None:
 def test_hopeless_perplexity_stays_a_number() -> None:
     lost = ModelRows(traces=_traces([1.0, 1.0], cross_entropy=900.0))
     assert math.isfinite(figures(lost, seed=1)["held_out"]["perplexity"]["value"])
+
+
+def test_answers_that_nothing_is_there_to_compare_with_take_no_part_in_scores() -> None:
+    def answers(*scores: float | None) -> ModelRows:
+        rows = [
+            AnswerRow(
+                f"r{n}", f"p{n}", "[]", "text", "stop", 5, 10, {}, {} if one is None else {"rougeL": one}
+            )
+            for n, one in enumerate(scores)
+        ]
+        return ModelRows(answers={"held": rows})
+
+    base, student = answers(None, 0.5, 0.9), answers(None, 0.6, 1.0)
+    assert figures(student, seed=1)["tasks"]["held"]["scores"]["rougeL"]["value"] == pytest.approx(0.8)
+    gap = differences({"base": base, "student": student}, "base", same_tokens=[], seed=1)
+    assert gap["student"]["tasks"]["held"]["scores"]["rougeL"]["value"] == pytest.approx(0.1)
+
+
+def test_scores_have_means_with_intervals_and_paired_differences() -> None:
+    def answers(*scores: float) -> ModelRows:
+        rows = [
+            AnswerRow(f"r{n}", f"p{n}", "[]", "text", "stop", 5, 10, {}, {"rougeL": one})
+            for n, one in enumerate(scores)
+        ]
+        return ModelRows(answers={"held": rows})
+
+    base, student = answers(0.1, 0.5, 0.9, 0.3), answers(0.2, 0.6, 1.0, 0.4)
+    score = figures(student, seed=1)["tasks"]["held"]["scores"]["rougeL"]
+    assert score["value"] == pytest.approx(0.55)
+    assert score["low"] < 0.5 < score["high"]
+    gap = differences({"base": base, "student": student}, "base", same_tokens=[], seed=1)
+    assert gap["student"]["tasks"]["held"]["scores"]["rougeL"] == pytest.approx(
+        {"value": 0.1, "low": 0.1, "high": 0.1}
+    )

@@ -1,13 +1,18 @@
-"""What a plan says of a cache step before it runs."""
+"""What a plan says of steps before they run."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from potstill.core.store import Store
-from potstill.pipeline.plan import make_plan
-from potstill.recipe import one_step_recipe
+from potstill.models import parameter_count
+from potstill.models.source import TransformersModel
+from potstill.pipeline.plan import Plan, PlannedStep, make_plan
+from potstill.recipe import load_recipe, one_step_recipe
 
 
 @pytest.fixture
@@ -53,3 +58,315 @@ def test_a_disk_that_is_too_small_for_a_cache_is_a_problem(
     arguments = [f"model={shared_model_folder}", f"data={texts}", "max_length=100"]
     plan = make_plan(one_step_recipe("cache", arguments), Store(tmp_path / "store"))
     assert any("of disk" in problem for problem in plan.problems)
+
+
+# --- train
+
+
+PlanOf = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path, texts: Path, shared_model_folder: Path) -> PlanOf:
+    """`plan_of(train, cache)`: the plan of a train step on a cache step's logits, with further settings."""
+
+    def make(train: str, cache: str = "top_k: 8") -> Plan:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(
+            f"""
+name: planned
+models:
+  base: {{path: {shared_model_folder}}}
+steps:
+  logits: {{do: cache, model: base, data: {texts}, max_length: 100, {cache}}}
+  student: {{do: train, student: base, data: logits, {train}}}
+""",
+            encoding="utf-8",
+        )
+        return make_plan(load_recipe(str(path)), Store(tmp_path / "store"))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("train", "cache", "problem"),
+    [
+        ("top_k: 8", "top_k: 8", None),
+        ("top_k: 9", "top_k: 8", "step student: top_k is 9, but logits keeps 8"),
+        ("top_k: 2", "codec: sampled", "step student: top_k is 2, but logits keeps drawn ids"),
+    ],
+)
+def test_ids_that_a_cache_will_not_keep_are_a_problem(
+    plan_of: PlanOf, train: str, cache: str, problem: str | None
+) -> None:
+    problems = plan_of(train, cache).problems
+    assert len(problems) == (problem is not None)
+    assert problem is None or problem in problems[0]
+
+
+def test_ids_of_a_cache_are_a_problem_where_the_data_are_none(plan_of: PlanOf, texts: Path) -> None:
+    plan = make_plan(
+        one_step_recipe("train", [f"student={texts.parent}/x", f"data={texts}", "top_k=8"]),
+        Store(texts.parent / "store"),
+    )
+    assert any("top_k is 8, but its data are no cached logits" in problem for problem in plan.problems)
+
+
+def test_a_base_that_is_itself_trained_is_a_problem(plan_of: PlanOf) -> None:
+    assert plan_of("base_kl: 0.1, lora: {rank: 2}").problems == []
+    (problem,) = plan_of("base_kl: 0.1").problems
+    assert "base_kl is for adapters" in problem
+
+
+def test_features_of_a_cache_or_of_no_teacher_are_a_problem(
+    plan_of: PlanOf, texts: Path, shared_model_folder: Path
+) -> None:
+    (problem,) = plan_of("feature: {kind: cka}").problems
+    assert "step student: feature compares inner states with the teacher's, and logits holds" in problem
+    fields = [f"student={shared_model_folder}", f"data={texts}", "feature.kind=cka", "feature.layers.2=2"]
+    store = Store(texts.parent / "store")
+    (problem,) = make_plan(one_step_recipe("train", fields), store).problems
+    assert "and there is no teacher" in problem
+    assert "train.teacher" in problem
+    assert (
+        make_plan(one_step_recipe("train", [*fields, f"teacher={shared_model_folder}"]), store).problems == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "problem"),
+    [
+        ("student: packed, lora: {rank: 2}", None),
+        ("student: packed", "student: packed is quantised to nf4, and quantised weights cannot be trained"),
+        ("student: first", None),
+        ("student: first, lora: {rank: 2}", "student: first is an adapter, and lora asks for another one"),
+        (
+            "student: base, data: logits, mask_prefix: true",
+            "logits holds a teacher's logits, which have their",
+        ),
+    ],
+)
+def test_what_a_train_step_would_refuse_is_a_problem_before_anything_is_made(
+    tmp_path: Path, texts: Path, shared_model_folder: Path, train: str, problem: str | None
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    data = "" if "data:" in train else f"data: {texts}, "
+    path.write_text(
+        f"""
+name: planned
+models:
+  base: {{path: {shared_model_folder}}}
+  packed: {{path: {shared_model_folder}, quantize: nf4}}
+steps:
+  logits: {{do: cache, model: base, data: {texts}, max_length: 100}}
+  first: {{do: train, student: packed, data: {texts}, lora: {{rank: 2}}}}
+  student: {{do: train, {data}{train}}}
+""",
+        encoding="utf-8",
+    )
+    problems = make_plan(load_recipe(str(path)), Store(tmp_path / "store")).problems
+    assert len(problems) == (problem is not None)
+    assert problem is None or problem in problems[0]
+
+
+@pytest.mark.parametrize(("device_has_bf16", "bytes_a_weight"), [(True, 2), (False, 4)])
+def test_frozen_weights_count_in_the_type_that_they_are_loaded_in(
+    plan_of: PlanOf,
+    shared_model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device_has_bf16: bool,
+    bytes_a_weight: int,
+) -> None:
+    monkeypatch.setattr("potstill.models.loading.supports_bf16", lambda device: device_has_bf16)
+    parameters = parameter_count(TransformersModel(path=str(shared_model_folder)))
+    assert parameters is not None
+    # One token at a time: next to no activations.
+    _, adapter = plan_of("lora: {rank: 2}, device: cpu, max_tokens: 1").steps
+    _, whole = plan_of("device: cpu, max_tokens: 1").steps
+    assert adapter.memory_gb is not None
+    assert whole.memory_gb is not None
+    assert whole.memory_gb - adapter.memory_gb == pytest.approx(
+        parameters * (16 - bytes_a_weight - 0.16) / 1e9
+    )
+
+
+def memory_gb(texts: Path, name: str, *settings: str) -> float | None:
+    """What training a model of the hub is planned to need, that is not here."""
+    arguments = [f"student={name}", f"data={texts}", "device=cpu", *settings]
+    plan = make_plan(one_step_recipe("train", arguments), Store(texts.parent / "store"))
+    return plan.steps[0].memory_gb
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(texts: Path) -> None:
+    def planned(*settings: str) -> float:
+        found = memory_gb(texts, "Qwen/Qwen3-4B-Instruct-2507", "lora.rank=8", *settings)
+        assert found is not None
+        return found
+
+    one, two, three = (planned(f"max_tokens={tokens}") for tokens in (1000, 2000, 3000))
+    assert three - two == pytest.approx(two - one)
+    assert planned("max_tokens=2000", "trainer.activation_checkpointing=true") < two
+
+
+def test_the_size_of_a_hub_model_that_is_not_here_is_what_its_name_says(texts: Path) -> None:
+    def planned(name: str) -> float | None:
+        return memory_gb(texts, name, "max_tokens=1")
+
+    assert planned("Qwen/Qwen3-4B-Instruct-2507") == pytest.approx(4e9 * 16 / 1e9, rel=0.01)
+    assert planned("HuggingFaceTB/SmolLM2-135M") == pytest.approx(135e6 * 16 / 1e9, rel=0.05)
+    assert planned("some/model-v4") is None
+
+
+# --- select
+
+
+@pytest.fixture
+def recipe(texts: Path, shared_model_folder: Path) -> dict[str, Any]:
+    """Eighty prompts answered twice, a selection of them, and a training on it."""
+    model = {"path": str(shared_model_folder)}
+    return {
+        "name": "picked",
+        "models": {"teacher": model, "base": model, "small": {**model, "quantize": "nf4"}},
+        "steps": {
+            "traces": {
+                "do": "generate",
+                "model": "teacher",
+                "data": {"task": "chain_sum", "size": 80},
+                "samples": 2,
+                "max_new_tokens": 10,
+                "logprobs": 1,
+            },
+            "picked": {"do": "select", "data": "traces", "student": "base", "keep": {"top": 0.6}},
+            "student": {
+                "do": "train",
+                "student": "base",
+                "data": "picked",
+                "epochs": 2,
+                "batch": 8,
+                "lr": 1e-4,
+            },
+        },
+    }
+
+
+def _planned(recipe: dict[str, Any], folder: Path, **changes: Any) -> tuple[Plan, dict[str, PlannedStep]]:
+    recipe["steps"]["picked"] |= changes
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    plan = make_plan(load_recipe(str(folder / "recipe.yaml"), []), Store(folder / "store"))
+    return plan, {step.name: step for step in plan.steps}
+
+
+def test_what_a_selection_scores_and_what_it_leaves_to_train_on_is_planned(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    plan, steps = _planned(recipe, tmp_path)
+    assert plan.problems == []
+    assert (steps["picked"].rows, steps["picked"].tokens) == (96, 1600)
+    assert steps["student"].tokens == 2 * 960
+    assert steps["student"].rows == 96
+    _, steps = _planned(recipe, tmp_path, teacher="teacher")
+    assert steps["picked"].tokens == 2 * 1600
+    _, steps = _planned(recipe, tmp_path, keep={"per_prompt": 1})
+    assert (steps["picked"].rows, steps["student"].tokens) == (80, 2 * 800)
+    _, steps = _planned(recipe, tmp_path, keep={"threshold": 0.1})
+    assert (steps["picked"].rows, steps["student"].tokens) == (160, 2 * 1600)
+
+
+def test_a_student_in_four_bits_needs_less_memory(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    whole = _planned(recipe, tmp_path)[1]["picked"].memory_gb
+    small = _planned(recipe, tmp_path, student="small")[1]["picked"].memory_gb
+    assert whole is not None
+    assert small is not None
+    assert small < whole / 2
+
+
+def test_traces_that_will_have_no_log_probabilities_are_a_problem(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    del recipe["steps"]["traces"]["logprobs"]
+    plan, _ = _planned(recipe, tmp_path)
+    (problem,) = plan.problems
+    assert "the traces of traces have no log-probabilities; set `traces.logprobs=1`" in problem
+    plan, _ = _planned(recipe, tmp_path, teacher="teacher")
+    assert plan.problems == []
+
+
+def test_that_a_file_may_lack_log_probabilities_is_noted(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1", "response": "2"}\n', encoding="utf-8")
+    plan, _ = _planned(recipe, tmp_path, data=str(rows))
+    assert any("has log-probabilities" in note or "have log-probabilities" in note for note in plan.notes)
+
+
+def test_a_server_that_continues_no_responses_is_a_problem_before_anything_is_made(
+    tmp_path: Path, texts: Path
+) -> None:
+    recipe: dict[str, Any] = {
+        "name": "mixed",
+        "models": {"big": {"engine": "openai", "base_url": "http://127.0.0.1:9/v1", "model": "m"}},
+        "steps": {
+            "mixed": {"do": "generate", "model": "big", "data": str(texts), "continue": {"only": "all"}}
+        },
+    }
+
+    def problems() -> list[str]:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return make_plan(load_recipe(str(tmp_path / "recipe.yaml")), Store(tmp_path / "store")).problems
+
+    assert any("step mixed" in one and "not known to continue" in one for one in problems())
+    recipe["models"]["big"]["continue_final_message"] = True
+    assert not any("not known to continue" in one for one in problems())
+
+
+# --- cost
+
+
+def priced_plan(tmp_path: Path, **step: Any) -> Plan:
+    """The plan of 40 prompts of 90 letters, asked twice, and of what comes after them."""
+    rows = (json.dumps({"prompt": f"{number:090}"}) for number in range(40))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    model = {"engine": "openai", "base_url": "http://127.0.0.1:1/v1", "model": "m"}
+    prices = {} if step.pop("free", False) else {"price": {"input": 1.0, "output": 10.0}}
+    asked = {"do": "generate", "model": "big", "max_new_tokens": 100}
+    recipe = {
+        "name": "priced",
+        "models": {"big": {**model, **prices}},
+        "steps": {
+            "calm": {**asked, "data": {"path": str(tmp_path / "prompts.jsonl")}, "samples": 2} | step,
+            "lively": {**asked, "data": "calm:prompts", "temperature": 0.5},
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    return make_plan(load_recipe(str(tmp_path / "recipe.yaml")), Store(tmp_path / "store"))
+
+
+def test_the_cost_of_prompts_and_longest_responses_is_shown(tmp_path: Path) -> None:
+    plan = priced_plan(tmp_path)
+    calm, lively = plan.steps
+    # 30 tokens of a prompt at $1, 100 of a response at $10, a million.
+    assert calm.cost_usd == pytest.approx(80 * (30 * 1.0 + 100 * 10.0) / 1e6)
+    assert lively.cost_usd is not None
+    assert "$0.08" in plan.to_text()
+    assert json.loads(plan.to_json())["steps"][0]["cost_usd"] == calm.cost_usd
+
+
+def test_a_step_costs_no_more_than_it_may(tmp_path: Path) -> None:
+    assert priced_plan(tmp_path, max_cost=0.01).steps[0].cost_usd == 0.01
+
+
+def test_a_bounded_cost_without_a_price_is_a_problem(tmp_path: Path) -> None:
+    plan = priced_plan(tmp_path, max_cost=0.01, free=True)
+    assert any("max_cost" in problem and "price" in problem for problem in plan.problems)
+    assert plan.steps[0].cost_usd is None
+
+
+@pytest.mark.parametrize("where", ["data", "step"])
+def test_a_limit_bounds_what_cannot_be_counted_beforehand(tmp_path: Path, where: str) -> None:
+    data: dict[str, Any] = {"dataset": "nobody/nothing"}
+    plan = priced_plan(
+        tmp_path, **({"data": data, "limit": 7} if where == "step" else {"data": {**data, "limit": 7}})
+    )
+    calm = plan.steps[0]
+    assert (calm.rows, calm.tokens) == (14, 1400)
+    assert calm.cost_usd == pytest.approx(1400 * 10 / 1e6)
+    assert "step calm: its cost is without that of the prompts" in plan.notes

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -5,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from potstill.evaluate.rows import HELD_OUT_FILE, TraceRow, write_traces
 from potstill.report import RunView, comparison_table, write_comparison
 
 RunBuilder = Callable[..., RunView]
@@ -43,10 +45,10 @@ def test_a_sweep_shows_what_differs_and_what_came_of_it(sweep: list[RunView]) ->
     table = comparison_table(sweep)
     assert table.isascii()
     rows = _columns(table)
-    assert rows[0][:4] == ["run", "student.lr", "training loss", "held-out loss"]
-    assert "time" in rows[0]
+    assert rows[0][:2] == ["run", "KL to the teacher, nats"]
+    assert rows[0][-5:] == ["training loss", "held-out loss", "tokens trained on", "time", "student.lr"]
     assert [row[0] for row in rows[2:8:2]] == ["lr=0.0001", "lr=0.0003", "lr=0.001"]
-    assert [row[1] for row in rows[2:8:2]] == ["0.0001", "0.0003", "0.001"]
+    assert [row[-1] for row in rows[2:8:2]] == ["0.0001", "0.0003", "0.001"]
 
 
 def test_best_is_said_only_where_intervals_do_not_overlap(sweep: list[RunView]) -> None:
@@ -70,7 +72,7 @@ def test_recipes_that_have_little_in_common_are_not_listed_key_by_key(sweep: lis
     other = replace(
         sweep[1], recipe_text="name: other\nsteps:\n" + "".join(f"  s{n}: {{do: train}}\n" for n in range(20))
     )
-    assert _columns(comparison_table([sweep[0], other]))[0][:2] == ["run", "training loss"]
+    assert _columns(comparison_table([sweep[0], other]))[0][:2] == ["run", "KL to the teacher, nats"]
 
 
 def test_a_recipe_that_cannot_be_read_does_not_stop_the_comparison(sweep: list[RunView]) -> None:
@@ -82,12 +84,163 @@ def test_the_page_names_the_clear_winner_and_draws_the_losses(sweep: list[RunVie
     write_comparison(sweep, tmp_path / "comparison.html")
     text = (tmp_path / "comparison.html").read_text(encoding="utf-8")
     assert "Clearly best: lr=0.0003 (chain_sum, right answers)." in text
-    assert text.count('<svg class="chart"') == 1
+    assert re.findall("<figcaption>(.*?)</figcaption>", text) == [
+        "KL to the teacher",
+        "Top-1 agreement",
+        "Perplexity",
+        "chain_sum, right answers",
+        "Held-out loss",
+    ]
+    assert text.count('<svg class="chart"') == 5
     for run in sweep:
-        assert f">{run.name}</text>" in text
+        assert text.count(f">{run.name}</text>") == 5
+
+
+@pytest.fixture
+def paired(sweep: list[RunView]) -> list[RunView]:
+    """The sweep with held-out traces: its prompts differ widely, and 0.0003 is a little better on each."""
+    for run, excess in zip(sweep, (0.03, 0.0, 0.02), strict=True):
+        traces = [
+            TraceRow(f"r{n}", f"p{n}", 50, 80.0 + 10 * n, (0.1 * n + excess + 0.001 * (n % 3)) * 50, 40 - n)
+            for n in range(20)
+        ]
+        folder = run.steps[-1].folder
+        assert folder is not None
+        write_traces(folder / HELD_OUT_FILE, {"base": traces[::-1], "student": traces})
+    return sweep
+
+
+def test_on_the_same_traces_differences_decide_where_intervals_overlap(paired: list[RunView]) -> None:
+    rows = _columns(comparison_table(paired))
+    closeness = rows[0].index("KL to the teacher, nats")
+    assert rows[0][closeness + 1] == "above the lowest"
+    assert [row[closeness] for row in rows[2:8:2]] == ["1.90", "1.18 *", "1.20"]
+    assert [row[closeness + 1] for row in rows[2:8:2]] == ["+0.030", "-", "+0.020"]
+    assert [row[closeness + 1] for row in rows[3:9:2]] == ["+0.030 to +0.030", "", "+0.020 to +0.020"]
+    assert "no other run's difference to it" in comparison_table(paired)
+
+
+def test_two_runs_with_one_student_leave_none_the_best(paired: list[RunView], tmp_path: Path) -> None:
+    runs = [*paired, replace(paired[1], name="again")]
+    write_comparison(runs, tmp_path / "comparison.html")
+    text = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "Best in KL to the teacher, and not told apart: lr=0.0003, again." in text
+    rows = _columns(comparison_table(runs))
+    closeness = rows[0].index("KL to the teacher, nats")
+    assert [row[closeness] for row in rows[2:10:2]] == ["1.90", "1.18", "1.20", "1.18"]
+
+
+def test_other_traces_are_not_paired(paired: list[RunView]) -> None:
+    folder = paired[2].steps[-1].folder
+    assert folder is not None
+    write_traces(folder / HELD_OUT_FILE, {"student": [TraceRow("other", "p0", 50, 80.0, 5.0, 40)]})
+    assert "above the lowest" not in comparison_table(paired)
+
+
+def test_values_of_different_losses_are_not_put_side_by_side(sweep: list[RunView], tmp_path: Path) -> None:
+    softer = replace(
+        sweep[1], recipe_text=sweep[1].recipe_text.replace("batch: 8", "batch: 8, temperature: 2.0")
+    )
+    header = _columns(comparison_table([sweep[0], softer]))[0]
+    assert "student.temperature" in header
+    assert "held-out loss" not in header
+    write_comparison([sweep[0], softer], tmp_path / "comparison.html")
+    text = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "minimised different losses" in text
+    assert "<figcaption>Held-out loss" not in text
+
+
+def _staged(run: RunView, name: str, **settings: float) -> RunView:
+    given = "".join(f", {key}: {value}" for key, value in settings.items())
+    first = f"  student-blocks: {{do: train, student: pruned, data: logits, lr: 1.0{given}}}\n"
+    text = run.recipe_text.replace("  exam:", first + "  exam:").replace("lr: 0.0003", f"lr: 0.0003{given}")
+    text = text.replace(
+        "student: {do: train, student: pruned", "student: {do: train, student: student-blocks"
+    )
+    return replace(run, name=name, recipe_text=text)
+
+
+def test_a_setting_that_all_stages_have_is_one_column(sweep: list[RunView]) -> None:
+    runs = [_staged(sweep[1], f"alpha={alpha}", alpha=alpha) for alpha in (0.5, 1.0)]
+    rows = _columns(comparison_table(runs))
+    assert rows[0][-2:] == ["time", "alpha (student, student-blocks)"]
+    assert [row[-1] for row in rows[2:6:2]] == ["0.5", "1"]
+
+
+def test_a_list_among_the_settings_is_shown_without_its_brackets(sweep: list[RunView]) -> None:
+    groups = sweep[1].recipe_text.replace("batch: 8", "batch: 8, groups: [{match: embed, lr: 0.1}]")
+    rows = _columns(comparison_table([sweep[1], replace(sweep[1], recipe_text=groups)]))
+    assert rows[0][-1] == "student.groups"
+    assert rows[4][-1] == "match: embed, lr: 0.1"
+
+
+def test_a_step_that_only_some_runs_have_is_one_column(sweep: list[RunView]) -> None:
+    rows = _columns(comparison_table([sweep[1], _staged(sweep[1], "two-stages")]))
+    assert rows[0][-2:] == ["time", "student-blocks"]
+    assert [row[-1] for row in rows[2:6:2]] == ["-", "yes"]
 
 
 def test_without_a_clear_winner_none_is_named(sweep: list[RunView], tmp_path: Path) -> None:
     write_comparison([sweep[1], replace(sweep[1], name="again")], tmp_path / "comparison.html")
     text = (tmp_path / "comparison.html").read_text(encoding="utf-8")
     assert "No run is clearly best" in text
+
+
+@pytest.fixture
+def arms(build_run: RunBuilder) -> list[RunView]:
+    """Four arms in two seeds: each seed has its own traces, on which an arm exceeds the first so much.
+
+    That of "length" changes its sign with the seed and, by half, with the prompt.
+    """
+    runs = []
+    for arm, excess in {"rule": 0.0, "random": 0.05, "length": 0.0, "one-stage": -0.1}.items():
+        for seed in (1, 2):
+            run = build_run(f"{arm},seed={seed}")
+            signs = [0.02 * (-1) ** seed + 0.01 * (-1) ** n if arm == "length" else 0.0 for n in range(20)]
+            traces = [
+                TraceRow(f"r{seed}{n}", f"p{n}", 50, 80.0, (1.0 + 0.1 * n + excess + signs[n]) * 50, 40)
+                for n in range(20)
+            ]
+            folder = run.steps[-1].folder
+            assert folder is not None
+            write_traces(folder / HELD_OUT_FILE, {"student": traces})
+            runs.append(
+                replace(
+                    run,
+                    recipe_text=re.sub(r"^seed: .*$", f"seed: {seed}", run.recipe_text, flags=re.MULTILINE),
+                )
+            )
+    return runs
+
+
+def test_arms_are_shown_with_their_paired_differences_and_those_of_each_seed(arms: list[RunView]) -> None:
+    lines = comparison_table(arms).split("\n\n")[-1].splitlines()
+    assert lines[0].split()[:2] == ["arm", "seeds"]
+    assert "minus rule" in lines[0]
+    found = {line.split()[0]: line for line in lines[2:]}
+    assert list(found) == ["rule", "random", "length", "one-stage"]
+    assert {line.split()[1] for line in found.values()} == {"2"}
+    assert "+0.050 (+0.050 to +0.050)" in found["random"]
+    assert found["random"].endswith("further")
+    assert found["length"].endswith("no clear difference")
+    assert found["one-stage"].endswith("closer")
+    assert "-0.020, +0.020" in found["length"]
+
+
+def test_a_recipe_that_cannot_be_read_does_not_stop_the_comparison_of_arms(arms: list[RunView]) -> None:
+    broken = replace(arms[-1], recipe_text="a: [")
+    assert "minus rule" in comparison_table([*arms[:-1], broken])
+
+
+def test_the_page_has_the_arms_too(arms: list[RunView], tmp_path: Path) -> None:
+    write_comparison(arms, tmp_path / "comparison.html")
+    text = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "arm by arm" in text
+    assert "+0.050 (+0.050 to +0.050)" in text
+    write_comparison(arms[::2], tmp_path / "comparison.html")
+    assert "arm by arm" not in (tmp_path / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_what_each_run_trained_on_is_counted_in_tokens(sweep: list[RunView]) -> None:
+    rows = _columns(comparison_table(sweep))
+    assert [row[rows[0].index("tokens trained on")] for row in rows[2:8:2]] == ["55,680"] * 3

@@ -139,7 +139,7 @@ def test_well_formed_reasoning_is_left_out_where_no_model_reasons(build_run: Run
         (0.55, "share", "55.0 %", "+55.0"),
         (-0.021, "share", "−2.1 %", "−2.1"),
         (1.3123, "nats", "1.31", "+1.31"),
-        (0.0423, "nats", "0.042", "+0.04"),
+        (0.0423, "nats", "0.042", "+0.042"),
         (5.912, "perplexity", "5.91", "×5.91"),
         (0.00321, "perplexity", "0.0032", "×0.0032"),
         (12345.6, "perplexity", "1.2e+04", "×1.2e+04"),
