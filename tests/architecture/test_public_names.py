@@ -4,6 +4,7 @@ import pkgutil
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import typer
@@ -85,3 +86,10 @@ def test_recipes_are_read_without_heavy_libraries(name):
     loaded = modules_after(f"import {name}")
     assert name in loaded
     assert sorted(set(HEAVY) & loaded) == []
+
+
+def test_no_script_hides_a_module_of_the_standard_library():
+    """A script's folder comes first on the path of all that lie in it."""
+    scripts = {path.stem for path in (Path(__file__).parents[2] / "benchmarks").glob("*.py")}
+    assert "selection" in scripts
+    assert not scripts & sys.stdlib_module_names

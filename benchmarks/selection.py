@@ -6,13 +6,8 @@ makes the `select` step's batches and calls. Rows are worked word problems behin
 candidates a prompt, their lengths mixed. A token is one of a row's own, prompt included; padding does not
 count.
 
-    python benchmarks/select.py --json --prompts 32 --candidates 4
+    python benchmarks/selection.py --json --prompts 32 --candidates 4
 """
-
-import sys
-
-# The standard library has a module of this script's name, which others would no longer find.
-sys.path.pop(0)
 
 import argparse
 import json
@@ -22,6 +17,7 @@ import random
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
