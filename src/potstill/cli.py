@@ -518,7 +518,7 @@ def main() -> None:
         if debug:
             raise
         _fail(_explain_os_error(error), 1)
-    except Exception as error:
+    except Exception as error:  # what nobody foresaw is told as our fault, not as a traceback
         if debug:
             raise
         _fail(f"{type(error).__name__}: {error}\n  this is a fault in potstill; --debug shows where", 1)

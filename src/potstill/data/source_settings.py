@@ -62,7 +62,7 @@ class _SourceSettings(Settings):
 
     @property
     def label(self) -> str:
-        """What messages call the source."""
+        """What messages call the source; each kind of source says it."""
         raise NotImplementedError
 
 

@@ -154,7 +154,7 @@ def _make(
         raise StepFailed(str(error), where=f"step {node.name}") from error
     except MissingInput:
         raise
-    except Exception as error:
+    except Exception as error:  # noted in the run's events, then raised again
         reporter.event(
             "step_failed", step=node.name, kind=node.kind, error=f"{type(error).__name__}: {error}"
         )

@@ -25,8 +25,8 @@ class Base:
     """A student with its adapter off, without dropout or gradients; also the head of that, to the losses.
 
     It is the original base, however often the adapter was trained on; `weight` is that of the divergence from
-    it. Raises TrainingError for a student
-    without an adapter, whose own weights are trained: what they were is gone after the first step.
+    it. Raises TrainingError for a student without an adapter, whose own weights are trained: what they were
+    is gone after the first step.
     """
 
     def __init__(self, model: Any, vocabulary_size: int, weight: float) -> None:
@@ -45,12 +45,12 @@ class Base:
     def _off(self) -> Iterator[None]:
         # PEFT's own context then turns gradients on for all of the adapter, also for what a group froze.
         for module in self._adapted:
-            module._disable_adapters = True  # noqa: SLF001
+            module._disable_adapters = True  # noqa: SLF001  # the public setter changes requires_grad
         try:
             yield
         finally:
             for module in self._adapted:
-                module._disable_adapters = False  # noqa: SLF001
+                module._disable_adapters = False  # noqa: SLF001  # likewise
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The base's logits of its hidden states."""

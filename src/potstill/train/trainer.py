@@ -268,7 +268,7 @@ class DistillationTrainer(Trainer):
                 return isolates_packed_rows(model)
 
         # transformers has no public name for the attention that a model uses.
-        attention = [str(model.config.get_text_config()._attn_implementation) for model in models]  # noqa: SLF001
+        attention = [str(model.config.get_text_config()._attn_implementation) for model in models]  # noqa: SLF001  # see above
         if wanted is None:
             # Elsewhere a mask over the whole pack costs more than padding.
             fast = all(name.startswith("flash") for name in attention)

@@ -50,7 +50,7 @@ def serve() -> None:
         call, arguments = json.loads(line)
         try:
             function = _function(call)
-        except Exception as error:
+        except Exception as error:  # importing what the parent names runs any code
             tell(_described(error))
             continue
         tell({})
