@@ -2,14 +2,23 @@
 
 Both score the same responses under the same SmolLM2-135M-Instruct in float32, in turns, each in a process of
 its own. The plain way runs one row at a time and takes a log-softmax over the logits of all its tokens; ours
-makes the `select` step's batches and calls. Rows are worked word problems behind one system prompt, several
-candidates a prompt, their lengths mixed. A token is one of a row's own, prompt included; padding does not
-count.
+makes the `select` step's batches and calls. A token is one of a row's own, prompt included, whether or not
+another row has it too; padding does not count.
+
+Rows are worked word problems, several candidates a prompt, their lengths mixed. In the case `question` they
+stand behind a system prompt and a question; in `few_shot` the system prompt also has eight worked examples,
+as many as chain-of-thought prompts usually have (Wei et al. 2022).
+
+`ceiling` is what fewer products of weights alone would give: (trunk + head) a token of every row over trunk a
+token that no other row began with before and head a response token. Attention, which takes its part of both,
+is left out.
 
     python benchmarks/selection.py --json --prompts 32 --candidates 4
+    python benchmarks/selection.py --json --case few_shot --prompts 8 --candidates 4
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -27,19 +36,22 @@ SYSTEM = (
     "the arithmetic of every line, and state the final number alone on the last line."
 )
 MOST_WORKED_PROBLEMS = 5
+EXAMPLES = {"question": 0, "few_shot": 8}
 
 
-def build_records(prompts: int, candidates: int) -> list[Any]:
+def build_records(case: str, prompts: int, candidates: int) -> list[Any]:
     """Each candidate has one to MOST_WORKED_PROBLEMS worked problems, so that lengths differ."""
     from potstill.core.records import Record
     from potstill.data.tasks import task_rows
 
     chance = random.Random(1)
     problems = list(task_rows("gsm_symbolic", {}, max(64, prompts), 1))
+    examples = itertools.islice(task_rows("gsm_symbolic", {}, 64, 2), EXAMPLES[case])
+    system = "\n\n".join([SYSTEM, *(f"Problem: {one['question']}\n{one['answer_cot']}" for one in examples)])
     records = []
     for number in range(prompts):
         messages = [
-            {"role": "system", "content": SYSTEM},
+            {"role": "system", "content": system},
             {"role": "user", "content": problems[number]["question"]},
         ]
         for sample in range(candidates):
@@ -65,22 +77,41 @@ def one_by_one(loaded: Any, rows: list[Any]) -> list[list[float]]:
 
 
 def ours(loaded: Any, rows: list[Any]) -> list[list[float]]:
-    from potstill.data.batches import micro_batches
-    from potstill.scoring import micro_batch_tokens, token_logprobs
+    from potstill.data.prefixes import batches_by_prefix, shared_prefix
+    from potstill.scoring import micro_batch_tokens, run_shared_prefix, token_logprobs
 
     found: list[list[float]] = [[] for _ in rows]
-    lengths = [len(row.ids) for row in rows]
     limit = micro_batch_tokens(loaded.model.device)
-    for batch in micro_batches(lengths, range(len(rows)), limit):
-        for number, logprobs in zip(batch, token_logprobs(loaded, [rows[one] for one in batch]), strict=True):
+    prefix = run_shared_prefix(loaded.model, rows)
+    for batch in batches_by_prefix(rows, limit, start=shared_prefix(rows)):
+        scored = token_logprobs(loaded, [rows[one] for one in batch], max_tokens=limit, prefix=prefix)
+        for number, logprobs in zip(batch, scored, strict=True):
             found[number] = logprobs.tolist()
     return found
+
+
+def distinct(rows: list[Any]) -> int:
+    """Tokens less those of a prompt that the row before begins with too, rows in the order of their ids."""
+    from potstill.data.prefixes import shared_prefix
+
+    order = sorted(rows, key=lambda row: row.ids)
+    spared = sum(shared_prefix(pair) for pair in itertools.pairwise(order))
+    return sum(len(row.ids) for row in rows) - spared
+
+
+def ceiling(loaded: Any, rows: list[Any]) -> float:
+    """Multiplications of the plain way over those that remain when none is made twice or unasked."""
+    head = loaded.model.get_output_embeddings().weight
+    trunk = sum(one.numel() for one in loaded.model.parameters() if one.ndim > 1 and one is not head)
+    every = sum(len(row.ids) for row in rows) * (trunk + head.numel())
+    response_tokens = sum(row.supervised_tokens for row in rows)
+    return every / (distinct(rows) * trunk + response_tokens * head.numel())
 
 
 CONTESTANTS: dict[str, Callable[[Any, list[Any]], list[list[float]]]] = {"naive": one_by_one, "ours": ours}
 
 
-def measure(name: str, prompts: int, candidates: int) -> dict[str, Any]:
+def measure(name: str, case: str, prompts: int, candidates: int) -> dict[str, Any]:
     """Score every row once, in this process."""
     import torch
 
@@ -89,7 +120,8 @@ def measure(name: str, prompts: int, candidates: int) -> dict[str, Any]:
 
     loaded = load(TransformersModel(path="smollm2-135m-instruct", device="cpu"), dtype=torch.float32)
     renderer = Renderer(loaded.tokenizer)
-    rows = [renderer.without_end_of_turn(renderer.render(one)) for one in build_records(prompts, candidates)]
+    records = build_records(case, prompts, candidates)
+    rows = [renderer.without_end_of_turn(renderer.render(one)) for one in records]
     CONTESTANTS[name](loaded, rows[:1])
     started, cpu_started = time.perf_counter(), time.process_time()
     logprobs = CONTESTANTS[name](loaded, rows)
@@ -99,6 +131,8 @@ def measure(name: str, prompts: int, candidates: int) -> dict[str, Any]:
         "logprobs": logprobs,
         "tokens": sum(lengths),
         "response_tokens": sum(row.supervised_tokens for row in rows),
+        "distinct_tokens": distinct(rows),
+        "ceiling": round(ceiling(loaded, rows), 3),
         "row_lengths": [lengths[0], lengths[len(lengths) // 2], lengths[-1]],
         "tokens_per_s": sum(lengths) / seconds,
         "tokens_per_cpu_s": sum(lengths) / cpu_seconds,
@@ -108,9 +142,9 @@ def measure(name: str, prompts: int, candidates: int) -> dict[str, Any]:
     }
 
 
-def run_child(name: str, prompts: int, candidates: int) -> dict[str, Any]:
-    numbers = ["--prompts", str(prompts), "--candidates", str(candidates)]
-    command = [sys.executable, __file__, "--contestant", name, *numbers]
+def run_child(name: str, case: str, prompts: int, candidates: int) -> dict[str, Any]:
+    rows = ["--case", case, "--prompts", str(prompts), "--candidates", str(candidates)]
+    command = [sys.executable, __file__, "--contestant", name, *rows]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
@@ -118,11 +152,11 @@ def run_child(name: str, prompts: int, candidates: int) -> dict[str, Any]:
     return result
 
 
-def compare(prompts: int, candidates: int, rounds: int) -> dict[str, Any]:
+def compare(case: str, prompts: int, candidates: int, rounds: int) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
     for _ in range(rounds):
         for name, found in runs.items():
-            found.append(run_child(name, prompts, candidates))
+            found.append(run_child(name, case, prompts, candidates))
             print(name, f"{found[-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
     speed, cpu_speed = (
         {name: statistics.median(one[unit] for one in found) for name, found in runs.items()}
@@ -140,7 +174,11 @@ def compare(prompts: int, candidates: int, rounds: int) -> dict[str, Any]:
         "largest_difference_nats": max(
             abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)
         ),
-        **{name: mine[name] for name in ("tokens", "response_tokens", "row_lengths", "threads", "torch")},
+        "ceiling": mine["ceiling"],
+        "share_of_ceiling": round(cpu_speed["ours"] / cpu_speed["naive"] / mine["ceiling"], 3),
+        **{name: mine[name] for name in ("tokens", "distinct_tokens", "response_tokens", "row_lengths")},
+        **{name: mine[name] for name in ("threads", "torch")},
+        "case": case,
         "prompts": prompts,
         "candidates": candidates,
         "rounds": rounds,
@@ -153,15 +191,16 @@ def compare(prompts: int, candidates: int, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--case", choices=EXAMPLES, default="question", help="what stands before a response")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--candidates", type=int, default=4, help="responses a prompt")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
-        print(json.dumps(measure(options.contestant, options.prompts, options.candidates)))
+        print(json.dumps(measure(options.contestant, options.case, options.prompts, options.candidates)))
         return
-    result = compare(options.prompts, options.candidates, options.rounds)
+    result = compare(options.case, options.prompts, options.candidates, options.rounds)
     if options.json:
         print(json.dumps(result))
     else:

@@ -3,26 +3,30 @@
 Shapes: B rows, T tokens, N supervised tokens, H hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from potstill.core.errors import ModelError
-from potstill.data.batches import collate
+from potstill.data.batches import collate, micro_batches
 from potstill.data.chat import Rendered
+from potstill.data.prefixes import prefix_tree, shared_prefix
 from potstill.losses.head import CHUNK_TOKENS, TokenFunction, per_token, supervised_pairs
 from potstill.losses.response import cross_entropy
-from potstill.models import LoadedModel, can_share_prefix, hidden_states, hidden_states_after, output_head
+from potstill.models import LoadedModel, hidden_states, output_head
+from potstill.models.prefixes import Prefix, can_share_prefix, hidden_states_after, run_prefixes
 
 __all__ = [
     "RowFunction",
     "hidden_of_rows",
     "is_out_of_memory",
     "micro_batch_tokens",
+    "run_shared_prefix",
     "score_rows",
-    "shared_prefix",
     "supervised_hidden",
     "token_logprobs",
 ]
@@ -30,18 +34,16 @@ __all__ = [
 RowFunction = Callable[[Sequence[Rendered], Tensor], TokenFunction]
 """From rows and their supervised tokens (N) to what is asked of each of these tokens."""
 
+_Score = Callable[[Sequence[Rendered]], list[dict[str, Tensor]]]
+
 # Below this a second pass through the layers costs more than the tokens it saves.
 _WORTH_SHARING = 8
 _CPU_TOKENS, _GPU_TOKENS = 2048, 16384
-
-
-def shared_prefix(rows: Sequence[Rendered]) -> int:
-    """How many first tokens all rows share, short of the first that predicts a supervised token."""
-    first, others = rows[0].ids, [row.ids for row in rows[1:]]
-    end = min(row.mask.index(1) if 1 in row.mask else len(row.mask) for row in rows) - 1
-    if not others:
-        return 0
-    return next((i for i in range(end) if any(ids[i] != first[i] for ids in others)), max(end, 0))
+# About what a forward pass costs beside its tokens, in tokens: reading the weights, starting the kernels.
+_CPU_PASS_TOKENS, _GPU_PASS_TOKENS = 16, 256
+# Keys and values that a pass may hold of one layer, prefixes included, in multiples of its tokens: a hundred
+# answers of a few tokens behind a long prompt are few tokens, and a hundred times its keys and values.
+_KEYS_A_TOKEN = 64
 
 
 def supervised_hidden(
@@ -59,18 +61,103 @@ def supervised_hidden(
     """
     prefix = prefix_tokens if can_share_prefix(model) and prefix_tokens >= _WORTH_SHARING else 0
     if prefix:
-        hidden_BTH = hidden_states_after(model, input_ids_BT, prefix)
+        (shared,) = run_prefixes(model, input_ids_BT[:1, :prefix], [prefix], [None])
+        hidden_BTH = hidden_states_after(model, input_ids_BT[:, prefix:], [shared] * len(input_ids_BT))
     else:
         hidden_BTH = hidden_states(model, input_ids_BT, position_ids_BT=position_ids_BT)
     return supervised_pairs(hidden_BTH, input_ids_BT[:, prefix:], loss_mask_BT[:, prefix:])
 
 
-def hidden_of_rows(model: Any, rows: Sequence[Rendered]) -> tuple[Tensor, Tensor]:
-    """`supervised_hidden` of rows, padded together in one forward pass."""
-    tensors = {name: tensor.to(model.device) for name, tensor in collate(rows, pad_id=0).items()}
-    return supervised_hidden(
-        model, tensors["input_ids"], tensors["loss_mask"], prefix_tokens=shared_prefix(rows)
-    )
+def run_shared_prefix(model: Any, rows: Sequence[Rendered]) -> Prefix | None:
+    """The prefix that all rows share, run once; None where that is not worth it or the model cannot."""
+    tokens = shared_prefix(rows)
+    if tokens < _WORTH_SHARING or not can_share_prefix(model):
+        return None
+    with torch.no_grad():
+        ids_1T = torch.tensor([rows[0].ids[:tokens]], device=model.device)
+        return run_prefixes(model, ids_1T, [tokens], [None])[0]
+
+
+def hidden_of_rows(
+    model: Any, rows: Sequence[Rendered], *, max_tokens: int | None = None, prefix: Prefix | None = None
+) -> tuple[Tensor, Tensor]:
+    """The trunk's hidden states that predict the rows' supervised tokens (NH), and those tokens (N).
+
+    What several rows begin with is run once for all of them, and rows of like length share a pass of at most
+    `max_tokens` padded tokens, fewer behind long prefixes. All rows begin with `prefix`, where it is given.
+    """
+    device = model.device
+    max_tokens = max_tokens or micro_batch_tokens(device)
+    pass_tokens = _CPU_PASS_TOKENS if device.type == "cpu" else _GPU_PASS_TOKENS
+    prefixes = _prefixes_of_rows(model, rows, prefix, max_tokens, pass_tokens)
+    starts = [0 if one is None else one.tokens for one in prefixes]
+    own = [_width(len(row.ids) - start, start) for row, start in zip(rows, starts, strict=True)]
+    found: list[Tensor | None] = [None] * len(rows)
+    for is_behind in (True, False):
+        alike = [number for number, one in enumerate(prefixes) if (one is not None) == is_behind]
+        for batch in micro_batches(own, alike, max_tokens, pass_tokens=pass_tokens):
+            parts = [Rendered(rows[n].ids[starts[n] :], rows[n].mask[starts[n] :]) for n in batch]
+            tensors = {name: one.to(device) for name, one in collate(parts, pad_id=0).items()}
+            before = [one for one in map(prefixes.__getitem__, batch) if one is not None]
+            if before:
+                hidden_BTH = hidden_states_after(model, tensors["input_ids"], before)
+            else:
+                hidden_BTH = hidden_states(model, tensors["input_ids"])
+            hidden_NH, _ = supervised_pairs(hidden_BTH, tensors["input_ids"], tensors["loss_mask"])
+            counts = [part.supervised_tokens for part in parts]
+            for number, states_NH in zip(batch, torch.split(hidden_NH, counts), strict=True):
+                found[number] = states_NH
+    targets = [id_ for row in rows for id_, supervised in zip(row.ids, row.mask, strict=True) if supervised]
+    return torch.cat([one for one in found if one is not None]), torch.tensor(targets, device=device)
+
+
+def _prefixes_of_rows(
+    model: Any, rows: Sequence[Rendered], prefix: Prefix | None, max_tokens: int, pass_tokens: int
+) -> list[Prefix | None]:
+    """The part of each row that is run before its own pass, because other rows begin with it too.
+
+    The longest way through the tree of what rows share is walked in as many rounds, each of batched passes.
+    """
+    found: list[Prefix | None] = [None] * len(rows)
+    if not can_share_prefix(model):
+        return found
+    sharing = [number for number, row in enumerate(rows) if _may_share(model, row)]
+    kept = [rows[number] for number in sharing]
+    segments, behind = prefix_tree(kept, start=0 if prefix is None else prefix.tokens, worth=pass_tokens)
+    lengths = [one.end - one.start for one in segments]
+    widths = [_width(one.end - one.start, one.start) for one in segments]
+    rounds: list[int] = []
+    for one in segments:
+        rounds.append(0 if one.behind is None else rounds[one.behind] + 1)
+    run: dict[int | None, Prefix | None] = {None: prefix}
+    for current in range(max(rounds, default=-1) + 1):
+        due = [number for number, its_round in enumerate(rounds) if its_round == current]
+        for batch in micro_batches(widths, due, max_tokens, pass_tokens=pass_tokens):
+            some = [segments[number] for number in batch]
+            ids_BT = pad_sequence(
+                [torch.tensor(kept[one.row].ids[one.start : one.end]) for one in some], batch_first=True
+            ).to(model.device)
+            before = [run[one.behind] for one in some]
+            made = run_prefixes(model, ids_BT, [lengths[number] for number in batch], before)
+            run.update(zip(batch, made, strict=True))
+    for number, last in zip(sharing, behind, strict=True):
+        found[number] = run[last]
+    return found
+
+
+def _width(tokens: int, before: int) -> int:
+    """The tokens that a row takes the room of, with its keys and values behind so many tokens before."""
+    return max(tokens, math.ceil((before + tokens) / _KEYS_A_TOKEN))
+
+
+def _may_share(model: Any, row: Rendered) -> bool:
+    """Whether tokens that are spared cost more than what attention behind a prefix takes in addition.
+
+    Such attention has a mask, and computes the half that causal attention leaves out: 2 T^2 H operations a
+    layer for T tokens, where its weights cost a token about 24 H^2.
+    """
+    own, width = row.supervised_tokens, int(model.config.get_text_config().hidden_size)
+    return own**2 <= 12 * width * (len(row.ids) - own)
 
 
 def score_rows(
@@ -80,17 +167,31 @@ def score_rows(
     *,
     vocabulary_size: int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
+    max_tokens: int | None = None,
+    prefix: Prefix | None = None,
 ) -> list[dict[str, Tensor]]:
-    """The quantities of each row's supervised tokens, rows padded together in one forward pass.
+    """The quantities of each row's supervised tokens; `hidden_of_rows` says how rows share forward passes.
 
     In float64 on the CPU; the first axis of each is the row's supervised tokens. The head is cut to the first
     `vocabulary_size` ids, by default those that tokenizer and model both know. Rows that do not fit into
     memory together are scored in halves. Raises ModelError for one that does not fit alone.
     """
+
+    def score(rows: Sequence[Rendered]) -> list[dict[str, Tensor]]:
+        hidden_NH, targets_N = hidden_of_rows(model.model, rows, max_tokens=max_tokens, prefix=prefix)
+        head = output_head(model.model, vocabulary_size or model.vocabulary_size)
+        values = per_token(hidden_NH, head, quantities(rows, targets_N), chunk_tokens=chunk_tokens)
+        counts = [row.supervised_tokens for row in rows]
+        parts = {name: torch.split(value.double().cpu(), counts) for name, value in values.items()}
+        return [{name: part[number] for name, part in parts.items()} for number in range(len(rows))]
+
+    with torch.no_grad():
+        return _in_halves(score, rows)
+
+
+def _in_halves(score: _Score, rows: Sequence[Rendered]) -> list[dict[str, Tensor]]:
     try:
-        return _score_rows(
-            model, rows, quantities, vocabulary_size or model.vocabulary_size, chunk_tokens=chunk_tokens
-        )
+        return score(rows)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -101,41 +202,26 @@ def score_rows(
             ) from error
     # Outside of the handler, whose traceback would keep the failed pass's tensors alive.
     half = len(rows) // 2
-    return [
-        scored
-        for part in (rows[:half], rows[half:])
-        for scored in score_rows(
-            model, part, quantities, vocabulary_size=vocabulary_size, chunk_tokens=chunk_tokens
-        )
-    ]
-
-
-@torch.no_grad()
-def _score_rows(
-    model: LoadedModel,
-    rows: Sequence[Rendered],
-    quantities: RowFunction,
-    vocabulary_size: int,
-    *,
-    chunk_tokens: int,
-) -> list[dict[str, Tensor]]:
-    hidden_NH, targets_N = hidden_of_rows(model.model, rows)
-    head = output_head(model.model, vocabulary_size)
-    values = per_token(hidden_NH, head, quantities(rows, targets_N), chunk_tokens=chunk_tokens)
-    counts = [row.supervised_tokens for row in rows]
-    parts = {name: torch.split(value.double().cpu(), counts) for name, value in values.items()}
-    return [{name: part[number] for name, part in parts.items()} for number in range(len(rows))]
+    return [*_in_halves(score, rows[:half]), *_in_halves(score, rows[half:])]
 
 
 def token_logprobs(
-    model: LoadedModel, rows: Sequence[Rendered], *, chunk_tokens: int = CHUNK_TOKENS
+    model: LoadedModel,
+    rows: Sequence[Rendered],
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    max_tokens: int | None = None,
+    prefix: Prefix | None = None,
 ) -> list[Tensor]:
     """Log q(token | what stands before it) of each row's supervised tokens, in nats at temperature 1."""
 
     def quantities(rows: Sequence[Rendered], targets_N: Tensor) -> TokenFunction:
         return lambda logits_CV, part: {"logprob": -cross_entropy(logits_CV, targets_N[part])}
 
-    return [scored["logprob"] for scored in score_rows(model, rows, quantities, chunk_tokens=chunk_tokens)]
+    scored = score_rows(
+        model, rows, quantities, chunk_tokens=chunk_tokens, max_tokens=max_tokens, prefix=prefix
+    )
+    return [one["logprob"] for one in scored]
 
 
 def micro_batch_tokens(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from potstill.losses import closed_form
 from potstill.losses.blend import blend
 from potstill.losses.closed_form import ClosedForm
 from potstill.losses.divergences import DIVERGENCES
@@ -26,7 +27,6 @@ from .distributions import exact_sparse
 
 N, H, V, K = 11, 6, 17, 4
 KINDS = ["none", "dense", "live", "sparse", "sparse of one", "sparse of all", "sampled", "renormalised"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @dataclass
@@ -115,7 +115,6 @@ def _written_out(
     return (1 - alpha) * cross_entropy_N + alpha * temperature**2 * kl_N
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("alpha", "temperature"), [(0.6, 1.0), (0.6, 2.0), (0.3, 3.0), (1.0, 0.5), (0.0, 2.0)]
 )
@@ -144,9 +143,8 @@ def test_closed_form_autograd_and_written_out_probabilities_agree(
     plain = _through_autograd(closed)
     assert not isinstance(plain, WithGradient)
     cases: list[tuple[TokenFunction, int]] = [(plain, 4)]
-    cases += [
-        (replace(closed, tile_rows=tile), chunk) for tile, chunk in [(1, 4), (3, 4), (128, 100), (2, 1)]
-    ]
+    sizes = [(128, 4)] if closed_form._has_kernel(hidden_NH) else [(1, 4), (3, 4), (128, 100), (2, 1)]
+    cases += [(replace(closed, tile_rows=tile), chunk) for tile, chunk in sizes]
     names = set()
     for quantities, chunk_tokens in cases:
         loss, values = weighted_loss(hidden_NH, head, quantities, weights_N, chunk_tokens=chunk_tokens)
@@ -159,11 +157,12 @@ def test_closed_form_autograd_and_written_out_probabilities_agree(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantities_of_the_closed_form_are_those_of_plain_operations(kind: str) -> None:
-    logits_NV, targets_N = 2 * _random(N, V, seed=1), torch.arange(N)
-    closed = _quantities(kind, targets_N, _random(N, V, seed=2), alpha=0.4, temperature=2.0, scale=3.0)
+def test_quantities_of_the_closed_form_are_those_of_plain_operations(kind: str, device: str) -> None:
+    logits_NV, targets_N = 2 * _random(N, V, seed=1, device=device), torch.arange(N, device=device)
+    teacher_NV = _random(N, V, seed=2, device=device)
+    closed = _quantities(kind, targets_N, teacher_NV, alpha=0.4, temperature=2.0, scale=3.0)
     wanted = closed(logits_NV[2:9], slice(2, 9))
-    for weights_C in (None, torch.ones(7, dtype=torch.float64)):
+    for weights_C in (None, torch.ones(7, dtype=torch.float64, device=device)):
         found = replace(closed, tile_rows=3).overwrite(logits_NV[2:9].clone(), slice(2, 9), weights_C)
         assert found.keys() == wanted.keys()
         for name, value_C in wanted.items():
@@ -171,25 +170,29 @@ def test_quantities_of_the_closed_form_are_those_of_plain_operations(kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck_of_hidden_states_weight_and_bias(kind: str) -> None:
-    targets_N = torch.tensor([0, 3, 16, 2, 0])
-    closed = _quantities(kind, targets_N, _random(5, V, seed=1), alpha=0.5, temperature=2.0)
-    weights_N = torch.tensor([0.1, 0.3, 0.2, 0.0, 0.4], dtype=torch.float64)
+def test_gradcheck_of_hidden_states_weight_and_bias(kind: str, device: str) -> None:
+    targets_N = torch.tensor([0, 3, 16, 2, 0], device=device)
+    teacher_NV = _random(5, V, seed=1, device=device)
+    closed = _quantities(kind, targets_N, teacher_NV, alpha=0.5, temperature=2.0)
+    weights_N = torch.tensor([0.1, 0.3, 0.2, 0.0, 0.4], dtype=torch.float64, device=device)
 
     def loss(hidden_NH: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         total, _ = weighted_loss(hidden_NH, _Head(weight, bias, cap=2.0), closed, weights_N, chunk_tokens=2)
         return 3 * total  # a gradient from above other than one
 
-    inputs = [_random(5, 2, seed=2), _random(V, 2, seed=3), _random(V, seed=4)]
-    assert torch.autograd.gradcheck(loss, [one.requires_grad_() for one in inputs])
+    shapes = [(5, 2), (V, 2), (V,)]
+    inputs = [_random(*shape, seed=seed, device=device) for seed, shape in enumerate(shapes)]
+    fast = closed_form._has_kernel(weights_N)  # triton's interpreter takes milliseconds a row
+    assert torch.autograd.gradcheck(loss, [one.requires_grad_() for one in inputs], fast_mode=fast)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fp32_and_bf16_logits_get_the_float64_gradient_to_their_own_rounding(kind: str) -> None:
+def test_narrow_logits_get_the_float64_gradient_to_their_own_rounding(kind: str, device: str) -> None:
     # Student and teacher are nearly equal, so that what is left of q - p is small beside both.
-    logits_NV = (3 * _random(N, V, seed=1)).bfloat16().double()
-    teacher_NV, targets_N = logits_NV + 0.05 * _random(N, V, seed=2), torch.arange(N)
-    weights_N = torch.ones(N, dtype=torch.float64)
+    logits_NV = (3 * _random(N, V, seed=1, device=device)).bfloat16().double()
+    teacher_NV = logits_NV + 0.05 * _random(N, V, seed=2, device=device)
+    targets_N = torch.arange(N, device=device)
+    weights_N = torch.ones(N, dtype=torch.float64, device=device)
 
     def gradient(dtype: torch.dtype) -> Tensor:
         teacher = teacher_NV.to(torch.promote_types(dtype, torch.float32))
@@ -201,75 +204,81 @@ def test_fp32_and_bf16_logits_get_the_float64_gradient_to_their_own_rounding(kin
 
     exact = gradient(torch.float64)
     torch.testing.assert_close(gradient(torch.float32), exact, rtol=1e-4, atol=2e-6)
-    torch.testing.assert_close(gradient(torch.bfloat16), exact, rtol=2**-8, atol=2e-6)
+    cut_off = closed_form._has_kernel(logits_NV) and device == "cpu"  # triton's interpreter does not round
+    torch.testing.assert_close(gradient(torch.bfloat16), exact, rtol=2**-7 if cut_off else 2**-8, atol=2e-6)
+    torch.testing.assert_close(gradient(torch.float16), exact, rtol=2**-11, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "sampled"])
-def test_ids_that_neither_model_can_say_have_no_part_in_loss_or_gradient(kind: str) -> None:
-    logits_NV, teacher_NV = _random(N, V, seed=1), _random(N, V, seed=2)
-    targets_N = torch.arange(N)
-    masked_NV, masked_teacher_NV = logits_NV.clone(), teacher_NV.clone()
-    masked_NV[:, -3:], masked_teacher_NV[:, -3:] = -math.inf, -math.inf
+@pytest.mark.parametrize("place", [slice(-3, None), slice(0, 8)], ids=["last", "first"])
+def test_ids_that_neither_model_can_say_have_no_part_in_loss_or_gradient(
+    kind: str, place: slice, device: str
+) -> None:
+    masked_NV, masked_teacher_NV = (_random(N, V, seed=seed, device=device) for seed in (1, 2))
+    targets_N = torch.full((N,), 9, device=device)
+    masked_NV[:, place], masked_teacher_NV[:, place] = -math.inf, -math.inf
     closed = _quantities(kind, targets_N, masked_teacher_NV, alpha=0.5, temperature=3.0)
     plain_NV = masked_NV.clone().requires_grad_()
     wanted = closed(plain_NV, slice(0, N))["loss"]
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), plain_NV)
-    values = closed.overwrite(masked_NV, slice(0, N), torch.ones(N, dtype=torch.float64))
+    values = closed.overwrite(masked_NV, slice(0, N), torch.ones(N, dtype=torch.float64, device=device))
     assert kind == "sampled" or torch.isfinite(wanted).all()
     torch.testing.assert_close(values["loss"], wanted.detach(), rtol=1e-10, atol=0)
     if kind != "sampled":  # its shares may name them, and then the loss is infinite
         assert torch.isfinite(masked_NV).all()
-        assert not masked_NV[:, -3:].any()
+        assert not masked_NV[:, place].any()
         torch.testing.assert_close(masked_NV, wanted_gradient, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", ["dense", "sparse", "sparse of one"])
-def test_a_student_too_certain_for_fp32_has_a_finite_loss_and_gradient(kind: str) -> None:
-    logits_NV = torch.zeros(N, V)
+def test_a_student_too_certain_for_fp32_has_a_finite_loss_and_gradient(kind: str, device: str) -> None:
+    logits_NV = torch.zeros(N, V, device=device)
     logits_NV[:, 0] = 300.0
-    teacher_NV = torch.zeros(N, V)
+    teacher_NV = torch.zeros(N, V, device=device)
     teacher_NV[:, 0] = 2.0
-    closed = _quantities(kind, torch.zeros(N, dtype=torch.int64), teacher_NV, alpha=0.5, temperature=2.0)
+    targets_N = torch.zeros(N, dtype=torch.int64, device=device)
+    closed = _quantities(kind, targets_N, teacher_NV, alpha=0.5, temperature=2.0)
     reference_NV = logits_NV.clone().requires_grad_()
     wanted = closed(reference_NV, slice(0, N))["loss"]
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), reference_NV)
-    found = closed.overwrite(logits_NV, slice(0, N), torch.ones(N))["loss"]
+    found = closed.overwrite(logits_NV, slice(0, N), torch.ones(N, device=device))["loss"]
     for one in (found, logits_NV):
         assert torch.isfinite(one).all()
     torch.testing.assert_close(found, wanted.detach(), rtol=1e-4, atol=0)
     torch.testing.assert_close(logits_NV, wanted_gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_a_teacher_rounded_to_fp16_gives_the_gradient_of_its_own_loss() -> None:
-    exact = exact_sparse(_random(N, V, seed=2), K, 1.0)
+def test_a_teacher_rounded_to_fp16_gives_the_gradient_of_its_own_loss(device: str) -> None:
+    targets_N = torch.arange(N, device=device)
+    exact = exact_sparse(_random(N, V, seed=2, device=device), K, 1.0)
     rounded = Sparse(exact.ids_NK, exact.log_probs_NK.half(), exact.log_tail_N.half())
     assert (rounded.log_probs_NK.double() != exact.log_probs_NK).any()
-    closed = blend(torch.arange(N), rounded, alpha=1.0)
+    closed = blend(targets_N, rounded, alpha=1.0)
     assert isinstance(closed, ClosedForm)
-    logits_NV = _random(N, V, seed=1)
+    logits_NV = _random(N, V, seed=1, device=device)
     doubled = Sparse(rounded.ids_NK, rounded.log_probs_NK.double(), rounded.log_tail_N.double())
     reference_NV = logits_NV.clone().requires_grad_()
-    wanted = blend(torch.arange(N), doubled, alpha=1.0)(reference_NV, slice(0, N))["loss"]
+    wanted = blend(targets_N, doubled, alpha=1.0)(reference_NV, slice(0, N))["loss"]
     (wanted_gradient,) = torch.autograd.grad(wanted.sum(), reference_NV)
-    found = closed.overwrite(logits_NV, slice(0, N), torch.ones(N))["loss"]
+    found = closed.overwrite(logits_NV, slice(0, N), torch.ones(N, device=device))["loss"]
     torch.testing.assert_close(found, wanted.detach(), rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(logits_NV, wanted_gradient, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pitfall_12_logits_that_are_no_numbers_give_a_loss_that_is_none(kind: str) -> None:
-    logits_NV = _random(N, V, seed=1)
+def test_pitfall_12_logits_that_are_no_numbers_give_a_loss_that_is_none(kind: str, device: str) -> None:
+    logits_NV, teacher_NV = (_random(N, V, seed=seed, device=device) for seed in (1, 2))
     logits_NV[3, 5] = math.nan
-    closed = _quantities(kind, torch.arange(N), _random(N, V, seed=2), alpha=0.5, temperature=2.0)
-    loss_N = closed.overwrite(logits_NV, slice(0, N), torch.ones(N))["loss"]
+    closed = _quantities(kind, torch.arange(N, device=device), teacher_NV, alpha=0.5, temperature=2.0)
+    loss_N = closed.overwrite(logits_NV, slice(0, N), torch.ones(N, device=device))["loss"]
     assert loss_N.isnan().tolist() == [row == 3 for row in range(N)]
 
 
-def test_a_teacher_that_is_no_number_shows_in_the_loss() -> None:
-    teacher_NV = _random(N, V, seed=2)
+def test_a_teacher_that_is_no_number_shows_in_the_loss(device: str) -> None:
+    logits_NV, teacher_NV = (_random(N, V, seed=seed, device=device) for seed in (1, 2))
     teacher_NV[3, 5] = math.nan
-    closed = _quantities("dense", torch.arange(N), teacher_NV, alpha=0.5, temperature=2.0)
-    loss_N = closed.overwrite(_random(N, V, seed=1), slice(0, N), torch.ones(N))["loss"]
+    closed = _quantities("dense", torch.arange(N, device=device), teacher_NV, alpha=0.5, temperature=2.0)
+    loss_N = closed.overwrite(logits_NV, slice(0, N), torch.ones(N, device=device))["loss"]
     assert loss_N.isnan().tolist() == [row == 3 for row in range(N)]
 
 

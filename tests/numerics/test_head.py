@@ -132,6 +132,28 @@ def test_without_gradients_it_is_the_same_number_and_no_graph() -> None:
     torch.testing.assert_close(trained.detach(), evaluated, rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_no_tokens_and_many_give_the_bf16_head_its_gradient_in_fp32() -> None:
+    hidden_NH = _random(N, H, seed=1).to("cuda", torch.bfloat16).requires_grad_()
+    head = _Head(_random(V, H, seed=2).to("cuda").float().requires_grad_())
+    targets_N, weights_N = torch.arange(N, device="cuda"), torch.full((N,), 1 / N, device="cuda")
+    expected_NV = hidden_NH.double() @ head.weight.bfloat16().double().T
+    wanted = (torch.nn.functional.cross_entropy(expected_NV, targets_N, reduction="none") * weights_N).sum()
+    (wanted_gradient,) = torch.autograd.grad(wanted, [head.weight])
+    for tokens in (0, N):
+        head.weight.grad = None
+        rows = slice(0, tokens)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, _ = weighted_loss(
+                hidden_NH[rows], head, response_loss(targets_N[rows]), weights_N[rows], chunk_tokens=4
+            )
+        torch.autograd.backward(loss)
+        assert head.weight.grad is not None
+        assert head.weight.grad.dtype == torch.float32
+        expected = wanted_gradient if tokens else torch.zeros_like(head.weight)
+        torch.testing.assert_close(head.weight.grad, expected.float(), rtol=2e-2, atol=2e-3)
+
+
 def test_no_supervised_tokens_give_a_zero_loss_with_zero_gradients() -> None:
     hidden_NH, head, targets_N, weights_N, _ = _case()
     loss, values = weighted_loss(hidden_NH[:0], head, response_loss(targets_N[:0]), weights_N[:0])
@@ -167,21 +189,23 @@ def test_pitfall_7_the_state_before_a_token_predicts_it() -> None:
     assert hidden_NH[:, 0].tolist() == [1, 2, 4]
 
 
-def _bf16_gradient(chunk_tokens: int) -> tuple[Tensor, Tensor, int]:
+def _bf16_gradient(chunk_tokens: int, device: str) -> tuple[Tensor, Tensor, int]:
     """The head's gradient for bf16 parameters from 1024 tokens that all pull the same way."""
-    hidden_NH = torch.full((1024, 4), 1.0, dtype=torch.bfloat16)
-    weight = torch.zeros((8, 4), dtype=torch.bfloat16, requires_grad=True)
+    hidden_NH = torch.full((1024, 4), 1.0, dtype=torch.bfloat16, device=device)
+    weight = torch.zeros((8, 4), dtype=torch.bfloat16, device=device, requires_grad=True)
     head = _Head(weight)
-    targets_N, weights_N = torch.zeros(1024, dtype=torch.int64), torch.full((1024,), 1 / 1024)
+    targets_N = torch.zeros(1024, dtype=torch.int64, device=device)
+    weights_N = torch.full((1024,), 1 / 1024, device=device)
     loss, _ = weighted_loss(hidden_NH, head, response_loss(targets_N), weights_N, chunk_tokens=chunk_tokens)
     torch.autograd.backward(loss)
     assert weight.grad is not None
     return weight.grad, loss, head.calls
 
 
-def test_pitfall_13_many_bf16_chunks_add_up_to_the_same_gradient_as_one() -> None:
-    one, _, one_call = _bf16_gradient(1024)
-    many, _, many_calls = _bf16_gradient(2)
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_pitfall_13_many_bf16_chunks_add_up_to_the_same_gradient_as_one(place: str) -> None:
+    one, _, one_call = _bf16_gradient(1024, place)
+    many, _, many_calls = _bf16_gradient(2, place)
     assert (one_call, many_calls) == (1, 512)
     assert many.dtype == torch.bfloat16
     # One bf16 rounding at the end; sums in bf16 would stop growing after 256 chunks.

@@ -10,8 +10,12 @@ from potstill.evaluate.intervals import (
     RESAMPLES,
     bootstrap_ratio,
     bootstrap_ratio_difference,
+    clustered_share,
+    clustered_share_difference,
+    independent_share_difference,
     mcnemar_exact,
     paired_share_difference,
+    pass_at_k,
     wilson_interval,
 )
 
@@ -111,6 +115,100 @@ def test_the_paired_interval_covers_the_truth_about_as_often_as_it_says() -> Non
         found = paired_share_difference(first, second)
         covered += found.low <= 0.2 <= found.high
     assert 0.925 <= covered / rounds <= 0.985
+
+
+@pytest.mark.parametrize(("samples", "right"), [(1, 0), (1, 1), (5, 0), (5, 2), (5, 4), (5, 5)])
+def test_pass_at_k_is_the_share_of_choices_of_k_answers_with_a_right_one(samples: int, right: int) -> None:
+    answers = [number < right for number in range(samples)]
+    for k in range(1, samples + 1):
+        choices = list(itertools.combinations(answers, k))
+        expected = sum(map(any, choices)) / len(choices)
+        assert pass_at_k(samples, right, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_at_k_is_unbiased_where_guessing_from_the_share_is_not() -> None:
+    samples, k, truth = 6, 4, 1 - 0.7**4
+    chances = [math.comb(samples, c) * 0.3**c * 0.7 ** (samples - c) for c in range(samples + 1)]
+    mean = sum(chance * pass_at_k(samples, c, k) for c, chance in enumerate(chances))
+    naive = sum(chance * (1 - (1 - c / samples) ** k) for c, chance in enumerate(chances))
+    assert mean == pytest.approx(truth, abs=1e-12)
+    assert abs(naive - truth) > 0.01
+
+
+def test_pass_at_more_than_there_are_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match="pass@5 cannot be told from 4 samples"):
+        pass_at_k(4, 2, 5)
+
+
+@pytest.mark.parametrize("right", [0, 1, 13, 20])
+def test_with_one_sample_a_prompt_the_clustered_interval_is_wilsons(right: int) -> None:
+    found = clustered_share([1.0] * right + [0.0] * (20 - right), samples=1)
+    expected = wilson_interval(right, 20)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (expected.value, expected.low, expected.high)
+    )
+
+
+def test_samples_that_always_agree_are_worth_no_more_than_their_prompt() -> None:
+    once = [1.0] * 30 + [0.0] * 20
+    many, one = clustered_share(once, samples=16), wilson_interval(30, 50)
+    assert many.high - many.low == pytest.approx(one.high - one.low, rel=0.02)
+
+
+def test_samples_that_are_independent_are_worth_as_many_prompts() -> None:
+    chance = random.Random(5)
+    values = [sum(chance.random() < 0.4 for _ in range(16)) / 16 for _ in range(400)]
+    found, all_answers = clustered_share(values, samples=16), wilson_interval(round(sum(values) * 16), 6400)
+    assert found.high - found.low == pytest.approx(all_answers.high - all_answers.low, rel=0.1)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
+def test_prompts_that_are_all_alike_still_leave_doubt(value: float) -> None:
+    found = clustered_share([value] * 6, samples=4)
+    assert 0 <= found.low <= value <= found.high <= 1
+    assert found.high - found.low > 0.15
+
+
+def _two_models(chance: random.Random, prompts: int, samples: int) -> tuple[list[float], list[float]]:
+    """Shares of right answers of two models, by prompts of different difficulty: 0.4 and 0.6 on average."""
+    first, second = [], []
+    for _ in range(prompts):
+        ease = chance.choice([-0.3, -0.1, 0.1, 0.3])
+        for values, share in ((first, 0.4 + ease), (second, 0.6 + ease)):
+            values.append(sum(chance.random() < share for _ in range(samples)) / samples)
+    return first, second
+
+
+def test_intervals_clustered_by_prompt_cover_the_truth_about_as_often_as_they_say() -> None:
+    chance, rounds, alone, apart, flat = random.Random(9), 600, 0, 0, 0
+    for _ in range(rounds):
+        first, second = _two_models(chance, 40, 4)
+        share, gap = clustered_share(first, samples=4), clustered_share_difference(first, second, samples=4)
+        alone += share.low <= 0.4 <= share.high
+        apart += gap.low <= 0.2 <= gap.high
+        pooled = wilson_interval(round(sum(first) * 4), 160)
+        flat += pooled.low <= 0.4 <= pooled.high
+    assert 0.93 <= alone / rounds <= 0.98
+    assert 0.93 <= apart / rounds <= 0.98
+    assert flat < alone, "as if all answers were independent"
+
+
+def test_pairing_by_prompt_narrows_the_interval_of_clustered_shares() -> None:
+    first, second = _two_models(random.Random(2), 60, 4)
+    paired = clustered_share_difference(first, second, samples=4)
+    loose = independent_share_difference(
+        clustered_share(first, samples=4), clustered_share(second, samples=4)
+    )
+    assert paired.value == pytest.approx(loose.value)
+    assert paired.high - paired.low < 0.85 * (loose.high - loose.low)
+
+
+def test_the_independent_interval_is_the_published_one() -> None:
+    # Newcombe, Statistics in Medicine 17 (1998), p. 873, table II, method 10: 56/70 - 48/80.
+    found = independent_share_difference(wilson_interval(48, 80), wilson_interval(56, 70))
+    assert found.value == pytest.approx(0.2)
+    assert found.low == pytest.approx(0.0524, abs=5e-5)
+    assert found.high == pytest.approx(0.3339, abs=5e-5)
 
 
 def test_unequal_prompts_are_refused() -> None:

@@ -55,19 +55,45 @@ def share(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(own) for own in shares]
 
 
-def micro_batches(lengths: Sequence[int], rows: Sequence[int], max_tokens: int) -> list[list[int]]:
+def micro_batches(
+    lengths: Sequence[int], rows: Sequence[int], max_tokens: int, *, pass_tokens: int | None = None
+) -> list[list[int]]:
     """One step's rows in micro-batches of at most `max_tokens` tokens, padding counted; longest rows first.
 
-    A row that is longer than `max_tokens` is alone in its micro-batch.
+    A row that is longer than `max_tokens` is alone in its micro-batch. Micro-batches are filled, or, where a
+    pass costs as much as `pass_tokens` tokens, made so that passes and padded tokens cost the least.
     """
+    order = sorted(rows, key=lengths.__getitem__, reverse=True)
+    if pass_tokens is not None:
+        return _cheapest(lengths, order, max_tokens, pass_tokens)
     batches: list[list[int]] = []
     room = 0
-    for row in sorted(rows, key=lengths.__getitem__, reverse=True):
+    for row in order:
         if room == 0:
             batches.append([])
             room = max(1, max_tokens // max(1, lengths[row]))
         batches[-1].append(row)
         room -= 1
+    return batches
+
+
+def _cheapest(
+    lengths: Sequence[int], order: Sequence[int], max_tokens: int, pass_tokens: int
+) -> list[list[int]]:
+    """Rows, longest first, in micro-batches of neighbours: a shortest way, found from its end."""
+    costs, ends = [0] * (len(order) + 1), [0] * len(order)
+    for first in reversed(range(len(order))):
+        width = max(1, lengths[order[first]])
+        most = max(1, max_tokens // width)
+        costs[first], ends[first] = min(
+            (pass_tokens + (end - first) * width + costs[end], end)
+            for end in range(first + 1, min(first + most, len(order)) + 1)
+        )
+    batches: list[list[int]] = []
+    first = 0
+    while first < len(order):
+        batches.append([*order[first : ends[first]]])
+        first = ends[first]
     return batches
 
 

@@ -4,6 +4,7 @@ Shapes: B sequences, T positions, H hidden width, V vocabulary.
 """
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import ModelError
@@ -13,17 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OutputHead",
-    "can_share_prefix",
+    "add_token_rows",
     "hidden_states",
-    "hidden_states_after",
     "isolates_packed_rows",
     "output_head",
+    "output_projection",
+    "plain_model",
+    "trunk",
 ]
 
-_SHARES_PREFIX = frozenset({"gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3"})
 
-
-def _plain(model: Any) -> Any:
+def plain_model(model: Any) -> Any:
     """The transformers model inside a PEFT one; its adapted layers stay adapted."""
     return (
         model.get_base_model()
@@ -32,9 +33,39 @@ def _plain(model: Any) -> Any:
     )
 
 
-def _trunk(model: Any) -> Any:
-    plain = _plain(model)
+def trunk(model: Any) -> Any:
+    """What turns token ids into the hidden states that the head is given."""
+    plain = plain_model(model)
     return getattr(plain, plain.base_model_prefix)
+
+
+def output_projection(model: Any) -> Any:
+    """The linear layer from hidden states to logits; where PEFT trains some of its rows, without these."""
+    projection = plain_model(model).get_output_embeddings()
+    tokens = getattr(projection, "token_adapter", None)
+    return projection if tokens is None else tokens.base_layer
+
+
+def add_token_rows(model: Any, new_ids: Iterable[int], known_ids: int) -> None:
+    """Give ids rows of embedding and head (and its bias): the mean of the rows of the first `known_ids`.
+
+    The matrices grow where they have no place for an id; tied ones stay tied.
+    """
+    import torch
+
+    ids = sorted(new_ids)
+    rows = model.get_input_embeddings().weight.shape[0]
+    known_ids = min(known_ids, rows)
+    if ids[-1] >= rows:
+        with torch.random.fork_rng(devices=[]):  # it draws values that are overwritten here
+            model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
+        ids = sorted({*ids, *range(rows, ids[-1] + 1)})
+    head = model.get_output_embeddings()
+    parts = {id(part): part for part in (model.get_input_embeddings().weight, head.weight, head.bias)}
+    with torch.no_grad():
+        for part in parts.values():
+            if part is not None:
+                part[ids] = part[:known_ids].float().mean(0).to(part.dtype)
 
 
 def hidden_states(
@@ -48,20 +79,13 @@ def hidden_states(
     Adapters take part. Right padding only: positions count from the left. Position ids that begin again pack
     several rows into one, without an attention mask, for a model of which `isolates_packed_rows` is true.
     """
-    trunk = _trunk(model)
     positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
     # Packed rows are kept apart by transformers only while there is no cache of keys and values.
-    output = trunk(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, **positions)
+    output = trunk(model)(
+        input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False, **positions
+    )
     hidden_BTH: torch.Tensor = output.last_hidden_state
     return hidden_BTH
-
-
-def can_share_prefix(model: Any) -> bool:
-    """Whether `hidden_states_after` is right for a model: full causal attention, nothing recomputed."""
-    config = _plain(model).config
-    layers = getattr(config, "layer_types", None) or ["full_attention"]
-    recomputes = bool(getattr(_plain(model), "is_activation_checkpointing", False))
-    return config.model_type in _SHARES_PREFIX and set(layers) == {"full_attention"} and not recomputes
 
 
 def isolates_packed_rows(model: Any) -> bool:
@@ -93,24 +117,6 @@ def isolates_packed_rows(model: Any) -> bool:
     return bool((one - other).abs().max() <= 1e-4 * spread and (one - alone).abs().max() <= 0.05 * spread)
 
 
-def hidden_states_after(model: Any, input_ids_BT: "torch.Tensor", prefix_tokens: int) -> "torch.Tensor":
-    """`hidden_states` behind a prefix that all rows share, [B, T - P, H], running the prefix once for all.
-
-    Rows meet a shared prefix only through its keys and values, so these are computed for one row and
-    repeated; gradients flow back through the repetition. For models of which `can_share_prefix` is true.
-    """
-    from transformers import DynamicCache
-
-    trunk, rows = _trunk(model), len(input_ids_BT)
-    once, repeated = DynamicCache(), DynamicCache()
-    trunk(input_ids=input_ids_BT[:1, :prefix_tokens], past_key_values=once, use_cache=True)
-    for index, layer in enumerate(once.layers):
-        repeated.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
-    output = trunk(input_ids=input_ids_BT[:, prefix_tokens:], past_key_values=repeated, use_cache=True)
-    hidden_BTH: torch.Tensor = output.last_hidden_state
-    return hidden_BTH
-
-
 class OutputHead:
     """Hidden states [..., H] to logits [..., V], with the model's bias, scaling and final soft-capping.
 
@@ -119,9 +125,11 @@ class OutputHead:
     """
 
     def __init__(self, model: Any, vocabulary_size: int) -> None:
-        plain = _plain(model)
+        plain = plain_model(model)
         config = plain.config.get_text_config()
-        self.projection = plain.get_output_embeddings()
+        self.projection = output_projection(plain)
+        # Rows that PEFT trains in the place of the layer's own: an adapter's added tokens.
+        self._tokens: Any = getattr(plain.get_output_embeddings(), "token_adapter", None)
         self.vocabulary_size = vocabulary_size
         rows = self.projection.out_features
         if vocabulary_size > rows:
@@ -137,15 +145,30 @@ class OutputHead:
         )
         self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self.parameters: list[torch.nn.Parameter] = list(self.projection.parameters())
+        if self._tokens is not None:
+            self.parameters += self._tokens.trainable_tokens_delta.values()
 
     def __call__(self, hidden: "torch.Tensor") -> "torch.Tensor":
         """Logits [..., V] of hidden states [..., H]."""
-        logits: torch.Tensor = self.projection(hidden)[..., : self.vocabulary_size]
+        logits: torch.Tensor = self.projection(hidden)
+        if self._tokens is not None and not self._tokens.disable_adapters:
+            self._write_trained_rows(logits, hidden)
+        logits = logits[..., : self.vocabulary_size]
         if not math.isclose(self.scale, 1.0):
             logits = logits * self.scale
         if self.soft_cap is not None:
             logits = (logits / self.soft_cap).tanh() * self.soft_cap
         return logits
+
+    def _write_trained_rows(self, logits: "torch.Tensor", hidden: "torch.Tensor") -> None:
+        # PEFT itself multiplies with a copy of the whole weight, whose gradient is as large.
+        import torch
+
+        for name in self._tokens.active_adapters:
+            index = torch.tensor(self._tokens.token_indices[name], device=logits.device)
+            rows = self._tokens.trainable_tokens_delta[name].to(self.projection.weight.dtype)
+            trained = torch.nn.functional.linear(hidden, rows)
+            logits.index_copy_(-1, index, trained.to(logits.dtype))
 
 
 def output_head(model: Any, vocabulary_size: int) -> OutputHead:

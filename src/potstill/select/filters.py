@@ -14,6 +14,7 @@ from potstill.core.settings import Settings
 from potstill.core.step import StepContext
 from potstill.data.chat import THINK_OPEN, split_reasoning, tag_reasoning
 from potstill.data.source_settings import Data
+from potstill.verifiers.settings import Verifier
 
 __all__ = ["ContaminationSettings", "Dropped", "FilterSettings", "filter_records"]
 
@@ -57,8 +58,9 @@ class FilterSettings(Settings):
     other_languages: list[str] = Field(
         default=[], description="what responses may be in instead; without any, all that the detector knows"
     )
-    verified: bool = Field(
-        default=False, description="drop responses whose answer the task's verifier does not find right"
+    verified: bool | Verifier = Field(
+        default=False,
+        description="drop responses that are not right by the task's verifier, or by the one given here",
     )
     contamination: ContaminationSettings | None = Field(
         default=None, description="drop rows whose prompt stands in an evaluation set"
@@ -181,7 +183,7 @@ def _checks(settings: FilterSettings, context: StepContext) -> list[tuple[str, _
         "max_repetition": lambda most: _repetition(most, settings.repetition_ngram),
         "languages": lambda wanted: _languages(wanted, settings.other_languages),
         "contamination": lambda evaluation: _contamination(evaluation, context),
-        "verified": lambda _: _verified,
+        "verified": lambda verifier: _verified if verifier is True else _verified_by(verifier),
         "exact_duplicates": lambda _: _exact_duplicates(),
         "near_duplicates": lambda least: _near_duplicates(least, context.derive_seed("near_duplicates")),
     }
@@ -311,6 +313,18 @@ def _verified(record: Record) -> str | None:
             raise _UnjudgedError("it has no gold answer to compare with", drops=True)
         correct = verify(record, _opened(record))["correct"]
     return None if correct else f"the answer is not right by the verifier of {record.task!r}"
+
+
+def _verified_by(verifier: Verifier) -> _Check:
+    from potstill.verifiers import judge
+
+    def check(record: Record) -> str | None:
+        found = judge(record, _opened(record), verifier)
+        if found.verdicts["correct"]:
+            return None
+        return found.note or "the answer is not right by the filter's verifier"
+
+    return check
 
 
 def _exact_duplicates() -> _Check:

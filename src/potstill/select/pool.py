@@ -2,6 +2,7 @@
 
 import heapq
 import json
+import math
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -15,19 +16,19 @@ from potstill.data.sources import read
 from potstill.select.filters import Dropped, FilterSettings, filter_records
 from potstill.select.settings import SelectSettings
 
-__all__ = ["DROPPED_FILE", "Chosen", "Pool", "logprob_temperature"]
+__all__ = ["DROPPED_FILE", "MISSING", "Chosen", "Pool", "logprob_temperature"]
 
 DROPPED_FILE = "dropped.jsonl"
 _CANDIDATES_FILE = "candidates.parquet"
 _LEFT_OUT_FILE, _BY_RULE_FILE = "left-out.jsonl", "by-rule.jsonl"
 _NO_RESPONSE = Dropped("response", "no response")
-_MISSING = -1.0
+MISSING = -1.0
 
 
 def logprob_temperature(record: Record) -> float | None:
-    """The temperature of a trace's log-probabilities: None where nobody states it, _MISSING without any."""
-    if record.logprobs is None:
-        return _MISSING
+    """The temperature of a trace's log-probabilities: None where nobody states it, MISSING without any."""
+    if record.logprobs is None or all(map(math.isnan, record.logprobs)):
+        return MISSING
     stated = record.sampling.get("logprob_temperature")
     return float(stated) if isinstance(stated, int | float) else None
 

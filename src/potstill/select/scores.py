@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from potstill.core.errors import DataError
 from potstill.core.records import Record
 from potstill.core.step import StepContext
-from potstill.data.batches import micro_batches
 from potstill.data.chat import Rendered, Renderer
+from potstill.data.prefixes import batches_by_prefix, shared_prefix
 from potstill.data.responses import bytes_of_tokens
 from potstill.logits.shards import row_key
 from potstill.models import (
@@ -23,7 +23,7 @@ from potstill.models import (
     load_tokenizer,
     supports_bf16,
 )
-from potstill.scoring import micro_batch_tokens, token_logprobs
+from potstill.scoring import micro_batch_tokens, run_shared_prefix, token_logprobs
 from potstill.select.score_store import open_score_store
 from potstill.select.sentences import tokens_of_spans
 from potstill.teachers.transformers import context_tokens
@@ -133,9 +133,9 @@ class ModelScores:
     def fill(self, records: Iterable[tuple[int, Record]], progress: Callable[[int], None]) -> int:
         """Score each row (its number, its record) that is not in the store; returns the tokens of all.
 
-        Rows of like length share a forward pass. Whole passes are kept or lost together, so that an
-        interruption changes no numbers. `progress` hears how many rows are done. The model is loaded when
-        the first row has to be scored, and let go at the end.
+        Rows that begin alike are scored in one batch, in which that beginning is run once. Whole batches are
+        kept or lost together, so that an interruption changes no numbers. `progress` hears how many rows are
+        done. The model is loaded when the first row has to be scored, and let go at the end.
         """
         total, loaded = 0, None
         for window, skipped in self._windows(records):
@@ -166,13 +166,20 @@ class ModelScores:
     ) -> LoadedModel | None:
         keys = [row_key(row.ids, row.mask) for row in window]
         lengths = [len(row.ids) for row in window]
-        for batch in micro_batches(lengths, range(len(window)), self.max_tokens):
+        prefix = None
+        for batch in batches_by_prefix(window, self.max_tokens, start=shared_prefix(window)):
             self.context.check_stop()
             if any(keys[number] not in self._store for number in batch):
                 loaded = loaded or load(self.settings)
-                limit = context_tokens(loaded)
-                fits = [number for number in batch if limit is None or lengths[number] <= limit]
-                scored = token_logprobs(loaded, [window[number] for number in fits]) if fits else []
+                limit = context_tokens(loaded) or max(lengths)
+                prefix = prefix or run_shared_prefix(
+                    loaded.model, [row for row in window if len(row.ids) <= limit]
+                )
+                fits = [number for number in batch if lengths[number] <= limit]
+                rows = [window[number] for number in fits]
+                scored = (
+                    token_logprobs(loaded, rows, max_tokens=self.max_tokens, prefix=prefix) if rows else []
+                )
                 found = {number: logprobs.numpy() for number, logprobs in zip(fits, scored, strict=True)}
                 nothing = np.zeros(0, dtype=np.float32)
                 self._store.put((keys[number], found.get(number, nothing)) for number in batch)

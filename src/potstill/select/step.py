@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 
-from potstill.core.errors import DataError, ModelError
+from potstill.core.errors import DataError
 from potstill.core.records import Record
 from potstill.core.settings import ModelRef
 from potstill.core.step import StepContext, StepResult
-from potstill.models import TransformersModel
+from potstill.models import transformers_model
 from potstill.select.figures import arm, histogram, warnings
-from potstill.select.pool import Chosen, Pool, logprob_temperature
+from potstill.select.pool import MISSING, Chosen, Pool, logprob_temperature
 from potstill.select.rules import Candidate, at_random, best, of_like_length
 from potstill.select.scores import (
     ModelScores,
@@ -50,16 +50,8 @@ def select(settings: SelectSettings, context: StepContext) -> StepResult:
 
 
 def _open(role: str, reference: ModelRef, settings: SelectSettings, context: StepContext) -> ModelScores:
-    model = context.model(reference)
-    if not isinstance(model, TransformersModel):
-        raise ModelError(
-            f"{role} {reference} is a model of engine {getattr(model, 'engine', type(model).__name__)}",
-            where=f"step {context.name}",
-            expected="a model that transformers loads, because it scores given responses",
-            mend="declare the same weights with a path (a folder, hub id or .gguf file), and name that",
-        )
-    if settings.device is not None:
-        model = model.model_copy(update={"device": settings.device})
+    why = f"the {role} scores given responses"
+    model = transformers_model(context, reference, device=settings.device, why=why)
     return ModelScores(model, context, settings.max_tokens)
 
 
@@ -213,7 +205,7 @@ def _temperature_warnings(settings: SelectSettings, pool: Pool) -> list[str]:
     """What log-probabilities at another temperature than 1 mean, where they are used as they are."""
     if settings.teacher is not None:
         return []
-    others = {one: count for one, count in pool.temperatures.items() if one != 1.0}
+    others = {one: count for one, count in pool.temperatures.items() if one not in (1.0, MISSING)}
     if not others:
         return []
     named = " and ".join(

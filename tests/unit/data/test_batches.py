@@ -1,5 +1,6 @@
 """Epoch plans use every row once; micro-batches keep to their tokens; padding is known by length."""
 
+import random
 import statistics
 
 import pytest
@@ -87,6 +88,33 @@ class TestMicroBatches:
 
     def test_rows_share_a_batch_when_they_fit(self) -> None:
         assert micro_batches([4, 2, 2, 9], [0, 1, 2, 3], 8) == [[3], [0, 1], [2]]
+
+    @given(st.lists(st.integers(1, 30), max_size=9), st.integers(1, 80), st.integers(0, 20), st.randoms())
+    def test_where_a_pass_has_a_price_passes_and_padding_cost_the_least(
+        self, lengths: list[int], max_tokens: int, pass_tokens: int, chance: random.Random
+    ) -> None:
+        batches = micro_batches(lengths, range(len(lengths)), max_tokens, pass_tokens=pass_tokens)
+        assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+
+        def cost(batches: list[list[int]]) -> int:
+            return sum(pass_tokens + len(one) * max(lengths[row] for row in one) for one in batches)
+
+        for batch in batches:
+            assert len(batch) * max(lengths[row] for row in batch) <= max_tokens or len(batch) == 1
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        for _ in range(30):
+            other: list[list[int]] = []
+            for row in order:
+                fits = other and (len(other[-1]) + 1) * lengths[other[-1][0]] <= max_tokens
+                if fits and chance.random() < 0.7:
+                    other[-1].append(row)
+                else:
+                    other.append([row])
+            assert cost(batches) <= cost(other)
+
+    def test_a_short_row_is_not_padded_to_the_length_of_a_long_one(self) -> None:
+        assert micro_batches([30, 28, 3], range(3), 100) == [[0, 1, 2]]
+        assert micro_batches([30, 28, 3], range(3), 100, pass_tokens=4) == [[0, 1], [2]]
 
 
 class TestPacks:

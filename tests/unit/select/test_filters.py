@@ -186,6 +186,22 @@ class TestContent:
             "it has no gold answer to compare with",
         ]
 
+    def test_a_verifier_of_the_filter_judges_in_the_place_of_the_rows_own(
+        self, drops: Filter, tmp_path: Path
+    ) -> None:
+        (tmp_path / "mine.py").write_text(
+            "def right(answer, row):\n    return row['reference'] in answer\n", encoding="utf-8"
+        )
+        function = {"function": f"{tmp_path}/mine.py:right"}
+        judged = trace("It is 8.", task="math", reference="7", verdicts={"correct": True})
+        assert drops(judged, trace("7", reference="7"), trace("7"), verified=function) == [
+            Dropped("verified", "the answer is not right by the filter's verifier"),
+            None,
+            Dropped("verified", "TypeError: 'in <string>' requires string as left operand, not NoneType"),
+        ]
+        fields = trace('{"n": 8}', reference='{"n": 7}')
+        assert drops(fields, verified={"fields": "all"}) == [Dropped("verified", "wrong: n")]
+
     def test_where_nothing_can_be_verified_the_filter_is_refused(self, drops: Filter) -> None:
         with pytest.raises(DataError, match="filter verified: none of 2 rows could be judged"):
             drops(trace("7"), trace("8"), verified=True)

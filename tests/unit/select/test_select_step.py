@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from potstill import scoring
 from potstill.core.errors import DataError, Interrupted, ModelError
 from potstill.core.records import RECORDS_FILE, Record, read_records
 from potstill.data.chat import Rendered, Renderer
-from potstill.models import TransformersModel, load
+from potstill.models import TransformersModel, load, load_tokenizer
 from potstill.scoring import token_logprobs
 from potstill.select.scores import sentence_class
 from potstill.select.sentences import sentences, tokens_of_spans
@@ -26,13 +27,13 @@ from .conftest import Bench, written_by
 
 @pytest.fixture
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each forward pass of the step."""
+    """The rows of each batch that the step scores."""
     passes: list[int] = []
     hidden: Callable[..., Any] = scoring.hidden_of_rows
 
-    def counted(model: Any, rows: list[Rendered]) -> Any:
+    def counted(model: Any, rows: list[Rendered], **options: Any) -> Any:
         passes.append(len(rows))
-        return hidden(model, rows)
+        return hidden(model, rows, **options)
 
     monkeypatch.setattr(scoring, "hidden_of_rows", counted)
     return passes
@@ -158,6 +159,34 @@ def test_a_row_is_scored_once_by_a_model(bench: Bench, forward_passes: list[int]
     assert len(again) == 6 + 6
 
 
+def test_a_prompt_is_run_once_for_all_its_candidates(
+    bench: Bench, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for record in records:
+        record.messages = [{"role": "system", "content": "Count the apples with care."}, *record.messages]
+    bench.give(records)
+    passes: list[tuple[int, int]] = []
+    plain = LlamaModel.forward
+
+    def watched(module: Any, *given: Any, **options: Any) -> Any:
+        passes.append(tuple(options["input_ids"].shape))
+        return plain(module, *given, **options)
+
+    monkeypatch.setattr(LlamaModel, "forward", watched)
+    kept = bench.run(keep={"top": 1.0}, max_tokens=200)
+    renderer = Renderer(load_tokenizer(bench.models["student"]))
+    rows = [renderer.render(record) for record in records if not record.held_out]
+    prompts = {tuple(row.ids[: -row.supervised_tokens]) for row in rows}
+    shared = next(at for at, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+    assert passes.count((1, shared)) == 1, "what all rows begin with was not run once"
+    assert sum(one * tokens for one, tokens in passes) < 0.7 * sum(len(row.ids) for row in rows)
+    assert len(kept) == 24
+    for record in kept[:3]:
+        assert record.scores["student_probability"] == pytest.approx(
+            _probability(bench, "student", record), rel=1e-4
+        )
+
+
 def test_an_interrupted_step_goes_on_and_leaves_the_same(
     bench: Bench, forward_passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,10 +196,10 @@ def test_an_interrupted_step_goes_on_and_leaves_the_same(
     forward_passes.clear()
     hidden: Callable[..., Any] = scoring.hidden_of_rows
 
-    def stops(model: Any, rows: list[Rendered]) -> Any:
+    def stops(model: Any, rows: list[Rendered], **options: Any) -> Any:
         if len(forward_passes) == 2:
             bench.context.stop.set()
-        return hidden(model, rows)
+        return hidden(model, rows, **options)
 
     monkeypatch.setattr(scoring, "hidden_of_rows", stops)
     with pytest.raises(Interrupted):
@@ -244,8 +273,10 @@ def test_a_local_teacher_scores_what_is_missing_or_at_another_temperature(
     bench.run("all-there", teacher="teacher", keep={"top": 1.0})
     assert forward_passes == [], "the traces' own log-probabilities at temperature 1 were not used"
     for number, record in enumerate(records):
-        if number % 2:
+        if number % 4 == 1:
             record.logprobs = None
+        elif number % 4 == 3:  # what came back from a server that gave none
+            record.logprobs = [math.nan] * len(record.logprobs or [])
         else:
             record.logprobs = [one * 0.5 for one in record.logprobs or []]
             record.sampling = {"logprob_temperature": [0.5, None][number % 4 // 2]}
@@ -328,8 +359,8 @@ def test_rows_that_a_model_cannot_score_are_dropped_with_the_reason(
 def test_a_row_that_a_model_gives_nan_is_dropped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden: Callable[..., Any] = scoring.hidden_of_rows
 
-    def overflowing(model: Any, rows: list[Rendered]) -> Any:
-        hidden_NH, targets_N = hidden(model, rows)
+    def overflowing(model: Any, rows: list[Rendered], **options: Any) -> Any:
+        hidden_NH, targets_N = hidden(model, rows, **options)
         hidden_NH[0] = torch.nan
         return hidden_NH, targets_N
 
@@ -354,7 +385,7 @@ def test_data_that_are_all_held_out_are_an_error(bench: Bench) -> None:
 
 def test_a_model_that_does_not_score_given_text_is_refused(bench: Bench) -> None:
     bench.models["student"] = OpenAIModel(engine="openai", base_url="http://127.0.0.1:1/v1", model="big")
-    with pytest.raises(ModelError, match="student student is a model of engine openai"):
+    with pytest.raises(ModelError, match="student is a model of engine openai"):
         bench.run()
 
 
