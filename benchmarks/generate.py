@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ MB = 1e6
 MANY = 512  # in flight, for `found`
 WARM_AFTER = 1000  # requests, from where memory is not to grow
 SAMPLE_S = 0.25
+STARTUP_S, SLOWEST = 60.0, 2.0  # a client is given up at half of the ceiling: its machine is not calm
 
 
 class Server(asyncio.Protocol):
@@ -164,7 +166,7 @@ def potstill(url: str, requests: int, in_flight: int) -> dict[str, float]:
     from potstill.pipeline.runner import RunOptions, run_graph
     from potstill.recipe import load_recipe
 
-    meter, found = Meter(), {}
+    meter, found = Meter(), {}  # what an import costs is no matter of how many requests there are
 
     class Metering(Reporter):
         @contextmanager
@@ -230,15 +232,26 @@ def measure(client: str, requests: int, in_flight: int, options: argparse.Namesp
     ceiling = options.slots / options.latency
     path = os.pathsep.join(filter(None, [str(options.peers or ""), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path} if client == "openai_sdk" else None
+    patience_s = STARTUP_S + SLOWEST * requests / ceiling
+    print(
+        f"{client}, {requests:,} requests, {in_flight} in flight: {requests / ceiling:.0f} s at least, "
+        f"given up after {patience_s:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
     with running_server(options) as url:
         command = [sys.executable, __file__, f"--client={client}", f"--url={url}", f"--requests={requests}"]
-        done = subprocess.run(
-            [*command, f"--in-flight={in_flight}"],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            env=environment,
-        )
+        try:
+            done = subprocess.run(
+                [*command, f"--in-flight={in_flight}"],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                env=environment,
+                timeout=patience_s,
+            )
+        except subprocess.TimeoutExpired:
+            sys.exit(f"{client} was given up; a calm machine, or a larger --latency, would let it end")
         found: dict[str, float] = json.loads(done.stdout)
         seen = httpx2.get(f"{url}/seen", trust_env=False).json()
     assert seen["answered"] == requests
@@ -276,6 +289,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "benchmark": "generate",
         "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f} before",
         "requests": options.requests,
         "slots": options.slots,
         "latency_s": options.latency,

@@ -103,7 +103,8 @@ class Faults:
 class ScriptedServer(ThreadingHTTPServer):
     """Plays `script` in the order of arrival, then `always`; keeps what it was asked.
 
-    A reply may be a function of the request's body. Everything in `hold` blocks until it is set.
+    A reply may be a function of the request's body. Everything in `hold` blocks until it is set. `clients`
+    holds the address of each connection.
     """
 
     daemon_threads = True
@@ -117,6 +118,7 @@ class ScriptedServer(ThreadingHTTPServer):
         )
         self.requests: list[Body] = []
         self.headers: list[dict[str, str]] = []
+        self.clients: set[Any] = set()
         self.under_way = self.most_under_way = 0
         self.hold: threading.Event | None = None
         self.lock = threading.Lock()
@@ -147,6 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: ScriptedServer
 
     def do_POST(self) -> None:
+        self.server.clients.add(self.client_address)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self._send(self.server.reply(body, dict(self.headers)))
 

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL inside any step ends, run again, as an uninterrupted one does."""
+"""A run that is killed or stopped inside its steps ends, run again, as an uninterrupted one does."""
 
 import os
 import signal
@@ -52,86 +52,87 @@ def _contents(folder: Path) -> dict[str, str]:
     return {step: Artifact.open((folder / "run" / step).resolve()).manifest.content for step in STEPS}
 
 
-def _event(folder: Path, name: str, step: str) -> bool:
-    return any(
-        one["event"] == name and one.get("step") == step
-        for one in read_events(folder / "run" / "events.jsonl")
-    )
+def _events(folder: Path, name: str, step: str) -> set[str]:
+    """Each such event so far."""
+    events = read_events(folder / "run" / "events.jsonl")
+    return {str(one) for one in events if one["event"] == name and one.get("step") == step}
 
 
-def _some(folder: Path, pattern: str) -> bool:
-    return any((folder / "store").glob(pattern))
+def _files(folder: Path, pattern: str) -> set[str]:
+    return {str(path) for path in (folder / "store").glob(pattern)}
 
 
-# What shows that a step is under way, with something done that a second run can take up.
-UNDER_WAY: dict[str, Callable[[Path], bool]] = {
-    "traces": lambda folder: _some(folder, "requests/*"),
-    "logits": lambda folder: _event(folder, "step_started", "logits"),
-    "pruned": lambda folder: _event(folder, "step_started", "pruned"),
-    "student": lambda folder: _some(folder, "artifacts/train-*/scratch/checkpoint-*/complete.json"),
-    "exam": lambda folder: _some(folder, "artifacts/evaluate-*/scratch/*.json"),
+# What a step under way leaves behind that another run can take up.
+WORK: dict[str, Callable[[Path], set[str]]] = {
+    "traces": lambda folder: _files(folder, "requests/*"),
+    "logits": lambda folder: _events(folder, "step_started", "logits"),
+    "pruned": lambda folder: _events(folder, "step_started", "pruned"),
+    "student": lambda folder: _files(folder, "artifacts/train-*/scratch/checkpoint-*/complete.json"),
+    "exam": lambda folder: _files(folder, "artifacts/evaluate-*/scratch/*.json"),
 }
+# One run of the recipe is stopped so often; what each of its processes finds was left by the one before.
+STOPS = (
+    ("traces", signal.SIGKILL),
+    ("logits", signal.SIGKILL),
+    ("pruned", signal.SIGKILL),
+    ("student", signal.SIGINT),
+    ("student", signal.SIGTERM),
+    ("student", signal.SIGKILL),
+    ("exam", signal.SIGKILL),
+)
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
 TAKEN_UP = {"student": "goes on after step"}
+
+
+def _stop_inside(step: str, number: signal.Signals, recipe: Path, folder: Path) -> str:
+    """Run until the step has done something new, stop it there, and say what the run printed."""
+    before, told = WORK[step](folder), _events(folder, "step_interrupted", step)
+    process = _start(recipe, folder)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not WORK[step](folder) - before:
+        assert process.poll() is None, f"the run ended before it could be stopped in {step}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == CODES[number]
+    assert "Traceback" not in err
+    if number != signal.SIGKILL:
+        assert "give the same command again" in err
+        assert _events(folder, "step_interrupted", step) - told
+    [unfinished] = (folder / "store" / "artifacts").glob(f"{KINDS[step]}-*")
+    assert not (unfinished / MANIFEST_FILE).exists(), f"{step} was finished before the stop"
+    return out + err
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(
     tmp_path_factory: pytest.TempPathFactory, shared_model_folder: Path
-) -> tuple[Path, dict[str, str]]:
-    """The recipe's file, and the content of every artifact of a run that nobody killed."""
+) -> tuple[Path, list[str], dict[str, str]]:
+    """The recipe's file, what two runs of it at once printed, and the content of what they made."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     recipe = _recipe(folder, shared_model_folder)
-    _finish(_start(recipe, folder / "whole"))
-    return recipe, _contents(folder / "whole")
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_a_killed_run_ends_as_an_uninterrupted_one(
-    step: str, uninterrupted: tuple[Path, dict[str, str]], tmp_path: Path
-) -> None:
-    recipe, expected = uninterrupted
-    process = _start(recipe, tmp_path / "killed")
-    deadline = time.monotonic() + TIMEOUT_S
-    while not UNDER_WAY[step](tmp_path / "killed"):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    unfinished = list((tmp_path / "killed" / "store" / "artifacts").glob(f"{KINDS[step]}-*"))
-    assert len(unfinished) == 1
-    assert not (unfinished[0] / MANIFEST_FILE).exists(), "the step was finished before the kill"
-    output = _finish(_start(recipe, tmp_path / "killed"))
-    assert _contents(tmp_path / "killed") == expected
-    assert TAKEN_UP.get(step, "") in output
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_is_told_to_stop_says_how_to_go_on_and_goes_on(
-    number: int, code: int, uninterrupted: tuple[Path, dict[str, str]], tmp_path: Path
-) -> None:
-    recipe, expected = uninterrupted
-    process = _start(recipe, tmp_path / "stopped")
-    deadline = time.monotonic() + TIMEOUT_S
-    while not UNDER_WAY["student"](tmp_path / "stopped"):
-        assert process.poll() is None, "the run ended before it could be stopped"
-        assert time.monotonic() < deadline
-    process.send_signal(number)
-    _, err = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == code
-    assert "give the same command again" in err
-    assert "Traceback" not in err
-    assert _event(tmp_path / "stopped", "step_interrupted", "student")
-    assert TAKEN_UP["student"] in _finish(_start(recipe, tmp_path / "stopped"))
-    assert _contents(tmp_path / "stopped") == expected
+    processes = [_start(recipe, folder / "both") for _ in range(2)]
+    return recipe, [_finish(process) for process in processes], _contents(folder / "both")
 
 
 def test_two_runs_of_one_recipe_make_each_artifact_once(
-    uninterrupted: tuple[Path, dict[str, str]], tmp_path: Path
+    uninterrupted: tuple[Path, list[str], dict[str, str]],
 ) -> None:
-    recipe, expected = uninterrupted
-    folder = tmp_path / "shared"
-    processes = [_start(recipe, folder), _start(recipe, folder)]
-    outputs = [_finish(process) for process in processes]
-    assert _contents(folder) == expected
+    _, outputs, _ = uninterrupted
     assert sum(output.count(": done in") for output in outputs) == len(STEPS)
     assert any("is making this now; waiting" in output for output in outputs)
+
+
+def test_a_run_stopped_inside_every_step_ends_as_one_that_was_not(
+    uninterrupted: tuple[Path, list[str], dict[str, str]], tmp_path: Path
+) -> None:
+    recipe, _, expected = uninterrupted
+    folder, left = tmp_path / "stopped", ""
+    for step, number in STOPS:
+        output = _stop_inside(step, number, recipe, folder)
+        assert TAKEN_UP.get(left, "") in output
+        left = step
+    output = _finish(_start(recipe, folder))
+    assert _contents(folder) == expected
+    assert output.count(": done in") == 1, "what was sealed before is not made again"

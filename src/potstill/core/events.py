@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -32,10 +32,13 @@ class Progress(Protocol):
 
 
 class _PlainProgress:
-    def __init__(self, stream: IO[str] | None, description: str, total: float | None, unit: str) -> None:
-        self.stream, self.description, self.total, self.unit = stream, description, total, unit
+    def __init__(
+        self, write: Callable[[str], None], description: str, total: float | None, unit: str
+    ) -> None:
+        self.write, self.description, self.total, self.unit = write, description, total, unit
         self.done, self.started = 0.0, time.monotonic()
         self.last_line = self.started
+        self.said: float | None = None
         self.figures = ""
 
     def advance(self, count: float = 1, **figures: object) -> None:
@@ -45,9 +48,9 @@ class _PlainProgress:
             self.line()
 
     def line(self) -> None:
-        if self.stream is None:
+        if self.said == self.done:
             return
-        self.last_line = time.monotonic()
+        self.said, self.last_line = self.done, time.monotonic()
         rate = self.done / max(self.last_line - self.started, 1e-9)
         text = f"  {self.description}: {self.done:g}"
         if self.total:
@@ -56,33 +59,45 @@ class _PlainProgress:
                 text += f", {format_seconds((self.total - self.done) / rate)} left"
         else:
             text += f" {self.unit}"
-        print(f"{text}  ({rate:.3g} {self.unit}/s){self.figures}", file=self.stream, flush=True)
+        self.write(f"{text}  ({rate:.3g} {self.unit}/s){self.figures}")
 
 
 class _BarProgress:
-    def __init__(self, bar: Any, task: Any) -> None:
-        self.bar, self.task = bar, task
+    """A bar on the screen, and plain lines in the log."""
+
+    def __init__(self, bar: Any, task: Any, plain: _PlainProgress) -> None:
+        self.bar, self.task, self.plain = bar, task, plain
 
     def advance(self, count: float = 1, **figures: object) -> None:
         text = "  ".join(f"{name} {value}" for name, value in figures.items())
         self.bar.update(self.task, advance=count, figures=text)
+        self.plain.advance(count, **figures)
 
 
 class Reporter:
-    """Writes events.jsonl (when given) and shows the run in one of four ways: bar, plain, quiet, json."""
+    """Writes events.jsonl and a log (when given), and shows the run as bar, plain, quiet or json.
+
+    The log has every line for people with its time, whatever is shown, and is appended to.
+    """
 
     def __init__(
-        self, display: Display = "plain", events_path: Path | None = None, stream: IO[str] | None = None
+        self,
+        display: Display = "plain",
+        events_path: Path | None = None,
+        stream: IO[str] | None = None,
+        log_path: Path | None = None,
     ) -> None:
         self.display: Display = display
         self.stream = stream if stream is not None else sys.stderr
         # Unbuffered: an event has left this process when `event` returns, and a full disk is told at once.
         self._events: IO[bytes] | None = None if events_path is None else events_path.open("ab", buffering=0)
+        self._log: IO[bytes] | None = None if log_path is None else log_path.open("ab", buffering=0)
 
     def close(self) -> None:
-        """Close the event file."""
-        if self._events is not None:
-            self._events.close()
+        """Close the files."""
+        for file in (self._events, self._log):
+            if file is not None:
+                file.close()
 
     def event(self, name: str, /, **fields: Any) -> None:
         """Append one event; in json display it goes to standard output as well."""
@@ -97,22 +112,33 @@ class Reporter:
 
     def say(self, message: str) -> None:
         """A line for people."""
+        self.log(message)
         if self.display in ("bar", "plain"):
             print(message, file=self.stream, flush=True)
+
+    def log(self, message: str) -> None:
+        """A line for the log alone."""
+        if self._log is not None:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n".encode("utf-8", "replace"))
 
     @contextmanager
     def progress(
         self, description: str, total: float | None = None, unit: str = "rows"
     ) -> Iterator[Progress]:
         """A progress display for one piece of work."""
-        if self.display != "bar":
-            plain = _PlainProgress(self.stream if self.display == "plain" else None, description, total, unit)
-            try:
+        write = self.log if self.display == "bar" else self.say
+        plain = _PlainProgress(write, description, total, unit)
+        try:
+            if self.display != "bar":
                 yield plain
-            finally:
-                if plain.done:
-                    plain.line()
-            return
+                return
+            with self._bar(unit) as bar:
+                yield _BarProgress(bar, bar.add_task(description, total=total, figures=""), plain)
+        finally:
+            if plain.done:
+                plain.line()  # unless the last figure was said as it came
+
+    def _bar(self, unit: str) -> Any:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -129,7 +155,7 @@ class Reporter:
             def render(self, task: RichTask) -> Text:
                 return Text(f"{task.speed:.3g} {unit}/s" if task.speed else "", style="cyan")
 
-        with RichProgress(
+        return RichProgress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
@@ -139,8 +165,7 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}", style="dim"),
             console=Console(file=self.stream),
-        ) as bar:
-            yield _BarProgress(bar, bar.add_task(description, total=total, figures=""))
+        )
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -42,7 +42,10 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is, how it was made and what its files must hash to."""
+    """What an artifact is, how it was made and what its files must hash to.
+
+    Seconds and peaks are those of the run that sealed it; where it took up an interrupted one, of its part.
+    """
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -61,6 +64,8 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     seconds: float
     tokens: int = 0
+    peak_memory_bytes: int | None = None
+    peak_gpu_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,26 @@ class Artifact:
     def kind(self) -> str:
         """The step kind that made it."""
         return self.manifest.kind
+
+    @property
+    def views(self) -> list[str]:
+        """Folders in the artifact that are models of their own: those of single epochs."""
+        return list(self.manifest.extra.get("views", []))
+
+    def content_of(self, view: str | None) -> str:
+        """The hash of a view's files; without one, of all that belong to none."""
+        if view is None and not self.views:
+            return self.manifest.content
+        wanted = {
+            name: entry.sha256
+            for name, entry in self.manifest.files.items()
+            if (
+                name.partition("/")[0] == view
+                if view is not None
+                else name.partition("/")[0] not in self.views
+            )
+        }
+        return hash_json(wanted)
 
     def damage(self) -> str | None:
         """What is wrong with the files on disk (missing, other size), or None."""

@@ -70,7 +70,7 @@ def open_teacher(
         case SolverModel():
             teacher = SolverTeacher(settings)
         case TransformersModel():
-            teacher = TransformersTeacher(settings)
+            teacher = TransformersTeacher(settings, say=say)
         case _:
             raise EngineError(f"{type(settings).__name__} is no model that answers prompts")
     if concurrency is not None:

@@ -3,23 +3,23 @@
 import asyncio
 import itertools
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
-from potstill.core.errors import BudgetError, DataError, EngineError
+from potstill.core.errors import DataError, EngineError
 from potstill.core.events import Progress, format_seconds
 from potstill.core.records import Record
 from potstill.core.step import StepContext
 from potstill.teachers.budget import Budget
-from potstill.teachers.protocol import Answer, Request, RequestError, Teacher, Usage
+from potstill.teachers.protocol import Request, RequestError, Teacher, Usage
 from potstill.teachers.request_store import RequestStore
 
 __all__ = ["FAILURES_FILE", "Asking", "Plan", "Planned"]
 
 FAILURES_FILE = "failures.jsonl"
-_STOP_POLL_S = 0.2
+_POLL_S = 0.2  # for a stop, and for places that no answer has made
 _GRACE_S = 10.0
 _FAILURES_IN_A_ROW = 20
 _REASONS_SHOWN = 3
@@ -79,9 +79,10 @@ class Asking(Generic[PlannedT]):
         self.failures_path = context.folder / FAILURES_FILE
         self._reasons: Counter[str] = Counter()
         self._in_a_row = 0
-        self._under_way: dict[asyncio.Task[Answer], PlannedT] = {}
-        self._arrived: deque[asyncio.Task[Answer]] = deque()
-        self._arrival = asyncio.Event()
+        self._workers: set[asyncio.Task[None]] = set()
+        self._ending = False
+        self._error: Exception | None = None
+        self._wake = asyncio.Event()
 
     @property
     def left(self) -> int:
@@ -105,8 +106,16 @@ class Asking(Generic[PlannedT]):
         requests = self._missing()
         with self.context.progress("answers", self.left, "answers") as progress:
             try:
-                while self._start(requests):
-                    await self._next_arrivals(progress)
+                self._begin(requests, progress)
+                while self._workers:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_POLL_S):
+                            await self._wake.wait()
+                    self._wake.clear()
+                    if self._error is not None:
+                        raise self._error
+                    self.context.check_stop()
+                    self._begin(requests, progress)
             finally:
                 await self._give_up()
                 self.context.event(
@@ -130,48 +139,46 @@ class Asking(Generic[PlannedT]):
             else:
                 yield planned
 
-    def _start(self, requests: Iterator[PlannedT]) -> bool:
-        """Start what engine and budget have room for; False when there is nothing to wait for."""
-        room = self.budget.places(self.teacher.concurrency) - len(self._under_way)
-        for planned in itertools.islice(requests, max(0, room)):
-            task = asyncio.create_task(self._answer(planned))
-            self._under_way[task] = planned
-            task.add_done_callback(self._note_arrival)
-        return bool(self._under_way)
+    def _begin(self, requests: Iterator[PlannedT], progress: Progress) -> None:
+        """Let a worker begin for every place that engine and budget have beyond those there are."""
+        for planned in itertools.islice(requests, max(0, self._places() - len(self._workers))):
+            self._workers.add(asyncio.create_task(self._work(planned, requests, progress)))
 
-    async def _answer(self, planned: PlannedT) -> Answer:
+    def _places(self) -> int:
+        return self.budget.places(self.teacher.concurrency)
+
+    async def _work(self, planned: PlannedT | None, requests: Iterator[PlannedT], progress: Progress) -> None:
+        """Ask one request after the other while there is a place; one that is kept is followed at once."""
+        try:
+            while planned is not None and not self._ending:
+                await self._ask_one(planned)
+                figures = {**self.budget.figures(self.left), "at once": self.teacher.concurrency}
+                progress.advance(1, **figures, failed=self.failed)
+                if self._ending or len(self._workers) > self._places():
+                    return
+                planned = next(requests, None)
+                self._begin(requests, progress)
+        except Exception as error:  # raised where all are waited for
+            self._ending, self._error = True, self._error or error
+        finally:
+            task = asyncio.current_task()
+            assert task is not None
+            self._workers.discard(task)
+            if self._error is not None or not self._workers:
+                self._wake.set()
+
+    async def _ask_one(self, planned: PlannedT) -> None:
+        """Keep an answer, or note why there is none; errors that no other request can escape go on."""
         buyer = self.context.folder.name
         try:
             answer = await self.teacher.answer(self.plan.request(planned))
-        except RequestError as error:
-            if error.usage != Usage():
-                self.store.bill(buyer, error.usage)
-            raise
-        self.store.put(planned.key, answer, buyer=buyer)
-        return answer
-
-    def _note_arrival(self, task: asyncio.Task[Answer]) -> None:
-        self._arrived.append(task)
-        self._arrival.set()
-
-    async def _next_arrivals(self, progress: Progress) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._arrival.wait(), _STOP_POLL_S)
-        self._arrival.clear()
-        while self._arrived:
-            self._settle(self._arrived.popleft())
-            figures = {**self.budget.figures(self.left), "at once": self.teacher.concurrency}
-            progress.advance(1, **figures, failed=self.failed)
-        self.context.check_stop()
-
-    def _settle(self, task: asyncio.Task[Answer]) -> None:
-        """Count an answer, or note why there is none; errors that no other request can escape go on."""
-        planned = self._under_way.pop(task)
-        try:
-            answer = task.result()
         except (RequestError, DataError) as error:
-            self._fail(planned, error)
+            if isinstance(error, RequestError) and error.usage != Usage():
+                self.store.bill(buyer, error.usage)
+            if not self._ending:
+                self._fail(planned, error)
         else:
+            self.store.put(planned.key, answer, buyer=buyer)
             self.answered, self._in_a_row = self.answered + 1, 0
             self.budget.count(Usage(answer.prompt_tokens, answer.response_tokens))
 
@@ -209,21 +216,14 @@ class Asking(Generic[PlannedT]):
 
     async def _give_up(self) -> None:
         """Let answers under way arrive, since they are paid for, then cancel what hangs."""
-        if not self._under_way:
+        self._ending = True
+        if not (under_way := list(self._workers)):
             return
-        self.context.say(
-            f"waiting up to {format_seconds(_GRACE_S)} for {len(self._under_way):,} answers under way"
-        )
-        _, hanging = await asyncio.wait(self._under_way, timeout=_GRACE_S)
+        self.context.say(f"waiting up to {format_seconds(_GRACE_S)} for {len(under_way):,} answers under way")
+        _, hanging = await asyncio.wait(under_way, timeout=_GRACE_S)
         for task in hanging:
             task.cancel()
-        await asyncio.gather(*self._under_way, return_exceptions=True)
-        for task in self._under_way:
-            if not task.cancelled() and task.exception() is None:
-                self.answered += 1
-                with suppress(BudgetError):  # of counts that are missing, which nothing can bound any more
-                    self.budget.count(Usage(task.result().prompt_tokens, task.result().response_tokens))
-        self._under_way.clear()
+        await asyncio.gather(*under_way, return_exceptions=True)
 
     def check_failures(self, max_failed_share: float) -> None:
         """Raise EngineError when more requests failed than may."""

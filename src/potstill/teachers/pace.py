@@ -56,13 +56,15 @@ class Pace:
 
     The limit doubles while the rate of answers rises with it. A refusal (429, 503, no answer in time) takes
     it to 0.7 of what it was, from where it grows by one each time that as many answers have come: additive
-    increase, multiplicative decrease (Chiu & Jain 1989). A rise that brings less than a quarter of its share
+    increase, multiplicative decrease (Chiu & Jain 1989). Once more requests than were refused then have been
+    answered for a while, and faster, it may double again. A rise that brings less than a quarter of its share
     in answers is taken back (a doubling only when the limit before it, measured once more, brings as much),
     and tried again later in a smaller step. A refusal pauses all requests, for as long as the server asks,
     else ever longer until an answer comes.
 
     After 20 failures in a row one request at a time is let through, until one is answered; when none is for
-    `patience_s`, everyone who waits gets GivenUp. Used inside one event loop.
+    `patience_s`, everyone who waits gets GivenUp. Each of these probes is another request, best one that was
+    never tried, so that one that always fails does not stand for the server. Used inside one event loop.
     """
 
     def __init__(
@@ -77,21 +79,28 @@ class Pace:
         self.in_flight = 0
         self._backoff_s, self._patience_s = backoff_s, patience_s
         self._say = say or (lambda message: None)
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._fresh: deque[asyncio.Future[None]] = deque()
+        self._again: deque[asyncio.Future[None]] = deque()  # had a turn that brought no answer
         self._timer: asyncio.TimerHandle | None = None
         self._paused_until = self._cut_at = -math.inf
         self._doubling, self._target = True, self.limit
         self._base: _Measured | None = None  # a limit that was worth it
         self._doubted: _Measured | None = None  # one that seemed not to be
-        self._was_refused = False
+        self._refused_at: int | None = None  # in flight at the last refusal
         self._answers, self._settled_at, self._most_in_flight = 0, 0.0, 0
         self._refusals = self._failures = self._probes = 0
         self._broken_since: float | None = None
+        self._begun = 0
         self._given_up: tuple[int, float] | None = None
 
     @property
-    def allowed(self) -> int:
-        """How many requests may be with the server now: the limit, or one where it has ceased to answer."""
+    def wanted(self) -> int:
+        """How many requests to have begun: the limit, or one more with every probe than had been before."""
+        return self.limit if self._broken_since is None else self._begun + self._probes
+
+    @property
+    def _allowed(self) -> int:
+        """How many requests may be with the server now."""
         return self.limit if self._broken_since is None else 1
 
     @asynccontextmanager
@@ -102,7 +111,7 @@ class Pace:
         """
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
-        (self._waiting.appendleft if again else self._waiting.append)(waiter)
+        (self._again if again else self._fresh).append(waiter)
         self._let_in()
         try:
             await waiter
@@ -123,12 +132,17 @@ class Pace:
             if self._timer is None:
                 self._timer = loop.call_at(self._paused_until, self._resume)
             return
-        while self._waiting and (self.in_flight < self.allowed or self._given_up):
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                self.in_flight += 1
-                self._most_in_flight = max(self._most_in_flight, self.in_flight)
-                waiter.set_result(None)
+        while (self.in_flight < self._allowed or self._given_up) and (waiter := self._next_waiter()):
+            self.in_flight += 1
+            self._most_in_flight = max(self._most_in_flight, self.in_flight)
+            waiter.set_result(None)
+
+    def _next_waiter(self) -> asyncio.Future[None] | None:
+        for queue in (self._again, self._fresh) if self._broken_since is None else (self._fresh, self._again):
+            while queue:
+                if not (waiter := queue.popleft()).done():  # else its asker has gone
+                    return waiter
+        return None
 
     def _resume(self) -> None:
         self._timer = None
@@ -145,7 +159,7 @@ class Pace:
         if self._broken_since is not None:
             self._say(f"the server answers again, after {format_seconds(now - self._broken_since)}")
             self._broken_since, self.limit = None, min(self.cap, _FIRST_LIMIT)
-            self._start_over(doubling=True, target=self.limit)
+            self._start_over(target=self.limit, refused_at=None)
         self._answers += 1
         if self.limit < self._target:
             if self._answers >= self.limit:
@@ -176,16 +190,18 @@ class Pace:
                 self._base, self.limit = None, base[0]
                 self._target = self.limit
                 return
-            self._doubling = share >= _PROMISING and not self._was_refused
+            if self._refused_at is not None and base[0] >= self._refused_at:
+                self._refused_at = None  # of a moment that is over
+            self._doubling = share >= _PROMISING and self._refused_at is None
         self._base = tried
         step = self.limit if self._doubling else math.ceil(self.limit * (_FINE_STEP - 1))
         self._target = min(self.cap, self.limit + step)
         if self._doubling:
             self.limit = self._target
 
-    def _start_over(self, *, doubling: bool, target: int) -> None:
-        self._doubling, self._target, self._base, self._answers = doubling, target, None, 0
-        self._doubted, self._was_refused = None, not doubling
+    def _start_over(self, *, target: int, refused_at: int | None) -> None:
+        self._target, self._refused_at, self._doubling = target, refused_at, refused_at is None
+        self._base, self._doubted, self._answers = None, None, 0
 
     def failed(
         self, turn: Turn, failure: Failure, *, retry_after_s: float | None = None, why: str = ""
@@ -203,7 +219,7 @@ class Pace:
             # The jitter goes on top, so that clients told to wait equally long do not all come back at once.
             self._pause(now, retry_after_s + random.uniform(0, min(retry_after_s, self._backoff_s)))
         if self._broken_since is None and self._failures >= _BROKEN_AFTER:
-            self._broken_since = now
+            self._broken_since, self._begun = now, self.limit
             self._say(
                 f"{self._failures} requests in a row failed ({why}); asking one at a time "
                 f"for up to {format_seconds(self._patience_s)}"
@@ -219,7 +235,7 @@ class Pace:
     def _cut(self, now: float) -> None:
         self._cut_at, before = now, min(self.limit, self.in_flight)
         self.limit = max(1, int(_CUT * before))
-        self._start_over(doubling=False, target=before)
+        self._start_over(target=before, refused_at=before)
 
     def _backoff(self, number: int) -> float:
         return random.uniform(0.5, 1.5) * min(_LONGEST_PAUSE_S, self._backoff_s * 2.0 ** min(number, 30))

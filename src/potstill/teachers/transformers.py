@@ -5,7 +5,7 @@ Shapes: B rows of a batch, T positions, V vocabulary.
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -196,8 +196,8 @@ def _draw(logits_BV: "torch.Tensor", top_p: float, drawn_B: "torch.Tensor") -> "
 class TransformersTeacher:
     """Requests that arrive together are decoded in one batch, in a thread beside the event loop."""
 
-    def __init__(self, settings: TransformersModel) -> None:
-        self._loaded = load(settings)
+    def __init__(self, settings: TransformersModel, *, say: Callable[[str], None] | None = None) -> None:
+        self._loaded = load(settings, say=say)
         self.renderer = Renderer(self._loaded.tokenizer)
         self.identity = self._loaded.identity
         self.capabilities = Capabilities(

@@ -2,6 +2,7 @@
 
 import io
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,26 @@ def test_people_see_lines_and_progress(display: Display) -> None:
     assert "hello" in stream.getvalue()
     assert "train" in stream.getvalue()
     assert "0.5" in stream.getvalue()
+
+
+@pytest.mark.parametrize("display", ["plain", "bar", "quiet", "json"])
+def test_the_log_has_every_line_with_its_time_whatever_is_shown(display: Display, tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    for _ in range(2):  # as a second run does, which appends
+        reporter = Reporter(display, stream=io.StringIO(), log_path=path)
+        reporter.say("hello")
+        with reporter.progress("train", 4, "steps") as progress:
+            progress.advance(4, loss="0.5")
+        reporter.log("for the log alone")
+        reporter.close()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 6
+    assert lines[0].endswith("  hello")
+    assert "train: 4/4 steps" in lines[1]
+    assert lines[1].endswith("loss 0.5")
+    assert lines[2].endswith("for the log alone")
+    for line in lines:
+        datetime.strptime(line[:19], "%Y-%m-%d %H:%M:%S").astimezone()
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:

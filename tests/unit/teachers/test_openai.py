@@ -240,6 +240,29 @@ def test_an_answer_that_drips_is_not_waited_for_beyond_its_time(server):
     assert 0.4 <= time.monotonic() - started < 10
 
 
+def test_an_answer_that_came_while_the_process_stood_still_is_not_asked_for_again(server):
+    """Pitfall: a run is stopped by Ctrl-Z, its answers arrive, and each is past its time when it goes on."""
+    sent = threading.Event()
+    server.hold = threading.Event()
+    server.script.append(Reply(body=completion("paid"), sent=sent.set))
+
+    async def run() -> str:
+        teacher = OpenAITeacher(settings_of(server, timeout_s=1.0), backoff_s=0.001)
+        asked = asyncio.create_task(teacher.answer(Request([{"role": "user", "content": "hello"}])))
+        while not server.requests:
+            await asyncio.sleep(0)
+        server.hold.set()
+        assert sent.wait(30)
+        time.sleep(1.5)  # nothing of the loop runs
+        try:
+            return (await asked).response
+        finally:
+            await teacher.close()
+
+    assert asyncio.run(run()) == "paid"
+    assert len(server.requests) == 1
+
+
 def test_retry_after_keeps_the_whole_client_waiting(server):
     """Pitfall: the one request that was refused waits, and all others run into the same wall."""
     server.script.append(Reply(429, error("slow down"), {"Retry-After": "0.5"}))
@@ -270,6 +293,24 @@ def test_no_more_are_in_flight_than_the_cap(server):
     ask(settings_of(server, concurrency=3), *map(str, range(30)))
     opener.join()
     assert server.most_under_way == 3
+
+
+def test_connections_are_as_many_as_requests_at_once_and_are_used_again(server):
+    held: list[Any] = []
+
+    async def ask_in_turn_then_together() -> None:
+        teacher = OpenAITeacher(settings_of(server), backoff_s=0.001)
+        request = Request([{"role": "user", "content": "hello"}])
+        for _ in range(5):
+            await teacher.answer(request)
+        held.append(len(server.clients))
+        for _ in range(3):
+            await asyncio.gather(*(teacher.answer(request) for _ in range(4)))
+        held.append(len(server.clients))
+        await teacher.close()
+
+    asyncio.run(ask_in_turn_then_together())
+    assert held == [1, 4]
 
 
 def test_a_server_that_fails_everything_is_given_up_after_the_patience_for_it(server):

@@ -215,6 +215,98 @@ def test_a_server_that_stays_down_is_given_up_and_nobody_waits_for_ever() -> Non
     assert pace.in_flight == 0
 
 
+def test_requests_that_always_fail_do_not_stand_for_the_server() -> None:
+    """Pitfall: the last one that failed is every probe, and the patience ends with a server that is well."""
+    answered: list[int] = []
+    probes: list[int] = []
+
+    async def main() -> None:
+        pace = Pace(2, patience_s=100)
+
+        async def one(number: int) -> None:
+            again = False
+            while number > 1 or len(answered) < 8:
+                async with pace.turn(again=again) as turn:
+                    probes.extend([number] * turn.probe)
+                    await asyncio.sleep(0.01)
+                    if number > 1:
+                        pace.answered()
+                        answered.append(number)
+                        return
+                    pace.failed(turn, "failed")
+                again = True
+
+        async def ask_others() -> None:
+            await asyncio.sleep(5)
+            assert probes, "the circuit is broken by now"
+            await asyncio.gather(*map(one, range(2, 10)))
+
+        await asyncio.gather(one(0), one(1), ask_others())
+
+    in_virtual_time(main)
+    assert sorted(answered) == list(range(2, 10))
+    assert probes[-1] == 2, "one that was never tried goes before those that failed"
+
+
+def test_those_that_failed_take_turns_as_probes_where_no_other_waits() -> None:
+    probes: list[int] = []
+
+    async def main() -> None:
+        pace = Pace(3, patience_s=500)
+
+        async def one(number: int) -> None:
+            again = False
+            while True:
+                async with pace.turn(again=again) as turn:
+                    probes.extend([number] * turn.probe)
+                    await asyncio.sleep(0.01)
+                    pace.failed(turn, "failed")
+                again = True
+
+        await asyncio.gather(*map(one, range(3)), return_exceptions=True)
+
+    in_virtual_time(main)
+    assert len(probes) > 6
+    assert all({*probes[start : start + 3]} == {0, 1, 2} for start in range(len(probes) - 3))
+
+
+def test_while_the_server_is_down_every_probe_wants_one_more_request_to_be_begun() -> None:
+    wanted: list[int] = []
+
+    async def main() -> None:
+        pace = Pace(8, patience_s=100)
+
+        async def server() -> Outcome:
+            wanted.append(pace.wanted)
+            await asyncio.sleep(0.01)
+            return ("failed", None)
+
+        with pytest.raises(GivenUp):
+            await ask(pace, server, 8)
+
+    in_virtual_time(main)
+    down = [one for one in wanted if one > 8]
+    assert down == list(range(9, 9 + len(down)))
+    assert len(down) > 3
+
+
+@pytest.mark.parametrize("refused_in_flight", [24, 64])
+def test_after_a_good_spell_past_what_was_refused_the_limit_doubles_again(refused_in_flight: int) -> None:
+    pace = Pace(512)
+    refusals = 0
+
+    def refuse_for_a_moment(now: float) -> Outcome:
+        nonlocal refusals
+        if pace.in_flight < refused_in_flight or refusals > 0:
+            return None
+        refusals += 1
+        return ("refused", None)
+
+    in_virtual_time(lambda: ask(pace, Server(rule=refuse_for_a_moment), 8000))
+    assert refusals == 1
+    assert pace.limit == 512  # by steps of a quarter it would be near 100
+
+
 def test_without_patience_it_is_given_up_at_once() -> None:
     pace = Pace(4, patience_s=0)
     server = Server(rule=lambda now: ("failed", None))

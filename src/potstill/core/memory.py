@@ -1,0 +1,55 @@
+"""How much memory a piece of work needed at its height."""
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PeakMemory"]
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_RESET_PEAK = "5"  # proc(5): the peak of resident memory starts from what is resident now
+
+
+class PeakMemory:
+    """The peak of this process's resident memory, and of a GPU's allocations, from its making on.
+
+    What earlier work has freed goes back to the system first, so that it does not count. Where the system
+    keeps no peak that can be set back (Linux does), that of resident memory is unknown.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            trim(0)
+        try:
+            _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
+            self._was_reset = True
+        except OSError:
+            self._was_reset = False
+        if (cuda := _cuda()) is not None:
+            cuda.empty_cache()
+            cuda.reset_peak_memory_stats()
+
+    def read(self) -> dict[str, int]:
+        """`peak_memory_bytes` where it is known, `peak_gpu_memory_bytes` where a GPU was used."""
+        found = {}
+        if self._was_reset and (resident := _peak_resident_bytes()) is not None:
+            found["peak_memory_bytes"] = resident
+        if (cuda := _cuda()) is not None:
+            found["peak_gpu_memory_bytes"] = int(cuda.max_memory_allocated())
+        return found
+
+
+def _peak_resident_bytes() -> int | None:
+    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _cuda() -> Any:
+    """torch.cuda where this process has used it; torch itself is too heavy to import for a figure."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

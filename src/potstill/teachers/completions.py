@@ -1,0 +1,241 @@
+"""What OpenAI's API is asked in a body, and what its answers say."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from potstill.data.chat import THINK_CLOSE, THINK_OPEN, Renderer
+from potstill.data.responses import bytes_of_tokens, join_reasoning, without_half_characters
+from potstill.teachers.protocol import Answer, Request, RequestError
+from potstill.teachers.server_errors import ServerErrors
+
+if TYPE_CHECKING:
+    import httpx2
+
+__all__ = ["ASK_IDS", "OWN_KEYS", "Completions", "mapping", "whole_number"]
+
+OWN_KEYS = frozenset(
+    {"model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed"}
+    | {"logprobs", "top_logprobs", "n", "stream"}
+)
+ASK_IDS = "return_token_ids"  # vLLM; others leave it unread or refuse it by name
+_SEEDS = 2**31  # what every server takes
+_FINISHED: dict[str, Literal["stop", "length"]] = {"stop": "stop", "eos": "stop", "end_turn": "stop"}
+_FINISHED |= {"length": "length", "max_tokens": "length"}
+
+
+class Completions:
+    """Words requests for one model on one server and reads its answers; sends nothing.
+
+    `extra_body` goes with every request. `served` renders as the server does, where its tokenizer is known.
+    """
+
+    def __init__(self, errors: ServerErrors, extra_body: Mapping[str, Any], served: Renderer | None) -> None:
+        self._errors, self._extra_body, self._served = errors, extra_body, served
+        # OpenAI's own reasoning models refuse the older name; many other servers know no other.
+        own = urlsplit(errors.base_url).hostname == "api.openai.com"
+        self._max_tokens = "max_completion_tokens" if own else "max_tokens"
+        self._tokenizer_hash: str | None = None
+        self._end_ids: frozenset[int] = frozenset()
+        if served is not None:
+            self._tokenizer_hash = served.tokenizer_hash
+            self._end_ids = frozenset({*served.end_of_turn_ids, served.tokenizer.eos_token_id} - {None})
+
+    def chat_body(self, request: Request, *, with_ids: bool) -> dict[str, Any]:
+        """What /chat/completions is asked; `with_ids` asks vLLM for token ids.
+
+        Raises RequestError where the server's chat template would change the beginning of the response.
+        """
+        body = {
+            **self._extra_body,
+            "model": self._errors.model,
+            "messages": request.messages,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            self._max_tokens: request.max_new_tokens,
+            "seed": request.seed % _SEEDS,
+        }
+        if request.prefix is not None:
+            body["messages"] = self._with_prefix(request.messages, request.prefix)
+            body |= {"add_generation_prompt": False, "continue_final_message": True}
+        if request.logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": request.logprobs}
+        return {ASK_IDS: True, **body} if with_ids else body
+
+    def _with_prefix(self, messages: list[dict[str, str]], prefix: str) -> list[dict[str, str]]:
+        """The conversation with the beginning of the answer as its last message.
+
+        Raises RequestError where the chat template would make another text of it: many drop a think block
+        from an assistant's message, or close one that is still open.
+        """
+        if self._served is None:
+            keeps = THINK_OPEN not in prefix and THINK_CLOSE not in prefix
+            what = (
+                "the beginning of the response has a think block, and the server's chat template is unknown"
+            )
+        else:
+            keeps = self._served.keeps_beginning(messages, prefix)
+            what = "the model's chat template changes the beginning of the response"
+        if keeps:
+            return [*messages, {"role": "assistant", "content": prefix}]
+        raise RequestError(
+            what,
+            where=self._errors.base_url,
+            blames_row=True,
+            expected="a template that leaves an assistant's last message as it is",
+            mend="state the model's `tokenizer`, so that this can be checked, or run the model in process",
+        )
+
+    def answer(self, response: "httpx2.Response", found: Mapping[str, Any], request: Request) -> Answer:
+        """The first choice of what /chat/completions answered; `found` is its JSON.
+
+        Raises RequestError where it is no whole response, or lacks log-probabilities that were asked for.
+        """
+        choice = self._choice(response, found)
+        finish_reason = _FINISHED.get(str(choice.get("finish_reason")))
+        if finish_reason is None:
+            raise self._errors.unusable(
+                f"the response ended by {choice.get('finish_reason')!r}, neither 'stop' nor 'length'",
+                response,
+                blames_row=True,
+            )
+        message = mapping(choice.get("message"))
+        reasoning, content = (
+            message.get("reasoning_content") or message.get("reasoning"),
+            message.get("content"),
+        )
+        if content is None and isinstance(reasoning, str):
+            content = ""
+        if not isinstance(content, str) or not isinstance(reasoning, str | None):
+            raise self._errors.unusable("the answer holds no text", response, blames_row=True)
+        content, reasoning = without_half_characters(content), without_half_characters(reasoning or "")
+        text = join_reasoning(reasoning or None, content)
+        if reasoning and not content and finish_reason == "length":
+            text = text.rpartition(f"\n{THINK_CLOSE}")[0]  # cut off while it reasoned, the block is open
+        if reasoning and request.prefix is not None:
+            if THINK_OPEN not in request.prefix or THINK_CLOSE in request.prefix:
+                raise self._errors.unusable(
+                    "the server began to reason anew instead of going on from the response's beginning",
+                    response,
+                    blames_row=True,
+                )
+            rest = text.removeprefix(f"{THINK_OPEN}\n{reasoning.strip()}")
+            text = f"{reasoning}{rest}"  # the block was open; the next word may need the space before it
+        usage = mapping(found.get("usage"))
+        ids, logprobs, written = _tokens(choice, content, usage.get("completion_tokens"))
+        if request.logprobs is not None and logprobs is None:
+            raise self._errors.unusable(
+                "the answer holds no log-probabilities, though they were asked for", response
+            )
+        if ids and ids[-1] in self._end_ids:
+            ids.pop()
+            logprobs = None if logprobs is None else logprobs[: len(ids)]
+        return Answer(
+            response=text,
+            finish_reason=finish_reason,
+            prompt_token_ids=_whole_numbers(found.get("prompt_token_ids")),
+            response_token_ids=ids,
+            logprobs=logprobs,
+            token_bytes=None if logprobs is None else bytes_of_tokens(written[: len(logprobs)], text),
+            tokenizer=None if ids is None else self._tokenizer_hash,
+            prompt_tokens=whole_number(usage.get("prompt_tokens")),
+            response_tokens=whole_number(usage.get("completion_tokens")),
+        )
+
+    def prompt_logprobs_body(self, token_ids: Sequence[int], k: int) -> dict[str, Any]:
+        """What /completions is asked for the k likeliest ids in each token's place."""
+        return {
+            **self._extra_body,
+            "model": self._errors.model,
+            "prompt": list(token_ids),
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": k,
+        }
+
+    def prompt_logprobs(
+        self, response: "httpx2.Response", found: Mapping[str, Any], tokens: int, k: int
+    ) -> list[dict[int, float]]:
+        """Of each of so many tokens but the first, the k likeliest ids and their log-probabilities.
+
+        Raises RequestError where the answer has not as many.
+        """
+        entries = self._choice(response, found).get("prompt_logprobs")
+        if not isinstance(entries, list) or len(entries) != tokens:
+            raise RequestError(
+                f"the answer holds no log-probabilities of the prompt's {tokens} tokens",
+                where=self._errors.base_url,
+                expected="a server with `prompt_logprobs` in /completions, such as vLLM",
+                mend="serve the model by vLLM, or let transformers run it here",
+            )
+        return [self._likeliest(entry, k) for entry in entries[1:]]
+
+    def _likeliest(self, entry: Any, k: int) -> dict[int, float]:
+        found = {
+            int(id_): float(value["logprob"])
+            for id_, value in mapping(entry).items()
+            if id_.isdigit() and isinstance(mapping(value).get("logprob"), int | float)
+        }
+        if len(found) < k:
+            raise RequestError(
+                f"the answer has {len(found)} ids for a token, though {k} were asked for",
+                where=self._errors.base_url,
+                expected="a server that gives as many as it is asked for, or refuses, as vLLM does",
+                mend="lower top_k, or serve the model by vLLM",
+            )
+        # The prompt's own token comes as well where it is not among the k likeliest.
+        return dict(sorted(found.items(), key=lambda one: -one[1])[:k])
+
+    def _choice(self, response: "httpx2.Response", found: Mapping[str, Any]) -> Mapping[str, Any]:
+        choices = found.get("choices")
+        if not isinstance(choices, list) or not choices:
+            raise self._errors.unusable("the answer holds no choices", response)
+        return mapping(choices[0])
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value where it is a JSON object, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def whole_number(value: Any) -> int | None:
+    """The value where it is a whole number, else None."""
+    return value if type(value) is int else None
+
+
+def _whole_numbers(value: Any) -> list[int] | None:
+    return value if isinstance(value, list) and value and all(type(one) is int for one in value) else None
+
+
+def _tokens(
+    choice: Mapping[str, Any], content: str, sampled: Any
+) -> tuple[list[int] | None, list[float] | None, list[bytes]]:
+    """Token ids where the server gives them (vLLM's token_ids, llama.cpp's ids), log-probabilities, bytes.
+
+    llama.cpp's entries leave out tokens that end inside a character: they are all ids only where they are as
+    many as the tokens `sampled`.
+    """
+    ids = _whole_numbers(choice.get("token_ids"))
+    entries = mapping(choice.get("logprobs")).get("content")
+    if not isinstance(entries, list):
+        return ids, None, []
+    entries = [mapping(one) for one in entries]
+    logprobs = [one.get("logprob") for one in entries]
+    if not all(isinstance(one, int | float) for one in logprobs):
+        return ids, None, []
+    if ids is None and len(entries) == sampled:
+        ids = _whole_numbers([one.get("id") for one in entries])
+    written = [_written(one) for one in entries]
+    if ids is not None:
+        return ids, logprobs if len(ids) == len(logprobs) else None, written
+    if written and not content.encode().endswith(written[-1]):
+        logprobs.pop()  # the end-of-turn token, which is no part of the text
+    return None, logprobs, written
+
+
+def _written(entry: Mapping[str, Any]) -> bytes:
+    """The bytes of a log-probability's token; its text stands for them where the server gives none."""
+    found = entry.get("bytes")
+    if isinstance(found, list) and all(type(one) is int and 0 <= one < 256 for one in found):
+        return bytes(found)
+    return without_half_characters(str(entry.get("token", ""))).encode()

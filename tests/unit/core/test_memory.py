@@ -1,0 +1,31 @@
+"""A peak is that of the work since it was set back, not of what came before."""
+
+from pathlib import Path
+
+import pytest
+
+from potstill.core import memory
+from potstill.core.memory import PeakMemory
+
+_SIZE_BYTES = 256 << 20
+
+
+def _work() -> None:
+    block = bytearray(_SIZE_BYTES)
+    block[::4096] = bytes(len(block[::4096]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system keeps no peak")
+def test_the_peak_is_that_of_the_work_since_then() -> None:
+    peak = PeakMemory()
+    before = peak.read()["peak_memory_bytes"]
+    _work()
+    assert peak.read()["peak_memory_bytes"] - before > 0.9 * _SIZE_BYTES
+    assert PeakMemory().read()["peak_memory_bytes"] - before < 0.5 * _SIZE_BYTES
+
+
+def test_where_the_system_keeps_no_peak_it_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "no" / "such" / "file")
+    assert "peak_memory_bytes" not in PeakMemory().read()
