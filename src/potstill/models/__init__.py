@@ -1,5 +1,6 @@
 """From a model's name to weights and tokenizer: embedded, GGUF, hub, local folder, adapter."""
 
+from potstill.models.chat_templates import DEFAULT_CHAT_TEMPLATE
 from potstill.models.embedded import (
     EMBEDDED,
     EmbeddedModel,
@@ -11,18 +12,33 @@ from potstill.models.embedded import (
 from potstill.models.files import cached_file_hash
 from potstill.models.heads import (
     OutputHead,
-    can_share_prefix,
     hidden_states,
-    hidden_states_after,
     isolates_packed_rows,
     output_head,
+    output_projection,
 )
 from potstill.models.loading import LoadedModel, choose_device, frozen_weight_bytes, load, supports_bf16
-from potstill.models.source import TransformersModel, adapter_base, find_source, identity, parameter_count
+from potstill.models.saving import save_model, writing
+from potstill.models.source import (
+    Quantize,
+    TransformersModel,
+    adapter_base,
+    find_source,
+    identity,
+    original_model,
+    parameter_count,
+    recorded_base,
+    stored_dtype,
+    stored_quantization,
+    transformers_model,
+)
 from potstill.models.tokenizers import (
-    DEFAULT_CHAT_TEMPLATE,
+    THINK_CLOSE,
+    THINK_OPEN,
     check_same_vocabulary,
     load_tokenizer,
+    reasoning_format,
+    set_rendering,
     template_hash,
     token_bytes,
     tokenizer_hash,
@@ -32,13 +48,15 @@ from potstill.models.tokenizers import (
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "EMBEDDED",
+    "THINK_CLOSE",
+    "THINK_OPEN",
     "EmbeddedModel",
     "LoadedModel",
     "OutputHead",
+    "Quantize",
     "TransformersModel",
     "adapter_base",
     "cached_file_hash",
-    "can_share_prefix",
     "check_same_vocabulary",
     "choose_device",
     "convert_gguf",
@@ -47,17 +65,26 @@ __all__ = [
     "find_source",
     "frozen_weight_bytes",
     "hidden_states",
-    "hidden_states_after",
     "identity",
     "is_fetched",
     "isolates_packed_rows",
     "load",
     "load_tokenizer",
+    "original_model",
     "output_head",
+    "output_projection",
     "parameter_count",
+    "reasoning_format",
+    "recorded_base",
+    "save_model",
+    "set_rendering",
+    "stored_dtype",
+    "stored_quantization",
     "supports_bf16",
     "template_hash",
     "token_bytes",
     "tokenizer_hash",
+    "transformers_model",
     "vocabulary_size",
+    "writing",
 ]

@@ -1,16 +1,26 @@
 """Loading a model for use or for training."""
 
 import importlib.util
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import ModelError
-from potstill.models.heads import hidden_states, output_head
+from potstill.models.heads import add_token_rows, hidden_states, output_head
 from potstill.models.hub import hub_commit
-from potstill.models.pretrained import quiet_transformers, read_adapter, read_weights
-from potstill.models.source import TransformersModel, adapter_base, find_source, identity
-from potstill.models.tokenizers import load_tokenizer, vocabulary_size
+from potstill.models.pretrained import quiet_transformers, read_adapter, read_pretrained, read_weights
+from potstill.models.source import (
+    Source,
+    TransformersModel,
+    adapter_base,
+    find_source,
+    identity,
+    quantization_scheme,
+    stored_quantization,
+)
+from potstill.models.tokenizers import load_tokenizer, new_token_ids, vocabulary_size
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +30,15 @@ __all__ = ["LoadedModel", "choose_device", "frozen_weight_bytes", "load", "suppo
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, in evaluation mode, with its tokenizer and what it is known by."""
+    """A model on its device, in evaluation mode, with its tokenizer and what it is known by.
+
+    `quantization` is the scheme in which its files hold the weights of model or base; None in full.
+    """
 
     model: Any
     tokenizer: Any
     identity: str
+    quantization: str | None = None
 
     @property
     def vocabulary_size(self) -> int:
@@ -65,8 +79,9 @@ def supports_bf16(device: "torch.device") -> bool:
     return device.type == "mps"
 
 
-# Four bits and their doubly quantised scales (Dettmers et al. 2023, sec. 3).
-_NF4_BYTES = (4 + 0.127) / 8
+# Bytes a weight: four bits and their doubly quantised scales (Dettmers et al. 2023, sec. 3), or plain ones.
+_QUANTIZED_BYTES = {"nf4": (4 + 0.127) / 8, "nf4_single": 4.5 / 8, "fp4": 4.5 / 8, "int8": 1.0}
+_BITSANDBYTES = frozenset({"nf4", "fp4", "int8"})
 
 
 def frozen_weight_bytes(settings: TransformersModel) -> float:
@@ -76,8 +91,9 @@ def frozen_weight_bytes(settings: TransformersModel) -> float:
     """
     source = find_source(settings.path)
     base = adapter_base(source.folder) if source.kind == "adapter" else settings
-    if settings.quantize or base.quantize:
-        return _NF4_BYTES
+    scheme = stored_quantization(base) or settings.quantize or base.quantize
+    if scheme in _QUANTIZED_BYTES:
+        return _QUANTIZED_BYTES[scheme]
     return float(_weight_type(settings, choose_device(settings), all_trained=False).itemsize)
 
 
@@ -91,70 +107,152 @@ def _weight_type(settings: TransformersModel, device: "torch.device", *, all_tra
 
 
 def load(
-    settings: TransformersModel, *, dtype: "torch.dtype | None" = None, trainable: bool = False
+    settings: TransformersModel,
+    *,
+    dtype: "torch.dtype | None" = None,
+    trainable: bool = False,
+    say: Callable[[str], None] | None = None,
+    full_weights: bool = False,
 ) -> LoadedModel:
     """Load a model, or a base with its adapter.
 
     The weights' type is `dtype`, else what the settings state, else float32 for a full model to be trained
     and bfloat16, where the device has it, for frozen weights. With `trainable` an adapter's weights
-    (float32), or all of a full model's, take gradients; without it none do, and never those in 4 bits.
-    Raises ModelError, also for a model whose logits would come out wrong from its halves (`hidden_states`,
+    (float32), or all of a full model's, take gradients; without it none do, and never those in 4 or 8 bits.
+    With `full_weights` none are in 4 or 8 bits: `quantize` is passed over, for an adapter's base as well,
+    and what the files hold quantised is dequantised. `say` hears what `load_tokenizer` tells. Raises
+    ModelError, also for a model whose logits would come out wrong from its halves (`hidden_states`,
     `output_head`).
     """
     source = find_source(settings.path)
-    tokenizer, device = load_tokenizer(settings), choose_device(settings)
-    all_trained = trainable and source.kind != "adapter" and settings.quantize is None
-    if dtype is None:
-        dtype = _weight_type(settings, device, all_trained=all_trained)
+    tokenizer, device = load_tokenizer(settings, say=say), choose_device(settings)
+    is_adapter = source.kind == "adapter"
+    base = adapter_base(source.folder) if is_adapter else settings
+    quantize = None if full_weights else settings.quantize or base.quantize
     with quiet_transformers():
-        if source.kind == "adapter":
-            base = adapter_base(source.folder)
-            base = base.model_copy(update={"quantize": settings.quantize or base.quantize})
-            model = read_adapter(_load_full(base, dtype, device), str(source.folder), trainable=trainable)
-        else:
-            model = _load_full(settings, dtype, device)
+        stored = _stored_quantization(base, find_source(base.path))
+        all_trained = trainable and not is_adapter and quantize is None and (stored is None or full_weights)
+        if dtype is None:
+            dtype = _weight_type(settings, device, all_trained=all_trained)
+        model = _load_full(base.model_copy(update={"quantize": quantize}), stored, dtype, device)
+        if full_weights and stored is not None:
+            model = _dequantized(model, dtype)
+        if is_adapter:
+            model = read_adapter(model, str(source.folder), trainable=trainable)
     model.eval()
-    if not (all_trained or (trainable and source.kind == "adapter")):
+    if not (all_trained or (trainable and is_adapter)):
         model.requires_grad_(requires_grad=False)
-    loaded = LoadedModel(model, tokenizer, identity(settings))
+    loaded = LoadedModel(model, tokenizer, identity(settings), stored)
     _check_halves(loaded, settings.path)
     return loaded
 
 
-def _load_full(settings: TransformersModel, dtype: "torch.dtype", device: "torch.device") -> Any:
-    source = find_source(settings.path)
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
+def _place(source: Source) -> tuple[str, dict[str, Any]]:
+    """What transformers knows a source by: a name or path, and a revision."""
     if source.kind == "hub":
-        name, options["revision"] = source.name, hub_commit(source.name, source.revision)
+        return source.name, {"revision": hub_commit(source.name, source.revision)}
+    return str(source.folder), {}
+
+
+def _stored_quantization(settings: TransformersModel, source: Source) -> str | None:
+    """`stored_quantization`, for which a hub model's configuration is fetched."""
+    if source.kind != "hub":
+        return stored_quantization(settings)
+    from transformers import PretrainedConfig
+
+    name, options = _place(source)
+    found, _ = read_pretrained(PretrainedConfig.get_config_dict, name, where=settings.path, **options)
+    return quantization_scheme(found)
+
+
+def _load_full(
+    settings: TransformersModel, stored: str | None, dtype: "torch.dtype", device: "torch.device"
+) -> Any:
+    name, options = _place(find_source(settings.path))
+    options |= {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
+    if stored is None and settings.quantize is None:
+        return _with_added_tokens(read_weights(name, where=settings.path, **options).to(device), settings)
+    if stored is None:
+        options |= {"quantization_config": _nf4(settings, dtype), "device_map": {"": device}}
     else:
-        name = str(source.folder)
-    if settings.quantize is None:
-        return read_weights(name, where=settings.path, **options).to(device)
-    options |= {"quantization_config": _nf4(settings.path, dtype), "device_map": {"": device}}
+        _check_stored(settings, stored)
+        options["device_map"] = {"": device}
     model = read_weights(name, where=settings.path, **options)
-    # On a CPU, bitsandbytes repacks a layer's weights when it first runs outside training, for a kernel
-    # without a backward pass: from then on gradients through that layer are lost, in training as well.
     for module in model.modules():
+        # On a CPU, bitsandbytes repacks a layer's weights when it first runs outside training, for a kernel
+        # without a backward pass: from then on gradients through that layer are lost, in training as well.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            # A checkpoint's own may be a type that this device emulates.
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+    return _with_added_tokens(model, settings)
+
+
+def _with_added_tokens(model: Any, settings: TransformersModel) -> Any:
+    """The model with rows for the tokens that its own vocabulary lacks."""
+    if settings.add_tokens:
+        new_ids, known_ids = new_token_ids(settings)
+        if new_ids:
+            add_token_rows(model, new_ids, known_ids)
     return model
 
 
-def _nf4(where: str, dtype: "torch.dtype") -> Any:
+def _check_stored(settings: TransformersModel, stored: str) -> None:
+    if stored in _BITSANDBYTES:
+        _need_bitsandbytes(settings.path, f"its weights are in {stored}, which")
+        # It says of every product that it takes float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if settings.quantize is not None and not settings.quantize.startswith(stored):
+        raise ModelError(
+            f"its weights are in {stored} already, and quantize asks for {settings.quantize}",
+            where=settings.path,
+            expected="full weights, as quantising twice loses twice",
+            mend="leave `quantize` out, or name the model in full weights",
+        )
+
+
+def _need_bitsandbytes(where: str, what: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
-            "quantize: nf4 needs bitsandbytes, which is not installed",
+            f"{what} needs bitsandbytes, which is not installed",
             where=where,
-            mend='install it with `pip install "potstill[bnb]"`, or leave `quantize` out',
+            mend='install it with `pip install "potstill[bnb]"`, or name a model in full weights without '
+            "`quantize`",
         )
+
+
+def _nf4(settings: TransformersModel, dtype: "torch.dtype") -> Any:
+    _need_bitsandbytes(settings.path, f"quantize: {settings.quantize}")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=settings.quantize == "nf4",
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def _dequantized(model: Any, dtype: "torch.dtype") -> Any:
+    """The model with full weights, as plain transformers saves and loads it."""
+    try:
+        model = model.dequantize(dtype)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"transformers cannot dequantise it ({error})",
+            where=str(model.name_or_path),
+            mend="name the model in full weights",
+        ) from error
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # PEFT and transformers go by these
+    vars(model).pop("hf_device_map", None)
+    # Saving turns round what loading did, and the unpacking of bitsandbytes' files cannot be turned round.
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [  # noqa: SLF001  # there is no public way to say that it is plain now
+        one
+        for one in conversions
+        if not any("bitsandbytes" in type(step).__module__ for step in getattr(one, "operations", ()))
+    ]
+    return model
 
 
 def _check_halves(loaded: LoadedModel, where: str) -> None:

@@ -8,8 +8,11 @@ from typing import Any
 
 from potstill.core.errors import ModelError
 
-__all__ = ["quiet_transformers", "read_adapter", "read_pretrained", "read_weights"]
+__all__ = ["HARMLESS_PEFT_WARNINGS", "quiet_transformers", "read_adapter", "read_pretrained", "read_weights"]
 
+# What PEFT does by itself anyway (a Conv1D's weights lie the other way round), or what merging sees to (a
+# head that shares the embedding's weights).
+HARMLESS_PEFT_WARNINGS = ("fan_in_fan_out is set to", "Model has `tie_word_embeddings=True` and a tied layer")
 _NUMBERED_LAYER = re.compile(r"\.\d+\.")
 _NAMES_SHOWN = 3
 
@@ -75,6 +78,8 @@ def read_adapter(base: Any, folder: str, *, trainable: bool) -> Any:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        for harmless in HARMLESS_PEFT_WARNINGS:
+            warnings.filterwarnings("ignore", harmless)
         model = read_pretrained(PeftModel.from_pretrained, base, folder, where=folder, is_trainable=trainable)
     for warning in caught:
         if "missing adapter keys" in str(warning.message).lower():

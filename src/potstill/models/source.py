@@ -4,30 +4,44 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, ValidationError, ValidationInfo
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo
 
-from potstill.core.errors import ModelError
-from potstill.core.hashing import hash_json
-from potstill.core.settings import InputPath, Settings, execution, resolve_path
+from potstill.core.errors import ModelError, StoreError
+from potstill.core.hashing import hash_bytes, hash_json
+from potstill.core.settings import InputPath, ModelRef, Settings, execution, resolve_path
 from potstill.core.store import MANIFEST_FILE, Artifact
+from potstill.models.chat_templates import chat_template_text
 from potstill.models.embedded import EMBEDDED, convert_gguf, embedded_path, fetch_embedded
 from potstill.models.files import cached_file_hash
 from potstill.models.hub import cached_hub_folder, hub_commit
 
+if TYPE_CHECKING:
+    from potstill.core.step import StepContext
+
 __all__ = [
     "ADAPTER_FILE",
+    "Quantize",
     "Source",
     "TransformersModel",
     "adapter_base",
-    "existing_template",
     "find_source",
     "identity",
+    "original_model",
     "parameter_count",
+    "quantization_scheme",
+    "recorded_base",
+    "stored_dtype",
+    "stored_quantization",
+    "transformers_model",
 ]
+
+Quantize = Literal["nf4", "nf4_single"]
+"""4-bit NormalFloat; the scales of nf4 are quantised as well, those of nf4_single stay in float32."""
 
 ADAPTER_FILE = "adapter_config.json"
 _TOKENIZER_FILES = (
@@ -39,7 +53,24 @@ _TOKENIZER_FILES = (
     "tekken.json",
 )
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_MARKS = (2, 4)  # around the reasoning, perhaps around the answer as well
+# What bitsandbytes stores beside a weight: its scales, their codes, the layout.
+_QUANTIZATION_PART = re.compile(r"\.weight\.|\.SCB$|\.weight_format$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+def _check_marks(value: str | list[str]) -> str | list[str]:
+    if isinstance(value, list) and (len(value) not in _MARKS or "" in value or len({*value}) < len(value)):
+        raise ValueError(
+            "expected two different marks around the reasoning, or four, the last two around the answer"
+        )
+    return value
+
+
+def _check_tokens(value: list[str]) -> list[str]:
+    if len({*value}) < len(value):
+        raise ValueError("expected each token once")
+    return value
 
 
 def _resolve_model_path(value: str, info: ValidationInfo) -> str:
@@ -51,15 +82,34 @@ class TransformersModel(Settings):
 
     `path` is an embedded model's name, a .gguf file, a model or adapter folder, or a hub id
     (`organisation/name`, with `@revision` where one is meant). `identity` states what the model is known by,
-    in place of a hash of its weights.
+    in place of a hash of its weights. `quantize` loads the linear layers in 4 bits (Dettmers et al. 2023):
+    `nf4` with doubly quantised scales, 4.13 bits a weight, or `nf4_single`, 4.5 bits. A checkpoint that is
+    quantised already (bitsandbytes) is loaded as it is, without `quantize`.
     """
 
     engine: Literal["transformers"] = "transformers"
     path: Annotated[str, AfterValidator(_resolve_model_path)] = execution(..., min_length=1)
-    quantize: Literal["nf4"] | None = None
+    quantize: Quantize | None = None
     identity: str | None = None
     trust_remote_code: bool = False
-    chat_template: InputPath | None = execution(None)
+    chat_template: InputPath | None = execution(
+        None,
+        description="a Jinja file, or one that comes along: plain, chatml; by default the model's own, else "
+        "plain",
+    )
+    add_tokens: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_check_tokens)] = Field(
+        [],
+        description="tokens that the vocabulary is to have, such as `<think>`: new ones begin at the mean of "
+        "all rows, and the rows of all of them are trained, with lora as well",
+    )
+    reasoning_format: (
+        Annotated[Literal["strip", "openthoughts"] | list[str], AfterValidator(_check_marks)] | None
+    ) = Field(
+        None,
+        description="how the model writes its reasoning: by default in a `<think>` block; strip: not at all; "
+        "openthoughts: in the marks of that data set; or a list of two marks around the reasoning, or of "
+        "four, the last two around the answer",
+    )
     device: str | None = execution(None)
     dtype: Literal["float32", "bfloat16", "float16"] | None = execution(None)
 
@@ -69,15 +119,27 @@ class TransformersModel(Settings):
         if self.identity is None and (tokenizer := _tokenizer_files_hash(find_source(self.path))) is not None:
             content["tokenizer"] = tokenizer
         if self.chat_template is not None:
-            content["chat_template"] = cached_file_hash(existing_template(self.chat_template))
+            content["chat_template"] = hash_bytes(chat_template_text(self.chat_template).encode())
         return content
 
 
-def existing_template(path: str) -> Path:
-    """A chat template's file. Raises ModelError where there is none."""
-    if not Path(path).is_file():
-        raise ModelError("no such chat template", where=path, expected="a Jinja file", mend="check the path")
-    return Path(path)
+def transformers_model(
+    context: "StepContext", reference: ModelRef, *, device: str | None = None, why: str | None = None
+) -> TransformersModel:
+    """The settings of a model that a step needs transformers for, on the step's device where it states one.
+
+    `why` says what for. Raises ModelError for a model of another engine.
+    """
+    found = context.model(reference)
+    if not isinstance(found, TransformersModel):
+        raise ModelError(
+            f"{reference} is a model of engine {getattr(found, 'engine', type(found).__name__)}",
+            where=f"step {context.name}",
+            expected="a model that transformers loads" + ("" if why is None else f", because {why}"),
+            mend="declare the same weights with a path (a folder, hub id or .gguf file), or name a step that "
+            "makes a model",
+        )
+    return found if device is None else found.model_copy(update={"device": device})
 
 
 @dataclass(frozen=True)
@@ -141,12 +203,18 @@ def find_source(path: str) -> Source:
     )
 
 
-def identity(settings: TransformersModel) -> str:
+def identity(settings: TransformersModel, *, base: TransformersModel | None = None) -> str:
     """What a model is known by, wherever it lies; no weights are loaded.
 
     The hash of its weight files and configuration; of a GGUF file, that file's; of a hub model, its name and
     commit; of an adapter, its own together with its base's. A stated `identity` comes before all of these.
+    Added tokens make another model of it. `base` is that of an adapter whose manifest is not written yet.
     """
+    own = _own_identity(settings, base)
+    return hash_json({"model": own, "add_tokens": settings.add_tokens}) if settings.add_tokens else own
+
+
+def _own_identity(settings: TransformersModel, base: TransformersModel | None) -> str:
     if settings.identity is not None:
         return settings.identity
     source = find_source(settings.path)
@@ -160,14 +228,18 @@ def identity(settings: TransformersModel) -> str:
     own: dict[str, Any] = {"weights": {file.name: cached_file_hash(file) for file in _weight_files(folder)}}
     if source.kind == "folder":
         return hash_json({**own, "config": _configuration(folder / "config.json")})
-    base = identity(adapter_base(folder))
-    return hash_json({**own, "config": _configuration(folder / ADAPTER_FILE), "base": base})
+    base = adapter_base(folder) if base is None else base
+    # The same adapter without potstill's manifest beside it is loaded on its base in full weights.
+    packed = {} if base.quantize is None else {"quantize": base.quantize}
+    return hash_json(
+        {**own, "config": _configuration(folder / ADAPTER_FILE), "base": identity(base), **packed}
+    )
 
 
 def parameter_count(settings: TransformersModel) -> int | None:
     """How many parameters a model has, from its files' headers; None for a hub model that is not cached.
 
-    An adapter counts as its base.
+    An adapter counts as its base, a weight in 4 bits as one.
     """
     source = find_source(settings.path)
     if source.kind == "embedded":
@@ -189,7 +261,45 @@ def _safetensors_parameters(path: Path) -> int:
     """The sizes in a safetensors header: 8 bytes of its length, then JSON."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return sum(
+        # Two weights in 4 bits are packed in a byte.
+        math.prod(entry["shape"]) * (2 if entry["dtype"] == "U8" else 1)
+        for name, entry in header.items()
+        if name != "__metadata__" and not _QUANTIZATION_PART.search(name)
+    )
+
+
+def stored_quantization(settings: TransformersModel) -> str | None:
+    """The scheme in which a model's files hold its weights: nf4, fp4, int8, or as transformers calls it.
+
+    An adapter has its base's. None for full weights, and of a hub model that is not cached.
+    """
+    source = find_source(settings.path)
+    if source.kind in ("embedded", "gguf"):
+        return None
+    if source.kind == "adapter":
+        return stored_quantization(adapter_base(source.folder))
+    folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
+    return None if folder is None else quantization_scheme(_read_json(folder / "config.json"))
+
+
+def stored_dtype(settings: TransformersModel) -> str:
+    """The type that a model's files have, as its configuration states it; float32 where it states none."""
+    source = find_source(settings.path)
+    folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
+    found = {} if folder is None else _read_json(folder / "config.json")
+    stated = found.get("dtype") or found.get("torch_dtype") or found.get("text_config", {}).get("dtype")
+    return stated if stated in ("bfloat16", "float16") else "float32"
+
+
+def quantization_scheme(configuration: dict[str, Any]) -> str | None:
+    """The scheme that a model's configuration states for its weights, as `stored_quantization` names it."""
+    stated = configuration.get("quantization_config")
+    if not stated:
+        return None
+    if stated.get("load_in_4bit"):
+        return str(stated.get("bnb_4bit_quant_type", "fp4"))
+    return "int8" if stated.get("load_in_8bit") else str(stated.get("quant_method"))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -243,39 +353,77 @@ def _tokenizer_files(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob("*.jinja"))
 
 
+def _artifact_of(folder: Path) -> Artifact | None:
+    """The sealed artifact that an adapter's folder is, or is a view of."""
+    if (folder / MANIFEST_FILE).is_file():
+        return Artifact.open(folder)
+    with suppress(StoreError):  # what lies above may be anything
+        artifact = Artifact.open(folder.parent)
+        return artifact if folder.name in artifact.views else None
+    return None
+
+
 def adapter_base(folder: Path) -> TransformersModel:
     """The settings of an adapter's base.
 
-    The manifest's `extra["base"]` names it; PEFT's own note of a path is read only where potstill did not
-    make the adapter. Raises ModelError where the base is itself an adapter, is not named, or is not what it
-    was in training (`extra["base_identity"]`).
+    The manifest's `extra["base"]` names it, for the adapters of single epochs as well, which lie in folders
+    of their own; PEFT's own note of a path is read only where potstill did not make the adapter. Raises
+    ModelError where the base is itself an adapter, is not named, or is not what it was in training
+    (`extra["base_identity"]`).
     """
-    where = str(folder)
-    if (folder / MANIFEST_FILE).is_file():
-        extra = Artifact.open(folder).manifest.extra
-        stated, expected_identity = extra.get("base"), extra.get("base_identity")
+    if (artifact := _artifact_of(folder)) is not None:
+        base = _stated_base(artifact.manifest.extra, str(folder))
     else:
-        stated, expected_identity = (
-            {"path": _read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")},
-            None,
-        )
-    try:
-        base = TransformersModel.model_validate(stated)
-    except ValidationError as error:
-        raise ModelError(
-            "does not name the model that it adapts", where=where, expected="a base model"
-        ) from error
-    try:
-        source = find_source(base.path)
-    except ModelError as error:
-        raise ModelError(f"its base model is gone\n{error}", where=where) from error
-    if source.kind == "adapter":
+        path = _read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
+        base = _stated_base({"base": {"path": path}}, str(folder))
+    if find_source(base.path).kind == "adapter":
         raise ModelError(
             f"adapts {base.path}, which is an adapter itself",
-            where=where,
+            where=str(folder),
             expected="a base with at most one adapter",
             mend="merge the first adapter into its base, then train the second on the result",
         )
+    return base
+
+
+def original_model(settings: TransformersModel) -> TransformersModel:
+    """What a model of full weights was before train steps made it, by their manifests; itself where none did.
+
+    Raises ModelError where that model is gone or another than it was.
+    """
+    recorded = recorded_base(settings)
+    if recorded is None:
+        return settings
+    # Its weights are asked for: the file of a template that it was rendered by may be gone.
+    given = {"device": settings.device, "chat_template": None}
+    return _stated_base(recorded, settings.path).model_copy(update=given)
+
+
+def recorded_base(settings: TransformersModel) -> dict[str, Any] | None:
+    """What the manifest of a trained model of full weights says of its base, as `extra` has it; or None."""
+    source = find_source(settings.path)
+    if source.kind != "folder":
+        return None
+    with suppress(StoreError):  # a manifest.json of somebody else's
+        artifact = _artifact_of(source.folder)
+        if artifact is not None and artifact.kind == "train" and "base" in artifact.manifest.extra:
+            return {key: artifact.manifest.extra[key] for key in ("base", "base_identity")}
+    return None
+
+
+def _stated_base(extra: dict[str, Any], where: str) -> TransformersModel:
+    """The base that a manifest's `extra` names, as it was in training."""
+    expected_identity = extra.get("base_identity")
+    try:
+        base = TransformersModel.model_validate(extra.get("base"))
+    except ValidationError as error:
+        raise ModelError(
+            "does not name the model that it was trained on", where=where, expected="a base model"
+        ) from error
+    try:
+        find_source(base.path)
+    except ModelError as error:
+        raise ModelError(f"its base model is gone\n{error}", where=where) from error
     if expected_identity is not None and (found := identity(base)) != expected_identity:
         raise ModelError(
             f"was trained on another base: {base.path} is {found}",

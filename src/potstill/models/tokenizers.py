@@ -1,30 +1,32 @@
 """Tokenizers: loading, and what two of them must share for their models' logits to be compared."""
 
+from collections.abc import Callable
 from typing import Any
 
 from potstill.core.errors import ModelError
 from potstill.core.hashing import hash_bytes, hash_json
+from potstill.models.chat_templates import CHAT_TEMPLATES, chat_template_text, control_tokens
+from potstill.models.heads import output_projection
 from potstill.models.hub import hub_commit
 from potstill.models.pretrained import quiet_transformers, read_pretrained
-from potstill.models.source import TransformersModel, adapter_base, existing_template, find_source
+from potstill.models.source import TransformersModel, adapter_base, find_source
 
 __all__ = [
-    "DEFAULT_CHAT_TEMPLATE",
+    "THINK_CLOSE",
+    "THINK_OPEN",
     "check_same_vocabulary",
     "load_tokenizer",
+    "new_token_ids",
+    "reasoning_format",
+    "set_rendering",
     "template_hash",
     "token_bytes",
     "tokenizer_hash",
     "vocabulary_size",
 ]
 
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize + ':\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
-)
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+_REASONING_KEY = "reasoning_format"
 
 # Text on which tokenizers of one vocabulary may still differ: splits, merges, normalisation, white space,
 # bytes.
@@ -38,20 +40,52 @@ _PROBES = (
 )
 
 
-def load_tokenizer(settings: TransformersModel) -> Any:
-    """A model's tokenizer, with a chat template: the stated one, its own, or DEFAULT_CHAT_TEMPLATE.
+def load_tokenizer(settings: TransformersModel, *, say: Callable[[str], None] | None = None) -> Any:
+    """A model's tokenizer with its added tokens, a chat template and how the model writes its reasoning.
 
-    The default template begins with the BOS token where the tokenizer itself begins a text with it. An
-    adapter without a tokenizer of its own has its base's. Raises ModelError where there is none.
+    The template is the stated one, the model's own, or "plain". One that comes along begins with the BOS
+    token where the tokenizer itself begins a text with it. An adapter without a tokenizer of its own has its
+    base's. All of this is saved with the tokenizer; `say` hears what was not the model's own. Raises
+    ModelError where there is no tokenizer, and for a template that cannot be used.
     """
+    source = find_source(settings.path)
+    if source.kind == "adapter" and settings.add_tokens:
+        raise ModelError(
+            "add_tokens is given for an adapter, whose vocabulary is its base's",
+            where=settings.path,
+            mend="declare the base with add_tokens, and train the adapter on that",
+        )
+    if not source.has_tokenizer and source.kind == "adapter":
+        base = adapter_base(source.folder)
+        stated = {
+            name: getattr(settings, name) or getattr(base, name) for name in ("chat_template", _REASONING_KEY)
+        }
+        return load_tokenizer(base.model_copy(update=stated), say=say)
+    tokenizer = _read_tokenizer(settings)
+    say = say or (lambda message: None)
+    own = tokenizer.get_vocab()
+    _set_template(tokenizer, settings, say)
+    text = str(tokenizer.chat_template)
+    for token in settings.add_tokens:
+        # What the template writes controls the model and must not be read as text; think tags are read.
+        _add_token(tokenizer, token, special=token in text and token not in (THINK_OPEN, THINK_CLOSE))
+    _check_template(tokenizer, settings)
+    if settings.add_tokens:
+        ids = tokenizer.convert_tokens_to_ids(settings.add_tokens)
+        added = [
+            f"{token} ({'id' if token in own else 'new id'} {at})"
+            for token, at in zip(settings.add_tokens, ids, strict=True)
+        ]
+        say(f"tokens with rows of their own: {', '.join(added)}")
+    if settings.reasoning_format is not None:
+        set_rendering(tokenizer, tokenizer.chat_template, settings.reasoning_format)
+    return tokenizer
+
+
+def _read_tokenizer(settings: TransformersModel) -> Any:
     from transformers import AutoTokenizer
 
     source = find_source(settings.path)
-    if not source.has_tokenizer and source.kind == "adapter":
-        base = adapter_base(source.folder)
-        return load_tokenizer(
-            base.model_copy(update={"chat_template": settings.chat_template or base.chat_template})
-        )
     if not source.has_tokenizer:
         raise ModelError(
             "the model folder has no tokenizer",
@@ -65,15 +99,83 @@ def load_tokenizer(settings: TransformersModel) -> Any:
     else:
         name = str(source.folder)
     with quiet_transformers():
-        tokenizer = read_pretrained(AutoTokenizer.from_pretrained, name, where=settings.path, **options)
-    if settings.chat_template is not None:
-        tokenizer.chat_template = existing_template(settings.chat_template).read_text(encoding="utf-8")
-    elif tokenizer.chat_template is None:
+        return read_pretrained(AutoTokenizer.from_pretrained, name, where=settings.path, **options)
+
+
+def _set_template(tokenizer: Any, settings: TransformersModel, say: Callable[[str], None]) -> None:
+    if settings.chat_template is None and tokenizer.chat_template is not None:
+        return
+    if settings.chat_template is None:
+        say(
+            f"{settings.path} has no chat template: it takes the one called plain, which is saved with what "
+            "is trained (`chat_template` names another)"
+        )
+    name = settings.chat_template or "plain"
+    text = chat_template_text(name)
+    if name in CHAT_TEMPLATES:
         begins_with_bos = (
             tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         )
-        tokenizer.chat_template = ("{{ bos_token }}" if begins_with_bos else "") + DEFAULT_CHAT_TEMPLATE
-    return tokenizer
+        text = ("{{ bos_token }}" if begins_with_bos else "") + text
+    tokenizer.chat_template = text
+
+
+def _check_template(tokenizer: Any, settings: TransformersModel) -> None:
+    """Refuse a stated template that writes control tokens which are none, or nothing at all."""
+    from jinja2 import TemplateError
+
+    name = settings.chat_template
+    if name is None:
+        return
+    for token in control_tokens(name):
+        if token not in tokenizer.get_vocab():
+            raise ModelError(
+                f"the chat template {name} writes {token}, which is no token of this model",
+                where=settings.path,
+                mend=f"name {' and '.join(control_tokens(name))} in add_tokens as well, or take plain, which "
+                "needs none",
+            )
+        _add_token(tokenizer, token, special=True)
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateError as error:
+        raise ModelError(
+            f"the chat template cannot be used ({type(error).__name__}: {error})",
+            where=name,
+            expected="a Jinja template over `messages`, a list of {role, content}",
+        ) from error
+
+
+def _add_token(tokenizer: Any, token: str, *, special: bool) -> None:
+    from tokenizers import AddedToken
+
+    if special or token not in {known.content for known in tokenizer.added_tokens_decoder.values()}:
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)], special_tokens=special)
+
+
+def new_token_ids(settings: TransformersModel) -> tuple[list[int], int]:
+    """The ids of those `add_tokens` that the model's own vocabulary lacks, and how many ids that has."""
+    # Without the chat template, whose file may be gone by the time that an adapter's base is loaded.
+    tokenizer = _read_tokenizer(settings)
+    known, size = tokenizer.get_vocab(), vocabulary_size(tokenizer)
+    for token in settings.add_tokens:
+        _add_token(tokenizer, token, special=False)
+    new = [token for token in settings.add_tokens if token not in known]
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in new], size
+
+
+def reasoning_format(tokenizer: Any) -> str | list[str] | None:
+    """How the model writes its reasoning, as `TransformersModel.reasoning_format` states it."""
+    found: str | list[str] | None = tokenizer.init_kwargs.get(_REASONING_KEY)
+    return found
+
+
+def set_rendering(tokenizer: Any, chat_template: Any, reasoning: str | list[str] | None) -> None:
+    """Set chat template and reasoning format, which are saved and loaded with the tokenizer."""
+    tokenizer.chat_template = chat_template
+    tokenizer.init_kwargs.pop(_REASONING_KEY, None)
+    if reasoning is not None:
+        tokenizer.init_kwargs[_REASONING_KEY] = reasoning
 
 
 def vocabulary_size(tokenizer: Any, model: Any = None) -> int:
@@ -84,7 +186,7 @@ def vocabulary_size(tokenizer: Any, model: Any = None) -> int:
     """
     size = max(tokenizer.get_vocab().values()) + 1
     if model is not None:
-        size = min(size, model.get_output_embeddings().out_features)
+        size = min(size, output_projection(model).out_features)
     return int(size)
 
 
@@ -137,8 +239,10 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """The hash of a tokenizer's chat template."""
-    return hash_json(tokenizer.chat_template)
+    """The hash of a tokenizer's chat template, and of its reasoning format where it has one."""
+    reasoning = reasoning_format(tokenizer)
+    template = tokenizer.chat_template
+    return hash_json(template if reasoning is None else [template, reasoning])
 
 
 def check_same_vocabulary(one: Any, other: Any, *, names: tuple[str, str] = ("teacher", "student")) -> None:

@@ -7,6 +7,7 @@ from pydantic import Field
 from potstill.core.settings import ModelRef, Settings, execution
 from potstill.core.step import StepContext, StepResult
 from potstill.data.sources import Data
+from potstill.models import Quantize
 
 __all__ = ["InitSettings", "run"]
 
@@ -23,7 +24,7 @@ class InitSettings(Settings):
     data: Data
     samples: int = Field(64, ge=1, description="calibration traces, chosen by the recipe's seed")
     max_length: int = Field(1024, ge=2, description="tokens a calibration trace, the rest is cut off")
-    quantize: Literal["nf4"] | None = Field(
+    quantize: Quantize | None = Field(
         None, description="how the steps that use the student load it; the weights are kept in full"
     )
 

@@ -12,7 +12,14 @@ from potstill.core.step import StepContext, StepResult
 from potstill.data.batches import collate, micro_batches
 from potstill.data.chat import Rendered, Renderer, fit
 from potstill.data.sources import read
-from potstill.models import TransformersModel, find_source, identity, load
+from potstill.models import (
+    TransformersModel,
+    find_source,
+    identity,
+    load,
+    stored_quantization,
+    transformers_model,
+)
 from potstill.models.pretrained import quiet_transformers
 from potstill.student import InitSettings
 from potstill.student.depth import block_importance, bypass, decoder_blocks, drop_blocks
@@ -27,7 +34,7 @@ def initialise(settings: InitSettings, context: StepContext) -> StepResult:
     """Carry out an init step."""
     model_settings = _model_settings(settings, context)
     # Pruning copies weights: fp32 holds those of any type as they are.
-    loaded = load(model_settings, dtype=None if model_settings.dtype else torch.float32)
+    loaded = load(model_settings, dtype=None if model_settings.dtype else torch.float32, say=context.say)
     model, renderer = loaded.model, Renderer(loaded.tokenizer)
     count = len(decoder_blocks(model))
     if settings.layers > count:
@@ -56,7 +63,8 @@ def initialise(settings: InitSettings, context: StepContext) -> StepResult:
         model.save_pretrained(context.folder)
         loaded.tokenizer.save_pretrained(context.folder)
     del model, loaded
-    _check_saved(model_settings.model_copy(update={"path": str(context.folder)}), probe_BT, expected_BTV)
+    saved = {"path": str(context.folder), "add_tokens": []}
+    _check_saved(model_settings.model_copy(update=saved), probe_BT, expected_BTV)
     return StepResult(
         counts={"blocks": len(kept), "parameters": parameters, "calibration_rows": len(rows)},
         metrics={"block_importance": importance, "kept_blocks": kept, "parameters_before": parameters_before},
@@ -67,19 +75,14 @@ def initialise(settings: InitSettings, context: StepContext) -> StepResult:
 
 
 def _model_settings(settings: InitSettings, context: StepContext) -> TransformersModel:
-    found = context.model(settings.model)
-    if not isinstance(found, TransformersModel):
-        raise ModelError(
-            f"a model of engine {getattr(found, 'engine', type(found).__name__)} cannot be pruned",
-            where=str(settings.model),
-            expected="a model that transformers loads",
-        )
-    if found.quantize is not None or find_source(found.path).kind == "adapter":
-        what = "an adapter" if found.quantize is None else f"quantised to {found.quantize}"
+    found = transformers_model(context, settings.model, device=settings.device, why="its blocks are measured")
+    scheme = found.quantize or stored_quantization(found)
+    if scheme is not None or find_source(found.path).kind == "adapter":
+        what = "an adapter" if scheme is None else f"quantised to {scheme}"
         raise ModelError(
             f"is {what} and cannot be pruned", where=str(settings.model), expected="plain weights"
         )
-    return found if settings.device is None else found.model_copy(update={"device": settings.device})
+    return found
 
 
 def _calibration_rows(settings: InitSettings, context: StepContext, renderer: Renderer) -> list[Rendered]:

@@ -1,16 +1,16 @@
-"""What an adapter's student was before training: its base, which needs no second copy of the weights.
+"""What a student was before training: an adapter's base, which needs no second copy, or a frozen one.
 
 Shapes: N supervised tokens, H hidden size, V vocabulary.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from potstill.core.errors import TrainingError
 from potstill.losses.types import Live
 from potstill.models import output_head
 from potstill.train.student import supervised_hidden
@@ -22,24 +22,29 @@ __all__ = ["Base"]
 
 
 class Base:
-    """A student with its adapter off, without dropout or gradients; also the head of that, to the losses.
+    """The model that a student is kept near, without dropout or gradients; also its head, to the losses.
 
-    It is the original base, however often the adapter was trained on; `weight` is that of the divergence from
-    it. Raises TrainingError for a student without an adapter, whose own weights are trained: what they were
-    is gone after the first step.
+    Of an adapter it is the student with the adapter off, and so the original base, however often the adapter
+    was trained on. Where the student's own weights are trained it is `reference`, frozen here, by default a
+    copy of the student, in the same type so that the divergence begins at zero. `weight` is that of the
+    divergence from it.
     """
 
-    def __init__(self, model: Any, vocabulary_size: int, weight: float) -> None:
-        if not hasattr(model, "peft_config"):
-            raise TrainingError(
-                "base_kl compares the student with its base, and here the base itself is trained",
-                expected="an adapter as student, or lora: its base is the student with the adapter off",
-                mend="add lora, or leave base_kl out",
-            )
+    def __init__(
+        self, student: Any, vocabulary_size: int, weight: float, reference: Any | None = None
+    ) -> None:
         self.parameters: tuple[Tensor, ...] = ()
         self.weight = weight
-        self._model, self._head = model, output_head(model, vocabulary_size)
-        self._adapted = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+        if reference is not None and _share_weights(reference, student):
+            reference = None  # it would move with the student, and freeze it
+        if reference is None and not hasattr(student, "peft_config"):
+            reference = copy.deepcopy(student)
+        if reference is not None:
+            reference.eval().requires_grad_(requires_grad=False)
+        self.model = student if reference is None else reference
+        self._head = output_head(self.model, vocabulary_size)
+        modules = student.modules() if reference is None else ()
+        self._adapted = [module for module in modules if hasattr(module, "_disable_adapters")]
 
     @contextmanager
     def _off(self) -> Iterator[None]:
@@ -60,9 +65,14 @@ class Base:
 
     def signal(self, batch: "MicroBatch") -> Live:
         """What the base predicts for the micro-batch's supervised tokens, which is on its device."""
-        was_training = self._model.training
-        self._model.eval()
+        was_training = self.model.training
+        self.model.eval()
         with torch.no_grad(), self._off():
-            hidden_NH, _ = supervised_hidden(self._model, batch)
-        self._model.train(was_training)
+            hidden_NH, _ = supervised_hidden(self.model, batch)
+        self.model.train(was_training)
         return Live(hidden_NH, self)
+
+
+def _share_weights(one: nn.Module, other: nn.Module) -> bool:
+    own = {id(parameter) for parameter in other.parameters()}
+    return any(id(parameter) in own for parameter in one.parameters())

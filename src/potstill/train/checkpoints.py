@@ -4,32 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from potstill.core.errors import StoreError
 from potstill.core.store import write_atomically
 
-__all__ = ["complete", "newest", "writing"]
+__all__ = ["complete", "newest"]
 
 _MARK = "complete.json"
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a failed write (a full disk), for which each library has its own error, into a StoreError."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise StoreError(
-            f"cannot be written ({error})",
-            where=str(folder),
-            expected="room on the disk for the weights and, in a checkpoint, the optimiser's two moments",
-            mend="make room and run again: training goes on at its last whole checkpoint",
-        ) from error
 
 
 def complete(checkpoint: Path) -> None:

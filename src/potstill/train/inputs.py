@@ -11,12 +11,13 @@ from torch import nn
 
 from potstill.core.errors import DataError, TrainingError
 from potstill.core.records import Record, prompt_identity
+from potstill.core.store import MANIFEST_FILE, Artifact
 from potstill.data.chat import Rendered, Renderer
 from potstill.data.files import DATA_SUFFIXES
 from potstill.data.shapes import BadRow, describe_shapes, parse_row, recognise
 from potstill.data.sources import read_file
 from potstill.logits.shards import LogitCache
-from potstill.models import LoadedModel, TransformersModel, load
+from potstill.models import LoadedModel, TransformersModel, load, template_hash
 from potstill.train.online import OnlineTeacher
 from potstill.train.rows import (
     CachedTeacher,
@@ -91,8 +92,10 @@ def resolve_inputs(
                 expected="one teacher",
                 mend="leave teacher out",
             )
+        cache = _open(data, student)
+        _check_rendering(cache, student)
         rows, source = read_caches(
-            [(_open(data, student), None)],
+            [(cache, None)],
             vocabulary_size=student.vocabulary_size,
             temperature=temperature,
             top_k=top_k,
@@ -141,6 +144,19 @@ def _open(folder: str | Path, student: LoadedModel) -> LogitCache:
             expected=f"a cache step's folder, or a file ending in {', '.join(DATA_SUFFIXES)}",
         )
     return LogitCache.open(Path(folder), tokenizer=Renderer(student.tokenizer).tokenizer_hash)
+
+
+def _check_rendering(cache: LogitCache, student: LoadedModel) -> None:
+    if not (cache.folder / MANIFEST_FILE).is_file():
+        return
+    rendering = Artifact.open(cache.folder).manifest.extra.get("rendering")
+    if rendering is not None and rendering["hash"] != template_hash(student.tokenizer):
+        raise TrainingError(
+            "the cached conversations were rendered by another chat template than the student's",
+            where=str(cache.folder),
+            expected="one rendering, in the cache, in training and wherever the student serves",
+            mend="give the student's tokenizer the cached teacher's chat_template",
+        )
 
 
 def _model_teacher(teacher: TeacherInput, student: LoadedModel) -> SignalSource | OnlineTeacher | None:

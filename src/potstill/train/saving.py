@@ -1,18 +1,19 @@
 """A trained student on the disk: a folder that plain transformers, or PEFT for an adapter, loads."""
 
-import copy
+import os
+import shutil
 from pathlib import Path
+from typing import Literal
 
 from safetensors.torch import save_file
 
 from potstill.data.chat import Renderer
-from potstill.models import LoadedModel
+from potstill.models import LoadedModel, save_model, writing
 from potstill.models.pretrained import quiet_transformers
-from potstill.train import checkpoints
 from potstill.train.features import PROJECTIONS_FILE, FeatureLoss
 from potstill.train.lora import save_adapter
 
-__all__ = ["save_student"]
+__all__ = ["kept_epochs", "save_epoch", "save_student"]
 
 
 def save_student(student: LoadedModel, folder: Path, feature: FeatureLoss | None = None) -> None:
@@ -20,28 +21,43 @@ def save_student(student: LoadedModel, folder: Path, feature: FeatureLoss | None
 
     The projections of a feature loss, where it has any, are written apart.
     """
-    _set_generation_config(student)
-    with checkpoints.writing(folder), quiet_transformers():
-        if hasattr(student.model, "peft_config"):
+    if hasattr(student.model, "peft_config"):
+        with writing(folder), quiet_transformers():
             save_adapter(student.model, folder)
-        else:
-            student.model.save_pretrained(folder)
-        student.tokenizer.save_pretrained(folder)
-        if feature is not None and feature.projections:
+            student.tokenizer.save_pretrained(folder)
+    else:
+        ends = Renderer(student.tokenizer).end_of_turn_ids
+        save_model(student.model, student.tokenizer, folder, ends)
+    if feature is not None and feature.projections:
+        with writing(folder):
             (folder / PROJECTIONS_FILE).parent.mkdir(exist_ok=True)
             save_file(dict(feature.projections.state_dict()), folder / PROJECTIONS_FILE)
 
 
-def _set_generation_config(student: LoadedModel) -> None:
-    config = copy.deepcopy(student.model.generation_config)
-    stated = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = Renderer(student.tokenizer).end_of_turn_ids
-    config.eos_token_id = sorted({*ends, student.tokenizer.eos_token_id, *stated} - {None})
-    if config.pad_token_id is None:
-        config.pad_token_id = student.tokenizer.pad_token_id
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        # Models on the hub state a temperature without sampling, which cannot be saved.
-        config.do_sample = True
-    student.model.generation_config = config
+def save_epoch(
+    student: LoadedModel, epoch: int, folder: Path, scratch: Path, keep: Literal["all"] | int
+) -> None:
+    """Write the model of an epoch, counted from 1, into a folder of its own; whole or not at all.
+
+    Of the earlier ones only the last `keep`, this one among them, stay.
+    """
+    partial, target = scratch / "epoch.partial", folder / f"epoch{epoch}"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_student(student, partial)
+    with writing(target):
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("r+b") as file:  # a checkpoint that goes on behind it may outlive a power cut
+                    os.fsync(file.fileno())
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    if keep != "all":
+        for name in kept_epochs(folder):
+            if int(name.removeprefix("epoch")) <= epoch - keep:
+                shutil.rmtree(folder / name)
+
+
+def kept_epochs(folder: Path) -> list[str]:
+    """The names of the epochs whose models a train step's folder holds, in order."""
+    numbers = [path.name.removeprefix("epoch") for path in folder.glob("epoch*") if path.is_dir()]
+    return [f"epoch{number}" for number in sorted(int(one) for one in numbers if one.isdecimal())]

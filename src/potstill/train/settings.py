@@ -1,7 +1,7 @@
 """Settings of the `train` step; nothing heavy is imported here."""
 
 import re
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -77,6 +77,11 @@ OWNED = {
         "prediction_loss_only neftune_noise_alpha use_liger_kernel liger_kernel_config use_cache",
         "the loss settings: alpha, temperature, divergence, kl_reduction",
     ),
+    **_ours(
+        "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
+        "gradient_checkpointing_kwargs",
+        "activation_checkpointing of the step itself",
+    ),
     **_ours("report_to", "report_to, beside the step's own log"),
     **_ours("do_train do_predict local_rank", "nothing: a train step trains"),
     **_ours(
@@ -95,19 +100,30 @@ HONOURED = frozenset(
         "eval_strategy eval_steps eval_delay eval_on_start do_eval metric_for_best_model "
         "greater_is_better logging_first_step disable_tqdm average_tokens_across_devices report_to "
         "do_train do_predict local_rank hub_model_id hub_token hub_strategy hub_private_repo "
-        "hub_revision hub_always_push"
+        "hub_revision hub_always_push activation_checkpointing activation_checkpointing_kwargs "
+        "gradient_checkpointing gradient_checkpointing_kwargs"
     )
 )
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters on linear layers (Hu et al. 2021): W x + (alpha / rank) B A x, with W frozen."""
+    """Low-rank adapters on linear layers (Hu et al. 2021): W x + s B A x with s = alpha / rank, and W frozen.
+
+    On a base in 4 bits (`quantize: nf4` of the model) this is QLoRA.
+    """
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="all-linear, or names of layers"
+    )
+    dora: bool = Field(
+        False,
+        description="train the length of each row of W + s B A apart from its direction (Liu et al. 2024)",
+    )
+    rslora: bool = Field(
+        False, description="s = alpha / sqrt(rank), which suits high ranks (Kalajdzievski 2023)"
     )
 
 
@@ -257,12 +273,17 @@ class TrainSettings(Settings):
     base_kl: float = Field(
         0.0,
         ge=0,
-        description="weight of KL(student || base), which keeps an adapter near the model it is put on",
+        description="weight of KL(student || base), which keeps the student near the model that it was "
+        "before training: the base of an adapter, or else a frozen copy",
     )
     feature: FeatureSettings | None = Field(
         None, description="learn from the inner states of a `teacher` in memory as well"
     )
     early_stopping: EarlyStoppingSettings | None = None
+    keep_epochs: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="keep the model of each epoch as well, or of the last so many: `student:epoch1` names it",
+    )
     lora: LoraSettings | None = None
     max_length: int | None = Field(
         None, ge=2, description="tokens a row, the rest is cut off; by default the student's context"
@@ -278,6 +299,11 @@ class TrainSettings(Settings):
     packing: bool | None = execution(
         None,
         description="rows one behind the other in place of padding; by default on a GPU with flash attention",
+    )
+    activation_checkpointing: bool = execution(
+        False,
+        description="compute activations again in the backward pass instead of keeping them: less memory, "
+        "about a third more time",
     )
     checkpoint_minutes: float = execution(10.0, ge=0, description="0 keeps every step")
     evaluate_every: int | None = execution(
@@ -307,6 +333,24 @@ class TrainSettings(Settings):
         if self.min_lr_ratio and self.schedule == "constant":
             raise ValueError("min_lr_ratio is where a schedule ends that falls, and schedule is constant")
         return self
+
+    def refuses_view(self, view: str) -> str | None:
+        """Why there will be no model of an epoch (`epoch1`), as far as the settings can tell; or None."""
+        number = int(view.removeprefix("epoch"))
+        if self.keep_epochs is None:
+            return "the step keeps no models of single epochs: set its keep_epochs"
+        if self.max_steps is not None:
+            return None
+        if number > self.epochs:
+            return f"the step trains {self.epochs:g} epochs"
+        if self.keep_epochs != "all" and self.early_stopping is None:
+            first = int(self.epochs) - self.keep_epochs + 1
+            return (
+                f"the step keeps its last {self.keep_epochs}, from epoch{first} on"
+                if number < first
+                else None
+            )
+        return None
 
 
 def default_max_tokens(device_type: str) -> int:

@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from potstill.core.errors import RecipeError, TrainingError
-from potstill.core.settings import ModelRef
+from potstill.core.records import Record
 from potstill.core.step import StepContext, StepResult
 from potstill.data.chat import Renderer
 from potstill.data.sources import read
@@ -21,6 +22,13 @@ from potstill.models import (
     find_source,
     identity,
     load,
+    original_model,
+    recorded_base,
+    set_rendering,
+    stored_quantization,
+    template_hash,
+    tokenizer_hash,
+    transformers_model,
 )
 from potstill.train import checkpoints, cpu
 from potstill.train.arguments import DistillationArguments
@@ -34,7 +42,7 @@ from potstill.train.rows import (
     read_caches,
     rows_of_records,
 )
-from potstill.train.saving import save_student
+from potstill.train.saving import kept_epochs, save_student
 from potstill.train.settings import TrainSettings, default_max_tokens
 from potstill.train.student import StudentWithLoss
 from potstill.train.throughput import parameter_size
@@ -44,16 +52,17 @@ from potstill.train.watcher import Watcher, history_point
 
 __all__ = ["train"]
 
-# Padded tokens a micro-batch: a CPU's matrix units are busy with fewer than a GPU's.
-
 
 def train(settings: TrainSettings, context: StepContext) -> StepResult:
     """Carry out a train step, from its newest checkpoint where an earlier attempt left one."""
     _check_one_process()
     cpu.tune_memory()  # the trainer's own call comes after the student's tensors, too late for huge pages
-    model_settings = _model_settings(settings, settings.student, context)
-    loaded = _load_student(settings, model_settings, context.derive_seed("lora"))
-    renderer = Renderer(loaded.tokenizer)
+    model_settings = transformers_model(context, settings.student, device=settings.device)
+    loaded = _load_student(settings, model_settings, context)
+    _say_quantization("student", loaded, context)
+    renderer = Renderer(_as_cached(settings, model_settings, context, loaded.tokenizer))
+    if not renderer.takes_system:
+        context.say("the chat template has no system role: such messages stand before the first question")
     data, teacher = _read_data(settings, context, loaded, renderer)
     device = loaded.model.device
     if device.type == "cuda":
@@ -63,7 +72,11 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
     arguments.eval_on_start = len(data.held_out) > 0 and checkpoint is None
     watcher = Watcher(settings, context)
     callbacks = [watcher, *_tensorboard(settings, context)]
-    trainer = DistillationTrainer(loaded, arguments, data, teacher=teacher, callbacks=callbacks)
+    is_adapter = hasattr(loaded.model, "peft_config")
+    base = None
+    if settings.base_kl and not is_adapter and recorded_base(model_settings) is not None:
+        base = load(original_model(model_settings), dtype=torch.float32)
+    trainer = DistillationTrainer(loaded, arguments, data, teacher=teacher, base=base, callbacks=callbacks)
     counts = _say_what_is_trained(trainer, data, context)
     watcher.train(trainer, checkpoint)
     feature = trainer.student.feature
@@ -78,9 +91,10 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
         context.say(
             f"{len(untouched):,} trained tensors never received a gradient: {', '.join(untouched[:4])} ..."
         )
-    extra: dict[str, Any] = {"precision": _precision(trainer.student)}
-    if hasattr(loaded.model, "peft_config"):
-        extra |= _base_of(model_settings)
+    extra = {"precision": _precision(trainer.student), **_base_of(model_settings, is_adapter=is_adapter)}
+    if settings.keep_epochs is not None:
+        extra["views"] = kept_epochs(context.folder)
+        counts["kept_epochs"] = len(extra["views"])
     return StepResult(
         counts={**counts, "steps": trainer.state.global_step},
         metrics={
@@ -92,7 +106,10 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
         },
         extra=extra,
         tokenizer=renderer.tokenizer_hash,
-        model_identity=identity(TransformersModel(path=str(context.folder))),
+        model_identity=identity(
+            TransformersModel(path=str(context.folder)),
+            base=TransformersModel.model_validate(extra["base"]) if is_adapter else None,
+        ),
         tokens=int(sum(point.get("tokens", 0) for point in history)),
     )
 
@@ -108,18 +125,7 @@ def _check_one_process() -> None:
         )
 
 
-def _model_settings(settings: TrainSettings, name: ModelRef, context: StepContext) -> TransformersModel:
-    found = context.model(name)
-    if not isinstance(found, TransformersModel):
-        raise TrainingError(
-            f"{name} is a model of engine {getattr(found, 'engine', type(found).__name__)}",
-            expected="a model that transformers loads",
-            mend="name a folder, a hub id, an embedded model, or a step that makes a model",
-        )
-    return found if settings.device is None else found.model_copy(update={"device": settings.device})
-
-
-def _load_student(settings: TrainSettings, model: TransformersModel, lora_seed: int) -> LoadedModel:
+def _load_student(settings: TrainSettings, model: TransformersModel, context: StepContext) -> LoadedModel:
     is_adapter = find_source(model.path).kind == "adapter"
     if is_adapter and settings.lora is not None:
         raise TrainingError(
@@ -128,21 +134,64 @@ def _load_student(settings: TrainSettings, model: TransformersModel, lora_seed: 
             mend="leave lora out to train the adapter on, or name its base as the student",
         )
     if settings.lora is not None:
-        frozen = load(model)
-        return dataclasses.replace(frozen, model=add_adapter(frozen.model, settings.lora, lora_seed))
+        frozen = load(model, say=context.say)
+        token_ids = frozen.tokenizer.convert_tokens_to_ids(model.add_tokens)
+        adapted = add_adapter(frozen.model, settings.lora, context.derive_seed("lora"), token_ids)
+        return dataclasses.replace(frozen, model=adapted)
     if is_adapter:
-        return load(model, trainable=True)
-    if model.quantize is not None:
+        return load(model, trainable=True, say=context.say)
+    if (scheme := model.quantize or stored_quantization(model)) is not None:
         raise TrainingError(
-            f"{settings.student} is quantised to {model.quantize}, and quantised weights cannot be trained",
-            mend="add lora, or leave quantize out",
+            f"{settings.student} is quantised to {scheme}, and quantised weights cannot be trained",
+            mend="add lora, or name a model in full weights without quantize",
         )
-    return load(model, dtype=torch.float32, trainable=True)
+    return load(model, dtype=torch.float32, trainable=True, say=context.say)
 
 
-def _base_of(model: TransformersModel) -> dict[str, Any]:
-    """What the adapter's manifest says of its base."""
+def _as_cached(
+    settings: TrainSettings, model: TransformersModel, context: StepContext, tokenizer: Any
+) -> Any:
+    """The tokenizer with the chat template that cached conversations were rendered by: it is what is learned.
+
+    Raises TrainingError where the student is to have another one, or tokens that the teacher lacks.
+    """
+    renderings: dict[str, dict[str, Any]] = {}
+    for artifact, _ in logit_artifacts(settings.data, context):
+        if model.add_tokens and artifact.manifest.tokenizer != tokenizer_hash(tokenizer):
+            raise TrainingError(
+                f"{settings.student} has added tokens, of which the cached teacher's logits know nothing",
+                where=str(artifact.folder),
+                expected="one vocabulary for teacher and student: the loss compares them id by id",
+                mend=f"leave add_tokens out ({', '.join(model.add_tokens)} are text then), or train on the "
+                "teacher's responses alone",
+            )
+        if (rendering := artifact.manifest.extra.get("rendering")) is not None:  # of conversations alone
+            renderings[rendering["hash"]] = rendering
+    if renderings.keys() <= {template_hash(tokenizer)}:
+        return tokenizer
+    if len(renderings) > 1 or model.chat_template is not None or model.reasoning_format is not None:
+        raise TrainingError(
+            f"{settings.data} was rendered by another chat template or reasoning format than the student's",
+            expected="one rendering, in the cache, in training and wherever the student serves",
+            mend="give the cached teacher the student's chat_template and reasoning_format, or leave them "
+            "out for the student: it takes the teacher's then",
+        )
+    [rendering] = renderings.values()
+    set_rendering(tokenizer, rendering["chat_template"], rendering["reasoning_format"])
+    context.say("the student takes the teacher's chat template, by which the cached rows were rendered")
+    return tokenizer
+
+
+def _say_quantization(role: str, loaded: LoadedModel, context: StepContext) -> None:
+    if loaded.quantization is not None:
+        context.say(f"the {role}'s weights are in {loaded.quantization} already, and are used as they are")
+
+
+def _base_of(model: TransformersModel, *, is_adapter: bool) -> dict[str, Any]:
+    """What the manifest says of the base: what an adapter is put on, what full weights were at first."""
     source = find_source(model.path)
+    if not is_adapter and (recorded := recorded_base(model)) is not None:
+        return recorded
     base = adapter_base(source.folder) if source.kind == "adapter" else model
     stated = base.model_dump(mode="json", exclude={"device", "dtype"}, exclude_none=True)
     return {"base": stated, "base_identity": identity(base)}
@@ -154,7 +203,9 @@ def _read_data(
     max_length = length_limit(loaded.model, settings.max_length)
     teacher: SignalSource | OnlineTeacher | None = None
     if settings.teacher is not None:
-        teacher = OnlineTeacher(load(_model_settings(settings, settings.teacher, context)), loaded)
+        found = load(transformers_model(context, settings.teacher, device=settings.device))
+        _say_quantization("teacher", found, context)
+        teacher = OnlineTeacher(found, loaded)
     if caches := logit_artifacts(settings.data, context):
         if settings.mask_prefix:
             raise TrainingError(
@@ -179,6 +230,8 @@ def _read_data(
         )
     else:
         records = read(settings.data, context)
+        if settings.mask_prefix:
+            records = _with_a_prefix(records, settings)
         data = rows_of_records(records, renderer, max_length, mask_prefix=settings.mask_prefix)
     data.check()
     if data.shortened:
@@ -186,6 +239,21 @@ def _read_data(
     if data.left_out:
         context.say(f"{len(data.left_out):,} rows were left out; the first: {data.left_out[0].what}")
     return data, teacher
+
+
+def _with_a_prefix(records: Iterator[Record], settings: TrainSettings) -> Iterator[Record]:
+    """The records, and at their end an error where mask_prefix had nothing to leave out."""
+    found = False
+    for record in records:
+        found = found or record.prefix_characters > 0 or record.prefix_tokens > 0
+        yield record
+    if not found:
+        raise TrainingError(
+            f"mask_prefix leaves nothing out: no response of {settings.data} has a beginning that another "
+            "model wrote",
+            expected="traces of a generate step with continue:",
+            mend="leave mask_prefix out, or name the continued traces as data",
+        )
 
 
 def _say_what_is_trained(
@@ -249,6 +317,7 @@ def _arguments(settings: TrainSettings, context: StepContext, device: torch.devi
         "kl_reduction": settings.kl_reduction,
         "top_k": settings.top_k,
         "base_kl": settings.base_kl,
+        "activation_checkpointing": settings.activation_checkpointing,
         "groups": [group.model_dump() for group in settings.groups],
         "feature": None if settings.feature is None else settings.feature.model_dump(),
         "early_stopping": None if settings.early_stopping is None else settings.early_stopping.model_dump(),

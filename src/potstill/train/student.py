@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from potstill import scoring
 from potstill.data.batches import collate, collate_packed
 from potstill.data.chat import Rendered
+from potstill.data.prefixes import shared_prefix
 from potstill.losses.base_kl import with_base_kl
 from potstill.losses.blend import blend
 from potstill.losses.head import weighted_loss
 from potstill.losses.response import response_loss
 from potstill.losses.types import Sampled, Sparse, TeacherSignal
 from potstill.models import output_head
-from potstill.scoring import shared_prefix
 from potstill.train.features import FeatureLoss, Passed, States, counted
 
 if TYPE_CHECKING:

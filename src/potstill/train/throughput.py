@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from potstill.models import output_projection
+
 __all__ = ["StepCost", "parameter_size", "peak_flops_per_s"]
 
 _CPU_SIZES, _GPU_SIZES = (256, 1024), (1024, 8192)
@@ -21,18 +23,26 @@ def peak_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large square matrix product, the best of a few; cached."""
     peak = 0.0
     for size in _CPU_SIZES if device.type == "cpu" else _GPU_SIZES:
-        one, other = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-        best_s = float("inf")
-        for _ in range(_REPEATS):
-            _finish(device)
-            started = time.perf_counter()
-            torch.mm(one, other)
-            _finish(device)
-            best_s = min(best_s, time.perf_counter() - started)
+        try:
+            best_s = _product_s(size, device, dtype)
+        except torch.OutOfMemoryError:  # the training has filled the GPU: a figure must not end it
+            break
         peak = max(peak, 2.0 * size * size * size / best_s)
         if best_s > _LONG_S:  # where a type is emulated the next size would take seconds
             break
-    return peak
+    return peak or math.inf
+
+
+def _product_s(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    one, other = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best_s = float("inf")
+    for _ in range(_REPEATS):
+        _finish(device)
+        started = time.perf_counter()
+        torch.mm(one, other)
+        _finish(device)
+        best_s = min(best_s, time.perf_counter() - started)
+    return best_s
 
 
 def _finish(device: torch.device) -> None:
@@ -60,7 +70,7 @@ class StepCost:
         plain = model.get_base_model() if hasattr(model, "peft_config") else model
         config = plain.config.get_text_config()
         lookups = [one.weight for one in plain.modules() if isinstance(one, nn.Embedding)]
-        head: nn.Parameter = plain.get_output_embeddings().weight
+        head: nn.Parameter = output_projection(plain).weight
         backward = any(one.requires_grad for one in lookups)  # embeddings lie before everything
         no_product = {id(one) for one in (*lookups, head)}
         self.per_token = 0

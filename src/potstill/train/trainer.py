@@ -5,7 +5,6 @@ count of supervised tokens over all processes (ranks), and the refusal of a loss
 """
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,12 +22,11 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import IntervalStrategy
 
 from potstill.core.errors import TrainingError
-from potstill.losses.divergences import check_divergence
-from potstill.losses.types import Live
-from potstill.models import isolates_packed_rows, supports_bf16
-from potstill.train import checkpoints, cpu
+from potstill.models import check_same_vocabulary, isolates_packed_rows, supports_bf16, writing
+from potstill.train import cpu
 from potstill.train.arguments import DistillationArguments
 from potstill.train.base import Base
+from potstill.train.checks import check_device, check_loss, check_precision, check_whole
 from potstill.train.early_stopping import EarlyStopping
 from potstill.train.features import FeatureLoss
 from potstill.train.groups import ParameterGroups
@@ -42,7 +40,7 @@ from potstill.train.inputs import (
 )
 from potstill.train.loader import EpochPlan, MicroBatches, OptimiserStep, StepLoader
 from potstill.train.online import OnlineTeacher
-from potstill.train.rows import CachedTeacher, Rows
+from potstill.train.rows import Rows
 from potstill.train.saving import save_student
 from potstill.train.settings import EarlyStoppingSettings, FeatureSettings, Schedule
 from potstill.train.student import MicroBatch, StudentWithLoss
@@ -74,76 +72,8 @@ def learning_rate_factor(
     return min_lr_ratio + (1 - min_lr_ratio) * left
 
 
-def _check_loss(arguments: DistillationArguments, teacher: object) -> None:
-    """Refuse a loss that the teacher's signal cannot give, before anything is trained."""
-    if teacher is None:
-        asked = f"alpha is {arguments.alpha:g}" if arguments.alpha else None
-        if arguments.divergence != "forward_kl":
-            asked = f"divergence is {arguments.divergence}"
-        if asked is not None:
-            raise TrainingError(
-                f"{asked}, but there is no teacher: the data are responses alone",
-                expected="cached logits as data, a teacher, or alpha: 0 and no divergence",
-                mend="add a cache step and name it as data, or name a teacher",
-            )
-    elif isinstance(teacher, OnlineTeacher | CachedTeacher):
-        kind = Live if isinstance(teacher, OnlineTeacher) else teacher.signal_type
-        check_divergence(arguments.divergence, kind, renormalise=arguments.renormalise)
-    if arguments.feature is not None and not isinstance(teacher, OnlineTeacher):
-        what = "there is no teacher" if teacher is None else "cached logits are a teacher's answers alone"
-        raise TrainingError(
-            f"feature compares inner states with the teacher's, and {what}",
-            expected="traces or examples as data, and a teacher in memory",
-            mend="name the model as teacher and what it wrote as data, or leave feature out",
-        )
-    if arguments.top_k is not None and getattr(teacher, "k", None) != arguments.top_k:
-        raise TrainingError(
-            f"top_k is {arguments.top_k}, but the teacher's logits are not read from a cache here",
-            expected="a cache of top-k logits as data or teacher, which can be read with fewer ids",
-            mend="leave top_k out",
-        )
-
-
 def _default_alpha(teacher: object) -> float:
     return 0.0 if teacher is None else 0.5
-
-
-def _check_whole(arguments: DistillationArguments) -> None:
-    """Refuse to shard the student: the fused head, the groups and the checkpoints take each weight whole."""
-    asked = [name for name in ("fsdp", "deepspeed", "parallelism_config") if getattr(arguments, name)]
-    # As accelerate launch states its configuration.
-    launched = [f"ACCELERATE_USE_{name.upper()}" for name in ("fsdp", "deepspeed", "parallelism_config")]
-    asked += [name for name in launched if os.environ.get(name, "false").lower() in ("1", "true", "yes")]
-    if asked:
-        raise TrainingError(
-            f"{', '.join(asked)} would divide the student's weights among processes",
-            expected="DistributedDataParallel, where each process holds the whole student: the gradient of "
-            "the head is summed, chunk by chunk, for the whole weight",
-            mend="leave it out; lora and quantize: nf4 save memory",
-        )
-
-
-def _check_precision(model: nn.Module, *, autocast: bool) -> None:
-    """Refuse types that lose updates or gradients.
-
-    In half precision a small update of a trained weight rounds to nothing; in float16, which only autocast
-    leaves, a head's gradient of one token among thousands does.
-    """
-    for name, one in model.named_parameters():
-        if one.dtype == torch.float16 and not autocast:
-            raise TrainingError(
-                f"{name} is frozen in float16, where small gradients round to nothing"
-                if not one.requires_grad
-                else f"{name} is to be trained in float16",
-                expected="float32, or bfloat16 where the device multiplies in it",
-                mend="load the model with dtype: float32, or leave dtype out",
-            )
-        if one.requires_grad and one.dtype in (torch.bfloat16, torch.float16):
-            raise TrainingError(
-                f"{name} is to be trained in {str(one.dtype).removeprefix('torch.')}",
-                expected="trained weights in float32: in half precision small updates round to nothing",
-                mend="load the model with dtype=torch.float32, or give its path instead",
-            )
 
 
 class DistillationTrainer(Trainer):
@@ -154,7 +84,8 @@ class DistillationTrainer(Trainer):
     logits, which is a training set by itself. The teacher is a model, a path or hub id, or a folder with
     cached logits of the examples; without one the student learns from the responses alone. Held-out examples
     are evaluated whenever the arguments or the control ask for it. The path of a data file serves for
-    examples.
+    examples. `base` is what `base_kl` keeps the student near: by default what it is when the trainer is made,
+    for an adapter its base and for full weights a frozen copy.
 
     Started by torchrun or accelerate launch it is one of several processes (DDP): each trains on its part of
     every step's rows, all have one loss and one log, and the first writes. Gradients do not depend on how
@@ -193,11 +124,12 @@ class DistillationTrainer(Trainer):
         *,
         held_out: Examples | str | Path | None = None,
         teacher: TeacherInput = None,
+        base: ModelInput | None = None,
         tokenizer: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         settings = arguments.settings()
-        _check_whole(arguments)
+        check_whole(arguments)
         check_trackers(arguments.report_to or [])
         if arguments.device.type == "cpu":
             cpu.tune_memory()
@@ -213,7 +145,11 @@ class DistillationTrainer(Trainer):
             max_length=arguments.max_length,
         )
         self.rows, self.held_out = found.train, found.held_out
-        _check_loss(arguments, self.teacher)
+        if model.device.type == "cuda":  # from elsewhere it is moved
+            check_device(model, arguments.device, "student")
+        if isinstance(self.teacher, OnlineTeacher):
+            check_device(self.teacher.model, arguments.device, "teacher")
+        check_loss(arguments, self.teacher)
         if settings.early_stopping is not None and not len(self.held_out):
             raise TrainingError(
                 "early_stopping watches the loss of held-out rows, and there are none",
@@ -221,10 +157,18 @@ class DistillationTrainer(Trainer):
             )
         self.groups = ParameterGroups(model, settings.groups, arguments.learning_rate, arguments.weight_decay)
         bf16 = supports_bf16(arguments.device) if arguments.autocast is None else arguments.autocast
-        _check_precision(model, autocast=bf16)
+        check_precision(model, autocast=bf16)
+        reference = self._reference(base, arguments)
         if model.device.type == "cpu":
             longest = max([*self.rows.lengths, *self.held_out.lengths])
-            cpu.choose_attention(model, arguments.max_tokens if arguments.packing else longest)
+            for one in (model, reference):
+                if one is not None:
+                    cpu.choose_attention(one, arguments.max_tokens if arguments.packing else longest)
+        self.base = (
+            Base(model, self.loaded.vocabulary_size, arguments.base_kl, reference)
+            if arguments.base_kl
+            else None
+        )
         self.packs = self._packs(arguments.packing, bf16=bf16)
         self.student = StudentWithLoss(
             model,
@@ -235,8 +179,8 @@ class DistillationTrainer(Trainer):
             beta=arguments.beta,
             skew=arguments.skew,
             renormalise=arguments.renormalise,
-            base=self._base(arguments.base_kl),
-            feature=self._feature(settings.feature, arguments.seed),
+            base=self.base,
+            feature=self._feature(settings.feature, arguments.seed, bf16=bf16),
             bf16=bf16,
         )
         self.plan = EpochPlan(self.rows.lengths, arguments.batch, arguments.order_seed)
@@ -258,12 +202,15 @@ class DistillationTrainer(Trainer):
 
     def _packs(self, wanted: bool | None, *, bf16: bool) -> bool:
         models = [self.loaded.model]
-        if isinstance(self.teacher, OnlineTeacher):
-            models.append(self.teacher.model)
+        if self.base is not None and self.base.model is not self.loaded.model:
+            models.append(self.base.model)
+        teacher = self.teacher.model if isinstance(self.teacher, OnlineTeacher) else None
+        if teacher is not None:
+            models.append(teacher)
 
         def isolates(model: Any) -> bool:
             # As it will run: flash attention takes no float32, and a teacher has no autocast.
-            enabled = bf16 and model is self.loaded.model
+            enabled = bf16 and model is not teacher
             with torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
                 return isolates_packed_rows(model)
 
@@ -284,14 +231,23 @@ class DistillationTrainer(Trainer):
                     )
         return wanted
 
-    def _base(self, base_kl: float) -> Base | None:
-        return Base(self.loaded.model, self.loaded.vocabulary_size, base_kl) if base_kl else None
+    def _reference(self, base: ModelInput | None, arguments: DistillationArguments) -> nn.Module | None:
+        if base is None or not arguments.base_kl:
+            return None
+        if isinstance(base, nn.Module):
+            return base.to(arguments.device)
+        found = resolve_student(base, None, arguments.device)
+        check_same_vocabulary(found.tokenizer, self.loaded.tokenizer, names=("base", "student"))
+        model: nn.Module = found.model
+        return model
 
-    def _feature(self, settings: FeatureSettings | None, seed: int) -> FeatureLoss | None:
+    def _feature(self, settings: FeatureSettings | None, seed: int, *, bf16: bool) -> FeatureLoss | None:
         if settings is None:
             return None
         assert isinstance(self.teacher, OnlineTeacher)
-        return FeatureLoss(settings, self.loaded.model, self.teacher.model, seed)
+        model = self.loaded.model
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):  # as the student will run
+            return FeatureLoss(settings, model, self.teacher.model, seed)
 
     def _early_stopping(self, settings: EarlyStoppingSettings | None) -> EarlyStopping | None:
         if settings is None:
@@ -501,7 +457,7 @@ class DistillationTrainer(Trainer):
             save_student(self.loaded, folder, self.student.feature)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with checkpoints.writing(Path(str(self.args.output_dir))):
+        with writing(Path(str(self.args.output_dir))):
             super()._save_checkpoint(model, trial)
 
     def _trained(self) -> dict[str, Tensor]:
@@ -510,7 +466,7 @@ class DistillationTrainer(Trainer):
     def _write_trained(self, path: Path) -> None:
         if not self.args.should_save:
             return
-        with checkpoints.writing(path):
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: one.contiguous() for name, one in self._trained().items()}, path)
 

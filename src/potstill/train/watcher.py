@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from potstill.core.step import StepContext
 from potstill.train import checkpoints
+from potstill.train.saving import kept_epochs, save_epoch
 from potstill.train.settings import TrainSettings
 from potstill.train.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
     from potstill.core.events import Progress
+    from potstill.models import LoadedModel
 
 __all__ = ["Watcher", "history_point"]
 
@@ -47,15 +50,20 @@ class Watcher(TrainerCallback):
         self.steps_per_epoch, self.evaluates = 1, False
         self.saved_at = time.monotonic()
         self.progress: Progress
+        self.student: LoadedModel
 
     def train(self, trainer: DistillationTrainer, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint where there is one. Raises Interrupted after saving another."""
         self.steps_per_epoch, self.evaluates = len(trainer.plan), len(trainer.held_out) > 0
+        self.student = trainer.loaded
         steps = self.settings.max_steps or math.ceil(self.settings.epochs * self.steps_per_epoch)
         done = 0
         if checkpoint is not None:
             done = int(checkpoint.name.rpartition("-")[2])
             self.context.say(f"goes on after step {done:,} of {steps:,}")
+        for name in kept_epochs(self.context.folder):
+            if int(name.removeprefix("epoch")) > done // self.steps_per_epoch:
+                shutil.rmtree(self.context.folder / name)  # left by an attempt that came further
         tokens = _tokens_before(steps, trainer) - _tokens_before(done, trainer)
         self.saved_at = time.monotonic()
         with self.context.progress("training", total=tokens, unit="tokens") as self.progress:
@@ -72,6 +80,10 @@ class Watcher(TrainerCallback):
         counted = self.settings.early_stopping.every if self.settings.early_stopping else None
         due = is_last or any(step % one == 0 for one in (self.steps_per_epoch, every, counted) if one)
         control.should_evaluate = self.evaluates and due
+        if self.settings.keep_epochs is not None and step % self.steps_per_epoch == 0:
+            # Before the step's checkpoint, for the same reason.
+            epoch, folder = step // self.steps_per_epoch, self.context.folder
+            save_epoch(self.student, epoch, folder, self.context.scratch, self.settings.keep_epochs)
         if not is_last:
             waited_s = time.monotonic() - self.saved_at
             control.should_save = (

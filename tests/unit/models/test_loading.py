@@ -8,7 +8,17 @@ from safetensors.torch import load_file, save_file
 
 from potstill.core.errors import ModelError
 from potstill.core.store import Store
-from potstill.models import TransformersModel, hidden_states, identity, load, output_head, supports_bf16
+from potstill.models import (
+    TransformersModel,
+    frozen_weight_bytes,
+    hidden_states,
+    identity,
+    load,
+    output_head,
+    parameter_count,
+    stored_quantization,
+    supports_bf16,
+)
 from potstill.models.loading import choose_device
 
 IDS = torch.tensor([[5, 17, 200, 299]])
@@ -227,3 +237,62 @@ def test_a_cached_hub_model_loads_without_the_hub(tiny_model_folder, tmp_path, m
 def test_loading_prints_nothing(tiny_model_folder, capfd):
     load_folder(tiny_model_folder)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def stored(build_tiny_model, tiny_tokenizer, tmp_path):
+    """`stored("nf4" or "int8")`: a checkpoint that bitsandbytes quantised, as a hub may have it."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    def make(scheme):
+        build_tiny_model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "wide")
+        given = BitsAndBytesConfig(
+            load_in_4bit=scheme != "int8", load_in_8bit=scheme == "int8", bnb_4bit_quant_type="nf4"
+        )
+        read = AutoModelForCausalLM.from_pretrained
+        model = read(tmp_path / "wide", quantization_config=given, device_map={"": "cpu"})
+        model.save_pretrained(tmp_path / scheme)
+        tiny_tokenizer.save_pretrained(tmp_path / scheme)
+        return TransformersModel(path=str(tmp_path / scheme), device="cpu")
+
+    return make
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_checkpoint_that_is_quantised_already_is_loaded_as_it_is(stored, build_tiny_model, scheme):
+    settings = stored(scheme)
+    loaded = load(settings, dtype=torch.float32, trainable=True)
+    assert loaded.quantization == scheme == stored_quantization(settings)
+    types = {type(module).__name__ for module in loaded.model.modules()}
+    assert ("Linear4bit" if scheme == "nf4" else "Linear8bitLt") in types
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    wide = build_tiny_model(hidden_size=64, intermediate_size=128)
+    assert parameter_count(settings) == wide.num_parameters()
+    assert frozen_weight_bytes(settings) == (1.0 if scheme == "int8" else pytest.approx(4.127 / 8))
+    full = load(settings, dtype=torch.float32, full_weights=True)
+    kinds = {type(module).__name__ for module in full.model.modules()}
+    assert not {"Linear4bit", "Linear8bitLt"} & kinds
+    found, expected = (one.model(IDS, use_cache=False).logits for one in (loaded, full))
+    # In evaluation int8 rounds what goes through its layers as well.
+    tolerance = 0.1 if scheme == "int8" else 1e-4
+    assert (found - expected).abs().mean() < tolerance * expected.std()
+
+
+def test_what_is_quantised_already_is_never_quantised_again(stored):
+    int8 = stored("int8").model_copy(update={"quantize": "nf4"})
+    with pytest.raises(ModelError, match="its weights are in int8 already, and quantize asks for nf4"):
+        load(int8)
+    nf4 = stored("nf4").model_copy(update={"quantize": "nf4"})
+    assert load(nf4).quantization == "nf4"
+
+
+def test_nf4_single_keeps_its_scales_in_float32(tiny_model_folder):
+    pytest.importorskip("bitsandbytes")
+    nested = {}
+    for quantize in ("nf4", "nf4_single"):
+        settings = TransformersModel(path=str(tiny_model_folder), device="cpu", quantize=quantize)
+        states = [getattr(p, "quant_state", None) for p in load(settings).model.parameters()]
+        nested[quantize] = {state.nested for state in states if state is not None}
+    assert nested == {"nf4": {True}, "nf4_single": {False}}
+    assert frozen_weight_bytes(settings) == 4.5 / 8

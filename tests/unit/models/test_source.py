@@ -195,7 +195,7 @@ def test_an_adapter_whose_base_is_gone_is_refused(sealed_adapter, tmp_path):
 
 
 def test_an_adapter_that_names_no_base_is_refused(sealed_adapter, tmp_path):
-    with pytest.raises(ModelError, match="does not name the model that it adapts"):
+    with pytest.raises(ModelError, match="does not name the model that it was trained on"):
         identity(model(sealed_adapter(tmp_path / "adapter")))
 
 

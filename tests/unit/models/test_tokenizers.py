@@ -1,14 +1,17 @@
 import copy
 
 import pytest
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from potstill.core.errors import ModelError
+from potstill.data.chat import Renderer
 from potstill.models import (
     DEFAULT_CHAT_TEMPLATE,
     TransformersModel,
     check_same_vocabulary,
     load_tokenizer,
+    reasoning_format,
     template_hash,
     token_bytes,
     tokenizer_hash,
@@ -145,3 +148,76 @@ def test_the_default_template_begins_as_the_tokenizer_begins_a_text(tiny_model_f
     beginning.save_pretrained(tiny_model_folder)
     tokenizer = load_tokenizer(TransformersModel(path=str(tiny_model_folder)))
     assert tokenizer.apply_chat_template(MESSAGES[1:2], tokenize=False) == "<|im_start|>User:\nHi\n\n"
+
+
+def without_template(folder, **settings):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return TransformersModel(path=str(folder), **settings)
+
+
+def test_the_default_template_is_said_and_a_models_own_is_not(tiny_model_folder):
+    said = []
+    load_tokenizer(TransformersModel(path=str(tiny_model_folder)), say=said.append)
+    assert said == []
+    load_tokenizer(without_template(tiny_model_folder), say=said.append)
+    assert len(said) == 1
+    assert "has no chat template: it takes the one called plain" in said[0]
+
+
+def test_a_template_that_comes_along_is_named(tiny_model_folder):
+    settings = TransformersModel(path=str(tiny_model_folder), chat_template="chatml")
+    tokenizer = load_tokenizer(settings)
+    prompt = tokenizer.apply_chat_template(MESSAGES[1:2], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    named = TransformersModel(path=str(tiny_model_folder), chat_template="plain")
+    assert load_tokenizer(named).chat_template == DEFAULT_CHAT_TEMPLATE
+    assert named.content()["chat_template"] != settings.content()["chat_template"]
+
+
+def without_chatml_tokens():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.BPE(vocab={"<eos>": 0, "H": 1, "i": 2}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def test_control_tokens_that_do_not_exist_are_refused_unless_they_are_added(tmp_path, tiny_llama):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    without_chatml_tokens().save_pretrained(tmp_path / "base")
+    path = str(tmp_path / "base")
+    assert load_tokenizer(TransformersModel(path=path)).chat_template == DEFAULT_CHAT_TEMPLATE
+    with pytest.raises(ModelError, match=r"chatml writes <\|im_start\|>, which is no token") as caught:
+        load_tokenizer(TransformersModel(path=path, chat_template="chatml"))
+    assert "add_tokens" in str(caught.value.mend)
+    tokens = ["<|im_start|>", "<|im_end|>", "<think>"]
+    tokenizer = load_tokenizer(TransformersModel(path=path, chat_template="chatml", add_tokens=tokens))
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    assert special == {"<eos>", "<|im_start|>", "<|im_end|>"}, "think tags are text"
+    assert Renderer(tokenizer).end_of_turn_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_a_template_with_mistakes_is_refused_by_its_name(tiny_model_folder, tmp_path):
+    (tmp_path / "bad.jinja").write_text("{% for m in messages %}{{ m['content'] }}", encoding="utf-8")
+    settings = TransformersModel(path=str(tiny_model_folder), chat_template=str(tmp_path / "bad.jinja"))
+    with pytest.raises(ModelError, match="cannot be used") as caught:
+        load_tokenizer(settings)
+    assert "bad.jinja" in str(caught.value)
+
+
+@pytest.mark.parametrize("stated", ["strip", "openthoughts", ["<r>", "</r>"]])
+def test_a_reasoning_format_is_saved_and_loaded_with_the_tokenizer(tiny_model_folder, tmp_path, stated):
+    tokenizer = load_tokenizer(TransformersModel(path=str(tiny_model_folder), reasoning_format=stated))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved twice")
+    (tmp_path / "saved" / "config.json").write_text("{}", encoding="utf-8")
+    loaded = load_tokenizer(TransformersModel(path=str(tmp_path / "saved")))
+    assert reasoning_format(loaded) == stated
+    assert template_hash(loaded) == template_hash(tokenizer)
+    assert reasoning_format(load_tokenizer(TransformersModel(path=str(tiny_model_folder)))) is None
+
+
+@pytest.mark.parametrize("stated", [["<r>"], ["a", "b", "c"], ["<r>", "<r>"], ["<r>", ""], "own"])
+def test_marks_that_part_nothing_are_refused(stated):
+    with pytest.raises(ValidationError, match=r"reasoning_format"):
+        TransformersModel(path="x/y", reasoning_format=stated)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from potstill.core.errors import TrainingError
 from potstill.data.chat import Rendered
 from potstill.models import LoadedModel
 from potstill.train.arguments import DistillationArguments
@@ -21,6 +20,7 @@ from potstill.train.student import make_micro_batch
 from potstill.train.trainer import DistillationTrainer
 
 V = 300
+VOCABULARY = SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(V)})
 ROWS = [Rendered([20 + number, *range(40, 46 + number)], [0, 0] + [1] * (5 + number)) for number in range(6)]
 
 
@@ -46,7 +46,7 @@ def trainer(model: Any, folder: Path, **fields: Any) -> DistillationTrainer:
         use_cpu=True,
         **{"batch": 3, "autocast": False, "learning_rate": 1e-2, "num_train_epochs": 4, **fields},
     )
-    student = LoadedModel(model, SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(V)}), "tiny")
+    student = LoadedModel(model, VOCABULARY, "tiny")
     return DistillationTrainer(student, arguments, TrainingData(rows()))
 
 
@@ -128,6 +128,56 @@ def test_an_adapter_that_is_trained_on_is_compared_with_the_original_base(
     assert torch.cat(expected).mean() > 0.01
 
 
-def test_a_student_all_of_which_is_trained_has_no_base_left(build_tiny_model: Any, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="here the base itself is trained"):
-        trainer(build_tiny_model(), tmp_path, base_kl=0.1)
+def test_full_weights_are_compared_with_a_frozen_copy_of_what_they_were(
+    build_tiny_model: Any, tmp_path: Path
+) -> None:
+    model = build_tiny_model(tie_word_embeddings=True).double()
+    plain = copy.deepcopy(model)
+    made = trainer(model, tmp_path, base_kl=0.1, batch=len(ROWS), max_steps=3)
+    made.train()
+    found = [entry["base_kl"] for entry in made.state.log_history if "base_kl" in entry]
+    assert found[0] == 0.0
+    assert min(found[1:]) > 0
+    assert not any(name.startswith("base") for name, _ in made.student.named_parameters())
+    assert made.base is not None
+    for (name, one), (_, other) in zip(
+        made.base.model.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), f"{name} was trained"
+        assert not one.requires_grad
+    expected = torch.cat([logits_of(plain, row) for row in ROWS])
+    signal = made.base.signal(make_micro_batch(ROWS))
+    torch.testing.assert_close(signal.rows(slice(0, len(expected))).logits_NV, expected)
+
+
+def test_a_base_that_is_given_is_what_the_student_is_compared_with(
+    build_tiny_model: Any, tmp_path: Path
+) -> None:
+    other = build_tiny_model(seed=1).double()
+    expected = []
+    for row in ROWS:
+        log_q_NV, log_b_NV = (
+            logits_of(one, row).log_softmax(-1) for one in (build_tiny_model().double(), other)
+        )
+        expected.append(functional.kl_div(log_b_NV, log_q_NV, log_target=True, reduction="none").sum(-1))
+    arguments = DistillationArguments(
+        output_dir=str(tmp_path), use_cpu=True, batch=len(ROWS), autocast=False, base_kl=0.1, max_steps=1
+    )
+    student = LoadedModel(build_tiny_model().double(), VOCABULARY, "tiny")
+    made = DistillationTrainer(student, arguments, TrainingData(rows()), base=other)
+    made.train()
+    assert made.state.log_history[0]["base_kl"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-6)
+
+
+def test_a_base_that_the_adapter_was_put_on_is_the_student_without_it(
+    build_tiny_model: Any, tmp_path: Path
+) -> None:
+    base = build_tiny_model().double()
+    student = LoadedModel(adapted(base, moved=True).double(), VOCABULARY, "tiny")
+    arguments = DistillationArguments(
+        output_dir=str(tmp_path), use_cpu=True, batch=len(ROWS), autocast=False, base_kl=0.1, max_steps=1
+    )
+    made = DistillationTrainer(student, arguments, TrainingData(rows()), base=base)
+    made.train()
+    assert made.state.log_history[0]["base_kl"] > 0.01
+    assert made.untouched() == []

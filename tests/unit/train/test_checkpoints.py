@@ -5,7 +5,8 @@ import pytest
 from safetensors import SafetensorError
 
 from potstill.core.errors import StoreError
-from potstill.train.checkpoints import complete, newest, writing
+from potstill.models import writing
+from potstill.train.checkpoints import complete, newest
 
 
 def checkpoint(folder: Path, step: int, text: str = "weights") -> Path:

@@ -29,9 +29,29 @@ def trainer(model: Any, teacher: Any, folder: Path, feature: Any, **fields: Any)
     from potstill.train.rows import TrainingData
 
     arguments = DistillationArguments(
-        output_dir=str(folder), use_cpu=True, batch=6, autocast=False, feature=feature, **fields
+        output_dir=str(folder), use_cpu=True, batch=6, feature=feature, **{"autocast": False, **fields}
     )
     return DistillationTrainer(with_vocabulary(model), arguments, TrainingData(rows()), teacher=teacher)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_student_is_looked_into_as_it_will_run(
+    build_tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autocast: bool
+) -> None:
+    """Flash attention, for one, runs a student in float32 under autocast only."""
+    from potstill.train import features
+
+    seen, probe = [], features._probe
+
+    def probed(*given: Any, **named: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return probe(*given, **named)
+
+    monkeypatch.setattr(features, "_probe", probed)
+    model = build_tiny_model()
+    teacher = OnlineTeacher(build_tiny_model(seed=1), with_vocabulary(model))
+    trainer(model, teacher, tmp_path, {"kind": "hidden_mse"}, autocast=autocast)
+    assert seen[0] is autocast
 
 
 # --- layers

@@ -13,60 +13,11 @@ import torch
 
 from potstill.core.errors import DataError, Interrupted, ModelError, RecipeError, StoreError, TrainingError
 from potstill.core.settings import Settings
-from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact
 from potstill.logits.shards import LogitCache
 from potstill.models import TransformersModel, load
-from potstill.train import TrainSettings, run
 
-
-def settings(**fields: Any) -> TrainSettings:
-    usual = {"do": "train", "student": "base", "data": "traces", "batch": 4, "lr": 5e-3, "device": "cpu"}
-    return TrainSettings.model_validate({**usual, **fields})
-
-
-@pytest.fixture
-def base(tiny_model_folder: Path) -> TransformersModel:
-    return TransformersModel(path=str(tiny_model_folder))
-
-
-Training = Callable[..., tuple[StepResult, Path, StepContext]]
-
-
-@pytest.fixture
-def train(step_context: Any, base: TransformersModel, traces: Any) -> Training:
-    """`train(folder, student=, data=, stop_at=, **settings)`; `stop_at` asks to stop in that step."""
-    made: dict[str, Artifact] = {}
-
-    def make(
-        folder: str = "artifact",
-        *,
-        student: Settings | None = None,
-        teacher: Settings | None = None,
-        data: Artifact | None = None,
-        stop_at: int | None = None,
-        **fields: Any,
-    ) -> tuple[StepResult, Path, StepContext]:
-        if data is None and "traces" not in made:
-            made["traces"] = traces()
-        context = step_context(
-            "train",
-            folder=folder,
-            models={"base": student or base, **({} if teacher is None else {"big": teacher})},
-            data={"traces": [data or made["traces"]]},
-        )
-
-        def listen(event: dict[str, Any]) -> None:
-            # A step's event comes after the decision about its checkpoint, so the one before asks for it.
-            if stop_at is not None and event.get("optimiser_step") == stop_at - 1 and "loss" in event:
-                context.stop.set()
-
-        context.reporter.on_event = listen
-        if teacher is not None:
-            fields["teacher"] = "big"
-        return run(settings(**fields), context), context.folder, context
-
-    return make
+Training = Callable[..., Any]
 
 
 def weights(folder: Path) -> bytes:
@@ -347,7 +298,12 @@ def test_an_adapter_is_saved_with_its_base_and_trained_on_without_lora(
     result, folder, _ = train("first", epochs=1, lora={"rank": 4, "dropout": 0.1})
     assert 0 < result.counts["trained_parameters"] < 0.3 * result.counts["parameters"]
     assert result.extra["precision"]["trained"] == "float32"
-    assert result.extra["base"] == {"engine": "transformers", "path": base.path, "trust_remote_code": False}
+    assert result.extra["base"] == {
+        "engine": "transformers",
+        "path": base.path,
+        "trust_remote_code": False,
+        "add_tokens": [],
+    }
     assert not (folder / "model.safetensors").exists()
     seal(folder, "train", result)
     adapter = TransformersModel(path=str(folder))
@@ -437,7 +393,7 @@ def test_a_model_of_another_engine_cannot_be_trained(train: Training) -> None:
     class Remote(Settings):
         engine: str = "openai"
 
-    with pytest.raises(TrainingError, match="engine openai"):
+    with pytest.raises(ModelError, match="base is a model of engine openai"):
         train(student=Remote())
 
 
@@ -481,8 +437,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(
             return plain(module, hidden)
 
         monkeypatch.setattr(LlamaMLP, "forward", counted)
-        extra = {"activation_checkpointing": name == "recomputed"}
-        result, _, _ = train(name, max_steps=3, lora=lora, trainer=extra)
+        result, _, _ = train(name, max_steps=3, lora=lora, activation_checkpointing=name == "recomputed")
         losses[name] = [point["loss"] for point in result.metrics["history"] if "loss" in point]
     assert calls["recomputed"] == calls["kept"] + 3 * 2  # once more in each step's backward, in both blocks
     assert losses["recomputed"] == losses["kept"]
@@ -606,3 +561,24 @@ def test_it_trains_on_a_gpu(train: Training) -> None:
     assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"]
     assert result.extra["precision"] == {"trained": "float32", "autocast": "bfloat16"}
     assert weights(folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_on_a_gpu_a_student_learns_from_a_teacher_beside_it(
+    train: Training, teacher: TransformersModel, alpha: float
+) -> None:
+    result, _, _ = train("online", teacher=teacher, epochs=3, alpha=alpha, temperature=2.0, device="cuda")
+    assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_on_a_gpu_an_adapter_is_trained_on_a_frozen_base_in_four_bits_or_not(
+    train: Training, base: TransformersModel, quantize: str | None
+) -> None:
+    if quantize:
+        pytest.importorskip("bitsandbytes")
+    student = base.model_copy(update={"quantize": quantize})
+    result, _, _ = train(student=student, lora={"rank": 4}, epochs=3, lr=5e-3, device="cuda")
+    assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"]

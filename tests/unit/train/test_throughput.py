@@ -64,3 +64,19 @@ def test_weights_in_four_bits_count_as_what_they_stand_for(shared_model_folder: 
 def test_the_peak_is_measured_once() -> None:
     device = torch.device("cpu")
     assert peak_flops_per_s(device, torch.float32) == peak_flops_per_s(device, torch.float32) > 1e8
+
+
+def test_a_full_gpu_costs_the_figure_and_not_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*tensors: torch.Tensor) -> torch.Tensor:
+        if len(tensors[0]) > 256:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tensors[0]
+
+    device = torch.device("cpu")
+    peak_flops_per_s.cache_clear()
+    monkeypatch.setattr(torch, "mm", no_room)
+    assert 0 < peak_flops_per_s(device, torch.float32) < float("inf")
+    peak_flops_per_s.cache_clear()
+    monkeypatch.setattr("potstill.train.throughput._CPU_SIZES", (512,))
+    assert 1e12 / peak_flops_per_s(device, torch.float32) == 0  # a share of what could not be measured
+    peak_flops_per_s.cache_clear()

@@ -175,6 +175,16 @@ def test_whether_rows_can_be_packed_is_found_out_as_the_student_will_run(
     assert seen == [(True, autocast), (False, False)]
 
 
+def test_a_teacher_on_another_device_than_the_students_is_refused(
+    build_tiny_model: Any, tmp_path: Path
+) -> None:
+    student = build_tiny_model()
+    teacher = OnlineTeacher(build_tiny_model(seed=1).to("meta"), with_vocabulary(student))
+    arguments = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TrainingError, match="the teacher is on meta, and this training is on cpu"):
+        DistillationTrainer(with_vocabulary(student), arguments, TrainingData(rows()), teacher=teacher)
+
+
 # --- parameter groups
 
 

@@ -1,9 +1,7 @@
 """What a run trained on, and how, in the files of another trainer: LLaMA-Factory."""
 
 import json
-import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,17 +10,19 @@ from typing import Any
 
 from potstill.core.errors import DataError, ModelError, StoreError
 from potstill.core.events import Reporter
-from potstill.core.records import RECORDS_FILE, Record, read_records
+from potstill.core.records import Record, read_records
 from potstill.core.settings import ModelRef
 from potstill.core.step import StepContext
 from potstill.core.store import Artifact, write_atomically
 from potstill.core.yaml_lines import dump_yaml
-from potstill.data.chat import THINK_OPEN, Renderer
-from potstill.data.responses import join_reasoning
+from potstill.data.chat import Renderer
+from potstill.data.shapes import whole_response
 from potstill.data.sources import read
+from potstill.export.huggingface import new_folder
 from potstill.models import TransformersModel, find_source, load_tokenizer
 from potstill.pipeline.fingerprint import Inputs, MissingInput
 from potstill.pipeline.graph import Node
+from potstill.pipeline.outputs import record_rows
 from potstill.pipeline.run_folder import EVENTS_FILE, RECIPE_FILE, linked_artifact
 from potstill.recipe import Recipe, load_recipe
 from potstill.train import TrainSettings
@@ -34,7 +34,8 @@ _INFO_FILE = "dataset_info.json"
 _TRAINED_FOLDER = "saves"
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 # Settings of a train step that LLaMA-Factory has no word for.
-_UNKNOWN_THERE = ("groups", "mask_prefix", "early_stopping", "base_kl")
+_UNKNOWN_THERE = ("groups", "mask_prefix", "early_stopping", "base_kl", "keep_epochs")
+_OF_MODEL = ("chat_template", "add_tokens", "reasoning_format")
 
 
 @dataclass
@@ -55,24 +56,17 @@ def export_llamafactory(place: Path, output: Path, *, template: str | None = Non
     default it takes the tokenizer's own. Raises StoreError for another place or a folder in use, DataError
     where training was not on the text of conversations, ModelError where the base is no model for it.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise StoreError("is there already", where=str(output), mend="name a new or empty folder as --output")
-    # A folder in the making, so that a mistake in the last stage leaves nothing behind.
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-        writer = _Writer(Path(folder) / "export", template)
+    with new_folder(output) as folder:
+        writer = _Writer(folder, template)
         _export(place, writer)
         writer.finish()
-        output.mkdir(exist_ok=True)
-        for path in writer.folder.iterdir():
-            os.replace(path, output / path.name)
     return writer.exported
 
 
 def _export(place: Path, writer: "_Writer") -> None:
     run = next((one for one in (place, place.parent) if (one / EVENTS_FILE).is_file()), None)
     if run is None:
-        writer.data(place.name, read_records(_records_file(Artifact.open(place))))
+        writer.data(place.name, read_records(record_rows(Artifact.open(place))))
         return
     recipe = load_recipe(str(run / RECIPE_FILE))
     source = _Run(
@@ -90,7 +84,7 @@ def _export(place: Path, writer: "_Writer") -> None:
             raise StoreError(
                 "there is nothing to export: no train step, and no step of traces", where=str(place)
             )
-        writer.data(name, read_records(_records_file(source.made[name])))
+        writer.data(name, read_records(record_rows(source.made[name])))
     for name in wanted:
         writer.stage(name, source)
 
@@ -115,27 +109,13 @@ def sharegpt_row(record: Record) -> dict[str, Any] | str:
         len(turns) % 2 == 0
     ):
         return "messages that do not alternate between user and assistant"
-    response = record.response
-    if record.reasoning is not None and THINK_OPEN not in response:  # the generation prompt opened the block
-        response = join_reasoning(record.reasoning, record.answer or "")
-    spoken = [*((one["role"], one["content"]) for one in turns), ("assistant", response)]
+    spoken = [*((one["role"], one["content"]) for one in turns), ("assistant", whole_response(record))]
     return {
         "conversations": [
             {"from": "human" if role == "user" else "gpt", "value": content} for role, content in spoken
         ],
         "system": system,
     }
-
-
-def _records_file(artifact: Artifact) -> Path:
-    path = artifact.folder / RECORDS_FILE
-    if not path.is_file():
-        raise DataError(
-            f"an artifact of kind {artifact.kind!r} holds no traces",
-            where=str(artifact.folder),
-            expected="a step that makes traces, or a train step",
-        )
-    return path
 
 
 @dataclass
@@ -220,7 +200,6 @@ class _Writer:
 
     def __init__(self, folder: Path, template: str | None) -> None:
         self.folder, self.template = folder, template
-        folder.mkdir()
         self.exported = Exported()
         self._info: dict[str, Any] = {}
 
@@ -301,7 +280,11 @@ def _model_part(base: TransformersModel, run: _Run, node: Node) -> dict[str, Any
     if source.revision is not None:
         config["model_revision"] = source.revision
     if base.quantize is not None:
-        config |= {"quantization_bit": 4, "quantization_type": base.quantize}
+        config |= {
+            "quantization_bit": 4,
+            "quantization_type": "nf4",
+            "double_quantization": base.quantize == "nf4",
+        }
     config |= {"stage": "sft", "do_train": True, "finetuning_type": "full" if lora is None else "lora"}
     if weights is not None:
         config["model_name_or_path"] = f"{_TRAINED_FOLDER}/{_plain(weights)}"
@@ -314,6 +297,8 @@ def _model_part(base: TransformersModel, run: _Run, node: Node) -> dict[str, Any
             "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
             "lora_dropout": lora.dropout,
             "lora_target": "all" if target == "all-linear" else ",".join(target),
+            "use_dora": lora.dora,
+            "use_rslora": lora.rslora,
         }
     return config
 
@@ -340,8 +325,8 @@ def _training_part(settings: TrainSettings) -> dict[str, Any]:
         "bf16": True,
         "logging_steps": 1,
         "plot_loss": True,
-        # Activations are checkpointed there by default, and under an older name.
-        **{key: value for key, value in settings.trainer.items() if key != "activation_checkpointing"},
+        # Activations are checkpointed there by default.
+        **settings.trainer,
     }
 
 
@@ -351,12 +336,17 @@ def _lost(settings: TrainSettings, base: TransformersModel) -> list[str]:
     lost = [key for key in _UNKNOWN_THERE if getattr(settings, key) != fields[key].default]
     if settings.min_lr_ratio and settings.schedule != "cosine":
         lost.append("min_lr_ratio")
-    return lost if base.chat_template is None else [*lost, "chat_template"]
+    if not settings.student.is_path and settings.student.view is not None:
+        lost.append(f"student: {settings.student}")
+    return [*lost, *(key for key in _OF_MODEL if getattr(base, key))]
 
 
 def _plain(name: str) -> str:
-    """A name without the comma and brackets of `each`: data sets are listed with commas there."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-")
+    """A name without the comma and brackets of `each`, since data sets are listed with commas there.
+
+    A plus takes their place, which no step's name has: two steps are never one file.
+    """
+    return re.sub(r"[^\w.-]+", "+", name).strip("+")
 
 
 def _name_or_path(base: TransformersModel) -> str:

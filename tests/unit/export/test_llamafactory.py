@@ -196,9 +196,10 @@ def test_settings_go_along_or_are_said_not_to(recipe: dict[str, Any], run: Runne
     recipe["models"]["base"]["quantize"] = "nf4"
     recipe["steps"]["stage1"] |= {
         "min_lr_ratio": 0.2,
-        "mask_prefix": True,
+        "base_kl": 0.1,
         "groups": [{"match": "layers.0", "lr": 0.5}],
-        "trainer": {"activation_checkpointing": True, "optim": "adamw_torch"},
+        "activation_checkpointing": True,
+        "trainer": {"optim": "adamw_torch"},
         "weight_decay": 0.1,
         "max_length": 24,
     }
@@ -213,9 +214,9 @@ def test_settings_go_along_or_are_said_not_to(recipe: dict[str, Any], run: Runne
     assert "activation_checkpointing" not in config, "it is the default there, by another name"
     assert config["template"] == "qwen3"
     assert config["cutoff_len"] <= 24
-    assert exported.lost == {"stage1": ["groups", "mask_prefix"]}
+    assert exported.lost == {"stage1": ["groups", "base_kl"]}
     text = (tmp_path / "out" / "stage1.yaml").read_text(encoding="utf-8")
-    assert text.startswith("# not carried over: groups\n# not carried over: mask_prefix\n")
+    assert text.startswith("# not carried over: groups\n# not carried over: base_kl\n")
 
 
 def test_a_full_training_goes_on_from_the_weights_before_it(
@@ -303,14 +304,14 @@ def test_an_adapter_as_base_is_refused(recipe: dict[str, Any], run: Runner, tmp_
         export_llamafactory(run(recipe), tmp_path / "out")
 
 
-def test_names_with_each_values_are_plain_in_files(
+def test_names_with_each_values_have_no_comma_and_are_no_other_steps_names(
     recipe: dict[str, Any], run: Runner, tmp_path: Path
 ) -> None:
     recipe["steps"]["stage1"]["each"] = {"part": ["a", "b"]}
     recipe["steps"]["stage2"]["each"] = {"part": ["a", "b"]}
     exported: Exported = export_llamafactory(run(recipe), tmp_path / "out")
-    assert sorted(exported.stages) == ["stage1-a.yaml", "stage1-b.yaml", "stage2-a.yaml", "stage2-b.yaml"]
-    assert config_of(tmp_path / "out", "stage2-b")["adapter_name_or_path"] == "saves/stage1-b"
+    assert sorted(exported.stages) == ["stage1+a.yaml", "stage1+b.yaml", "stage2+a.yaml", "stage2+b.yaml"]
+    assert config_of(tmp_path / "out", "stage2+b")["adapter_name_or_path"] == "saves/stage1+b"
 
 
 def test_llamafactorys_own_parser_reads_it(recipe: dict[str, Any], run: Runner, tmp_path: Path) -> None:

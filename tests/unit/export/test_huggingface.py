@@ -1,0 +1,138 @@
+"""A run's model in one folder that plain transformers loads, which answers as the run's own does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from potstill.core.errors import StoreError
+from potstill.core.store import Store
+from potstill.export import export_huggingface
+from potstill.models import TransformersModel, load
+from potstill.pipeline.run import run_recipe
+from potstill.pipeline.runner import RunOptions
+from potstill.recipe import load_recipe
+
+PROMPTS = ["What is 1 + 2?", "State the final answer", "How many apples are left?"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, shared_model_folder: Path) -> Callable[..., Path]:
+    """`run(**steps)`: the folder of a run with an adapter `student` of two epochs, and what else is given."""
+
+    def make(*, lora: dict[str, Any] | None = None, **steps: Any) -> Path:
+        rows = tmp_path / "rows.jsonl"
+        lines = [
+            f'{{"prompt": "What is {n} + {n}?", "response": "The answer is {2 * n}."}}' for n in range(8)
+        ]
+        rows.write_text("\n".join(lines), encoding="utf-8")
+        train = {"do": "train", "student": "base", "data": {"path": str(rows)}, "epochs": 2, "batch": 4}
+        train |= {"lr": 0.05, "device": "cpu", "keep_epochs": "all"}
+        student = train if lora is None else {**train, "lora": lora}
+        recipe = {
+            "name": "exported",
+            "models": {"base": {"path": str(shared_model_folder)}},
+            "steps": {"student": student, **steps},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        folder = tmp_path / "runs" / "exported"
+        run_recipe(load_recipe(str(path)), folder, Store(tmp_path / "store"), "quiet", RunOptions())
+        return folder
+
+    return make
+
+
+def answers(model: Any, tokenizer: Any) -> list[list[int]]:
+    """Greedy answers in fp32."""
+    found = []
+    for prompt in PROMPTS:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt"
+        )["input_ids"]
+        generated = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+        )
+        found.append(generated[0, ids.shape[1] :].tolist())
+    return found
+
+
+def plain_answers(folder: Path) -> list[list[int]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert not (folder / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return answers(model, AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(
+    "lora", [{"rank": 4}, {"rank": 4, "dora": True, "rslora": True}], ids=["lora", "dora"]
+)
+def test_merged_adapter_and_exported_models_give_the_same_answers(
+    run: Any, tmp_path: Path, shared_model_folder: Path, lora: Any
+) -> None:
+    folder = run(lora=lora, merged={"do": "merge", "model": "student", "device": "cpu"})
+    adapter = load(TransformersModel(path=str(folder / "student"), device="cpu"), dtype=torch.float32)
+    expected = answers(adapter.model, adapter.tokenizer)
+    assert expected != plain_answers(shared_model_folder), "the adapter changes nothing"
+    assert plain_answers(folder / "merged") == expected
+    assert export_huggingface(folder, tmp_path / "last") == "merged"
+    assert export_huggingface(folder / "student", tmp_path / "student") == "student"
+    assert plain_answers(tmp_path / "last") == expected
+    assert plain_answers(tmp_path / "student") == expected
+
+
+def test_the_card_says_how_the_exported_model_is_loaded(run: Any, tmp_path: Path) -> None:
+    folder = run(lora={"rank": 2})
+    export_huggingface(folder, tmp_path / "mine")
+    card = (tmp_path / "mine" / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "peft" not in card.partition("Versions:")[0]
+    assert "library_name: transformers" in card
+    assert str(tmp_path) not in card.partition("## Settings")[0]
+    assert not (tmp_path / "mine" / "manifest.json").exists()
+
+
+def test_the_card_of_an_epoch_has_its_own_figures_alone(run: Any, tmp_path: Path) -> None:
+    sums = tmp_path / "sums.jsonl"
+    sums.write_text('{"question": "What is 2 + 2?", "answer": "4"}\n' * 2, encoding="utf-8")
+    task = {"data": {"path": str(sums)}, "max_new_tokens": 4}
+    exam = {"do": "evaluate", "models": {"mine": "student", "first": "student:epoch1"}, "device": "cpu"}
+    folder = run(exam={**exam, "tasks": {"sums": task}})
+    cards = {}
+    for epoch in ("epoch1", "epoch2"):
+        export_huggingface(folder / "student" / epoch, tmp_path / epoch)
+        cards[epoch] = (tmp_path / epoch / "README.md").read_text(encoding="utf-8")
+    assert "# exported: student:epoch1" in cards["epoch1"]
+    assert "No evaluation of this model" not in cards["epoch1"]
+    assert "No evaluation of this model" in cards["epoch2"]
+
+
+def test_an_epoch_is_exported_by_its_folder(run: Any, tmp_path: Path) -> None:
+    folder = run()
+    assert export_huggingface(folder / "student" / "epoch1", tmp_path / "first") == "student:epoch1"
+    assert export_huggingface(folder, tmp_path / "last") == "student"
+    files = {path.name for path in (tmp_path / "last").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "config.json", "README.md"} <= files
+    assert not [name for name in files if name.startswith("epoch") or name == "manifest.json"]
+    first, last = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "last"))
+    assert first == (folder / "student" / "epoch1" / "model.safetensors").read_bytes()
+    assert last == (folder / "student" / "model.safetensors").read_bytes()
+    with pytest.raises(StoreError, match="student kept no 'epoch9'"):
+        export_huggingface(folder / "student" / "epoch9", tmp_path / "ninth")
+
+
+def test_what_has_no_model_is_refused_and_leaves_nothing(run: Any, tmp_path: Path) -> None:
+    folder = run()
+    with pytest.raises(StoreError, match="'teacher' is no finished step that makes a model"):
+        export_huggingface(folder / "teacher", tmp_path / "out")
+    with pytest.raises(StoreError, match="is no run's folder"):
+        export_huggingface(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(StoreError, match="is there already"):
+        export_huggingface(folder, tmp_path / "full")
