@@ -1,8 +1,11 @@
 """Tiny random models and a small real tokenizer, made in milliseconds; a store away from the user's own."""
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 # Read when huggingface_hub and tokenizers are first imported, so they are set before anything can import
@@ -11,6 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Likewise by triton: without a GPU its interpreter runs kernels on the CPU.
+if not any(Path(one).exists() for one in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 
@@ -79,6 +85,7 @@ _COMMON = _IDS | {
     "max_position_embeddings": 512,
     "initializer_range": 0.2,
 }
+_WITHOUT_GROUPS = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
 _GEMMA = {
     "head_dim": 8,
     "query_pre_attn_scalar": 8,
@@ -112,7 +119,12 @@ _CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", _COMMON | {"tie_word_embeddings": False}),
     "qwen3": ("Qwen3Config", _COMMON | {"tie_word_embeddings": True, "head_dim": 8}),
     "gemma3": ("Gemma3TextConfig", _COMMON | _GEMMA),
+    "mistral": ("MistralConfig", _COMMON | {"tie_word_embeddings": False, "sliding_window": None}),
+    "smollm3": ("SmolLM3Config", _COMMON | {"no_rope_layer_interval": 2}),
+    "granite": ("GraniteConfig", _COMMON | {"embedding_multiplier": 6.0, "logits_scaling": 4.0}),
+    "phi": ("PhiConfig", _COMMON | {"tie_word_embeddings": False}),  # its head has a bias
     "phi3": ("Phi3Config", _COMMON | {"tie_word_embeddings": False}),
+    "gpt_neox": ("GPTNeoXConfig", _WITHOUT_GROUPS | {"tie_word_embeddings": False}),
     "gpt2": ("GPT2Config", _GPT2),
     "opt": ("OPTConfig", _OPT),
 }
@@ -160,7 +172,59 @@ def tiny_llama(build_tiny_model: TinyModelBuilder) -> "PreTrainedModel":
     return build_tiny_model("llama")
 
 
-def _train_tokenizer() -> "PreTrainedTokenizerFast":
+_CHATML_TOKENS = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+
+
+@dataclass(frozen=True)
+class FamilyChat:
+    """How a family is spoken to: a file of tests/chat_templates, or none, and its special tokens."""
+
+    template: str | None
+    tokens: dict[str, str]
+    others: tuple[str, ...] = ()
+
+
+_CHATS = {
+    "llama": FamilyChat(
+        "llama3",
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "qwen2": FamilyChat("smollm3", {"eos_token": "<|im_end|>"}),
+    "qwen3": FamilyChat("qwen3", {"eos_token": "<|im_end|>"}),
+    "gemma3": FamilyChat(
+        "gemma3", {"bos_token": "<bos>", "eos_token": "<eos>"}, ("<start_of_turn>", "<end_of_turn>")
+    ),
+    "mistral": FamilyChat("mistral", {"bos_token": "<s>", "eos_token": "</s>"}, ("[INST]", "[/INST]")),
+    "smollm3": FamilyChat("smollm3", {"eos_token": "<|im_end|>"}),
+    "granite": FamilyChat(
+        "deepseek_r1", {"bos_token": "<s>", "eos_token": "</s>"}, ("<|User|>", "<|Assistant|>")
+    ),
+    "phi": FamilyChat(None, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
+    "phi3": FamilyChat("phi3", {"eos_token": "<|endoftext|>"}, ("<|user|>", "<|assistant|>", "<|end|>")),
+    "gpt_neox": FamilyChat(None, {"eos_token": "<|endoftext|>"}),
+    "gpt2": FamilyChat(None, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
+    "opt": FamilyChat(None, {"bos_token": "</s>", "eos_token": "</s>"}),
+}
+assert _CHATS.keys() == _CONFIGURATIONS.keys()
+
+
+def chat_template_of(name: str) -> str:
+    """A chat template that does what a family's own does, in short."""
+    return (Path(__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def chat_template() -> Callable[[str], str]:
+    """`chat_template(name)`: one of tests/chat_templates."""
+    return chat_template_of
+
+
+def _train_tokenizer(
+    chat_template: str | None = CHATML_TEMPLATE,
+    tokens: Mapping[str, str] = MappingProxyType(_CHATML_TOKENS),
+    others: Sequence[str] = (),
+) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -169,20 +233,16 @@ def _train_tokenizer() -> "PreTrainedTokenizerFast":
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=TOKENIZER_LENGTH,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=[
+            *dict.fromkeys(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *tokens.values(), *others])
+        ],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     # As in SmolLM2, pad == eos: whoever masks by the padding id loses the end of every turn.
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<|endoftext|>",
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-    )
-    wrapped.chat_template = CHATML_TEMPLATE
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokens["eos_token"], **tokens)
+    wrapped.chat_template = chat_template
     assert len(wrapped) == TOKENIZER_LENGTH
     return wrapped
 
@@ -194,6 +254,28 @@ def tiny_tokenizer(_quiet_libraries: None) -> "PreTrainedTokenizerFast":
     Shared by all tests of a run: one that changes it works on a deep copy.
     """
     return _train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def build_family_folder(
+    _quiet_libraries: None, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`build_family_folder(family)`: a tiny model with a tokenizer and chat template as its family has them.
+
+    A session has one folder a family: nobody writes into it.
+    """
+
+    @functools.cache
+    def build(family: str) -> Path:
+        chat, folder = _CHATS[family], tmp_path_factory.mktemp("families") / family
+        template = None if chat.template is None else chat_template_of(chat.template)
+        tokenizer = _train_tokenizer(template, chat.tokens, chat.others)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        _build(family, **ids).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
 
 
 @pytest.fixture

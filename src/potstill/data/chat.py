@@ -1,4 +1,4 @@
-"""Rendering: records to token ids and loss masks, and a response's reasoning apart from its answer."""
+"""Rendering: records to token ids and loss masks, and back from what a model wrote."""
 
 import itertools
 import re
@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import DataError, ModelError
 from potstill.core.records import Record
-from potstill.models import template_hash, token_bytes, tokenizer_hash
+from potstill.data.reasoning import ReasoningFormat, split_reasoning, tag_reasoning
+from potstill.data.responses import join_reasoning
+from potstill.models import (
+    THINK_CLOSE,
+    THINK_OPEN,
+    reasoning_format,
+    template_hash,
+    token_bytes,
+    tokenizer_hash,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,39 +34,15 @@ __all__ = [
     "tag_reasoning",
 ]
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _SENTINEL = "POTSTILL7319SENTINEL"
-_OPEN_THOUGHTS = re.compile(r"<\|(begin|end)_of_(thought|solution)\|>")
-
-
-def tag_reasoning(text: str) -> str:
-    """`text` without OpenThoughts' four marks: the thought stands in <think> tags, the solution after it."""
-    if not _OPEN_THOUGHTS.search(text):
-        return text
-    before, opened, rest = text.partition("<|begin_of_thought|>")
-    thought, closed, answer = (rest if opened else before).partition("<|end_of_thought|>")
-    if not closed and not opened:
-        return _OPEN_THOUGHTS.sub("", text).strip()
-    reasoning = f"{THINK_OPEN}\n{_OPEN_THOUGHTS.sub('', thought).strip()}"
-    if not closed:
-        return reasoning
-    return f"{reasoning}\n{THINK_CLOSE}\n\n{_OPEN_THOUGHTS.sub('', answer).strip()}".rstrip()
-
-
-def split_reasoning(text: str) -> tuple[str | None, str]:
-    """The reasoning and the answer of a response: (None, text) where there is no think block.
-
-    A text that starts inside the block (the template's generation prompt opened it) has only the closing tag;
-    a text cut off inside the block has only the opening one, and its answer is empty.
-    """
-    text = tag_reasoning(text)
-    before, opened, rest = text.partition(THINK_OPEN)
-    if not opened or THINK_CLOSE in before:
-        before, rest = "", text
-    reasoning, closed, answer = rest.partition(THINK_CLOSE)
-    if not opened and not closed:
-        return None, text
-    return reasoning.strip(), f"{before.strip()}\n{answer.strip()}".strip()
+_EMPTY_BLOCK = re.compile(rf"{THINK_OPEN}\s*{THINK_CLOSE}\s*\Z")
+# Templates that take a message's reasoning apart from its content; it is there under both names.
+_TAKES_REASONING = re.compile(r"reasoning_content|\.thinking\b|\[['\"]thinking['\"]\]")
+# Some templates write today's date, so that a prompt would be another one tomorrow.
+_ONE_DAY = (
+    "{%- macro strftime_now(form) -%}{{ form.replace('%d', '26').replace('%B', 'July').replace('%b', 'Jul')"
+    ".replace('%m', '07').replace('%Y', '2024').replace('%y', '24') }}{%- endmacro -%}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +64,11 @@ class Rendered:
 class Renderer:
     """Renders records for one tokenizer: prompt by its chat template, the raw response, end-of-turn.
 
-    The tokenizer must stay as it is: what derives from it is computed once, here. It needs a chat template,
-    which `potstill.models.load_tokenizer` sees to. Raises ModelError without one or without an end-of-turn.
+    A system message stands before the first user message, an empty line between them, where the template has
+    no place for it (`takes_system` is false), as Gemma's authors do it. Earlier answers are handed to the
+    template with their reasoning, which it may leave out; only the last one is a response. The tokenizer must
+    stay as it is: what derives from it is computed once, here. It needs a chat template, which
+    `potstill.models.load_tokenizer` sees to. Raises ModelError without one or without an end-of-turn.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -93,8 +81,22 @@ class Renderer:
         self.tokenizer = tokenizer
         self.tokenizer_hash = tokenizer_hash(tokenizer)
         self.template_hash = template_hash(tokenizer)
+        self.reasoning_format = ReasoningFormat.of(tokenizer)
+        template = str(tokenizer.chat_template)
+        self._template = _ONE_DAY + template if "strftime_now" in template else None
+        self._takes_reasoning = bool(_TAKES_REASONING.search(template))
+        self.takes_system = self._takes_system()
         self.end_of_turn_ids = self._derive_end_of_turn()
         self._stop_ids = {*self.end_of_turn_ids, tokenizer.eos_token_id}
+
+    def described(self) -> dict[str, Any]:
+        """How conversations are rendered, for a manifest."""
+        rendering = {
+            "hash": self.template_hash,
+            "chat_template": self.tokenizer.chat_template,
+            "reasoning_format": reasoning_format(self.tokenizer),
+        }
+        return {"rendering": rendering}
 
     def prompt_text(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The conversation by the chat template, up to and with the generation prompt."""
@@ -121,6 +123,12 @@ class Renderer:
         """The response with its think block opened exactly once: by the generation prompt, or by itself."""
         return _open_once(self.prompt_text(messages), response)
 
+    def read_response(self, messages: Sequence[Mapping[str, str]], response: str) -> str:
+        """A response as the model wrote it, its reasoning in a think block that is opened in the text."""
+        text = response if self.reasoning_format is None else self.reasoning_format.read(response)
+        opened = self.opens_reasoning(messages) and not text.lstrip().startswith(THINK_OPEN)
+        return THINK_OPEN + text if opened else text
+
     def keeps_beginning(self, messages: Sequence[Mapping[str, str]], beginning: str) -> bool:
         """Whether the template leaves the beginning of a response as it is in an unfinished last message.
 
@@ -128,18 +136,22 @@ class Renderer:
         """
         from jinja2 import TemplateError
 
-        prefilled = [*map(dict, messages), {"role": "assistant", "content": beginning}]
+        prefilled = [*self._as_template_takes(messages), {"role": "assistant", "content": beginning}]
         try:
             found: Any = self.tokenizer.apply_chat_template(
-                prefilled, tokenize=False, continue_final_message=True
+                prefilled, tokenize=False, continue_final_message=True, chat_template=self._template
             )
         except (TemplateError, ValueError):
             return False
         return bool(found == self.prompt_text(messages) + beginning)
 
     def owns(self, record: Record) -> bool:
-        """Whether the record's token ids are this tokenizer's, behind a prompt of this chat template."""
-        template = record.sampling.get("template", self.template_hash)
+        """Whether the record's token ids are this tokenizer's, behind a prompt of this chat template.
+
+        And in this reasoning format, where there is one: then the record has to state its template.
+        """
+        unstated = self.template_hash if self.reasoning_format is None else None
+        template = record.sampling.get("template", unstated)
         return record.tokenizer == self.tokenizer_hash and template == self.template_hash
 
     def render(self, record: Record, *, mask_prefix: bool = False, row_number: int | None = None) -> Rendered:
@@ -199,15 +211,47 @@ class Renderer:
         if own and record.response_token_ids is not None:
             return prompt_ids, record.response_token_ids, record.prefix_tokens
         response = record.response or ""
-        opened = _open_once(prompt, response)
+        opened = self._written(prompt, record, row_number)
         response_ids = self._continuation(prompt, prompt_ids, opened)
         if not record.prefix_characters:
             return prompt_ids, response_ids, 0
-        prefix = opened[: len(opened) - (len(response) - record.prefix_characters)]
+        rest = response[record.prefix_characters :]
+        if not opened.endswith(rest):
+            raise DataError(
+                "a response that another model began cannot be written in a reasoning format of its own",
+                where=_where(record, row_number),
+                mend="leave reasoning_format out, or leave such rows out",
+            )
+        prefix = opened[: len(opened) - len(rest)]
         # A token that reaches over the end of the prefix is another one in the prefix alone.
         pairs = zip(response_ids, self._continuation(prompt, prompt_ids, prefix), strict=False)
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
         return prompt_ids, response_ids, sum(1 for _ in same)
+
+    def _written(self, prompt: str, record: Record, row_number: int | None) -> str:
+        """The response as the model is to write it behind this prompt."""
+        response, own = _in_think_tags(record, prompt), self.reasoning_format
+        if own is not None:
+            response = own.write(response, cut_off=record.finish_reason == "length")
+        strips = own is not None and own.marks is None
+        has_block = THINK_OPEN in response or THINK_CLOSE in response
+        if _opens_reasoning(prompt):
+            if own is not None and own.marks is not None and own.marks.open != THINK_OPEN:
+                raise ModelError(
+                    f"the chat template opens {THINK_OPEN} itself, and reasoning_format has other marks",
+                    expected="one way to write reasoning",
+                    mend="leave reasoning_format out, or name another chat_template",
+                )
+            closed = record.finish_reason != "length" or THINK_CLOSE in (record.response or "")
+            if closed and response.strip() and not has_block and (strips or record.reasoning is None):
+                return f"\n{THINK_CLOSE}\n\n{response.lstrip()}"  # an answer without reasoning
+        elif has_block and _EMPTY_BLOCK.search(prompt):
+            raise DataError(
+                "the chat template's prompt ends with an empty think block, and the response thinks",
+                where=_where(record, row_number),
+                mend="give the model reasoning_format: strip, or a chat_template without the empty block",
+            )
+        return _open_once(prompt, response)
 
     def _plain_text(self, record: Record) -> tuple[list[int], list[int]]:
         beginning = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
@@ -232,18 +276,50 @@ class Renderer:
         from jinja2 import TemplateError
 
         try:
-            text: Any = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            return self._rendered(self._as_template_takes(messages), add_generation_prompt)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"the model's chat template refuses this conversation ({roles}): {error}",
-                mend="leave out `system` if the template knows no such role, or name another `chat_template`",
+                mend="leave out what the template has no place for, or name another `chat_template`",
             ) from error
+
+    def _rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        text: Any = self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=self._template,
+        )
         return str(text)
+
+    def _takes_system(self) -> bool:
+        from jinja2 import TemplateError
+
+        turns = [{"role": "system", "content": _SENTINEL}, {"role": "user", "content": "Hello"}]
+        try:
+            return _SENTINEL in self._rendered(turns, add_generation_prompt=True)
+        except TemplateError:
+            return False
+
+    def _as_template_takes(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+        turns = [dict(message) for message in messages]
+        if (
+            not self.takes_system
+            and len(turns) > 1
+            and [one["role"] for one in turns[:2]] == ["system", "user"]
+        ):
+            system, user, *rest = turns
+            turns = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+        for turn in turns:
+            if turn["role"] != "assistant":
+                continue
+            reasoning, answer = split_reasoning(turn["content"])
+            if reasoning is not None and self.reasoning_format is not None:
+                turn["content"] = self.reasoning_format.write(turn["content"])
+            elif reasoning is not None and self._takes_reasoning:
+                turn |= {"content": answer, "reasoning_content": reasoning}
+        return turns
 
     def _derive_end_of_turn(self) -> list[int]:
         """The token that ends an assistant's turn: the first special token behind one, else eos."""
@@ -294,6 +370,21 @@ def fit(rendered: Rendered, context_tokens: int, *, row_number: int | None = Non
 
 def _where(record: Record, row_number: int | None) -> str:
     return f"record {record.id}" if row_number is None else f"row {row_number} (record {record.id})"
+
+
+def _in_think_tags(record: Record, prompt: str) -> str:
+    """The response with the reasoning that was read from it in think tags, where it has marks of others.
+
+    Of one that another model began nothing may move; nor of one that goes on in the prompt's own block.
+    """
+    response, reasoning = record.response or "", record.reasoning
+    if reasoning is None or record.prefix_characters or THINK_OPEN in response or THINK_CLOSE in response:
+        return response
+    if _opens_reasoning(prompt) and response.strip() == reasoning:
+        return response
+    if record.answer or record.finish_reason != "length":
+        return join_reasoning(reasoning, record.answer or "")
+    return f"{THINK_OPEN}\n{reasoning}"
 
 
 def _opens_reasoning(prompt: str) -> bool:

@@ -3,7 +3,8 @@
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def _csv(path: Path) -> Iterator[PlacedRow]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            _check_column_names(path, reader.fieldnames or [])
             for row in reader:
                 place = f"{path.name}, line {reader.line_num}"
                 if None in row or None in row.values():
@@ -85,6 +87,16 @@ def _csv(path: Path) -> Iterator[PlacedRow]:
                 where=f"{path}, line {reader.line_num + 1}",
                 expected="comma-separated values in UTF-8, column names in the first line",
             ) from error
+
+
+def _check_column_names(path: Path, names: Sequence[str]) -> None:
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise DataError(
+            f"two columns are named {', '.join(map(repr, twice))}",
+            where=f"{path}, line 1",
+            expected="a name of its own for each column",
+            mend="rename one of them, or take it out of the file",
+        )
 
 
 def _parquet(path: Path) -> Iterator[PlacedRow]:

@@ -32,8 +32,18 @@ class LogprobIndex:
         self._found = sqlite3.connect("", check_same_thread=False)  # a private file, removed when closed
         self._found.execute("CREATE TABLE found (id TEXT PRIMARY KEY, ids BLOB, logprobs BLOB)")
         with self._found:
-            self._found.executemany(
-                "INSERT OR REPLACE INTO found VALUES (?, ?, ?)", (_stored(place, row) for place, row in rows)
+            for place, row in rows:
+                self._insert(place, _stored(place, row))
+
+    def _insert(self, place: str, row: tuple[str, bytes, bytes]) -> None:
+        if self._found.execute("INSERT OR IGNORE INTO found VALUES (?, ?, ?)", row).rowcount:
+            return
+        if self._found.execute("SELECT * FROM found WHERE id = ?", row[:1]).fetchone() != row:
+            raise DataError(
+                f"sample_uuid {row[0]!r} has other log-probabilities than an earlier record of that name",
+                where=place,
+                expected="one record a sample",
+                mend="take one of them out of the file",
             )
 
     def join(self, record: Record, row: Mapping[str, Any]) -> Record:

@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from potstill.data.chat import THINK_CLOSE, THINK_OPEN, split_reasoning
+from potstill.data.reasoning import split_reasoning
+from potstill.models import THINK_CLOSE, THINK_OPEN
 
 __all__ = ["bytes_of_tokens", "join_reasoning", "response_text", "without_half_characters"]
 
@@ -14,7 +15,7 @@ _HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
 
 
 def join_reasoning(reasoning: str | None, answer: str) -> str:
-    """The raw response of which `potstill.data.chat.split_reasoning` makes the same two parts again."""
+    """The raw response of which `potstill.data.reasoning.split_reasoning` makes the same two parts again."""
     if reasoning is None:
         return answer
     return f"{THINK_OPEN}\n{reasoning.strip()}\n{THINK_CLOSE}\n\n{answer.lstrip()}"

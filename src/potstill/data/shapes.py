@@ -1,16 +1,35 @@
-"""Shapes of rows: which columns a data set has, and what prompt, response and gold answer they hold. Pure."""
+"""Shapes of rows: which columns a data set has, what they hold, and records as such rows again. Pure."""
 
+import json
+import math
 import re
 import string
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from potstill.core.errors import DataError
+from potstill.core.records import Record
 from potstill.data.answers import last_boxed, parse_number
 from potstill.data.chat import THINK_CLOSE, THINK_OPEN, tag_reasoning
+from potstill.data.reasoning import OPEN_THOUGHTS, split_reasoning
+from potstill.data.responses import join_reasoning
 
-__all__ = ["BadRow", "Example", "Shape", "describe_shapes", "parse_row", "recognise", "scalar_columns"]
+__all__ = [
+    "CODE_TASK",
+    "WRITTEN_SHAPES",
+    "BadRow",
+    "Example",
+    "Shape",
+    "WrittenShape",
+    "choice_listing",
+    "describe_shapes",
+    "parse_row",
+    "recognise",
+    "scalar_columns",
+    "whole_response",
+    "write_row",
+]
 
 Shape = Literal[
     "auto",
@@ -18,11 +37,16 @@ Shape = Literal[
     "conversations",
     "openthoughts",
     "multiple_choice",
+    "code",
     "alpaca",
     "question_answer",
     "prompt_response",
     "text",
 ]
+
+WrittenShape = Literal["question_answer", "openthoughts", "messages"]
+
+CODE_TASK = "code"
 
 
 class BadRow(Exception):
@@ -42,8 +66,20 @@ class Example:
 
 
 Row = Mapping[str, Any]
+Turns = list[tuple[str, str]]
+"""(role, text) of each message."""
+
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-_CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
+# OpenThoughts' system prompt asks for the very marks that are replaced in its responses.
+_ASKS_FOR_MARKS = OPEN_THOUGHTS.open
+# Where servers and data sets put what an assistant thought; the first is also a column beside a response.
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# GSM8K's <<48/2=24>>, and no kernel<<<grid, block>>> or shift.
+_CALCULATOR_MARK = re.compile(r"(?<!<)<<[^<>\n]*=[^<>\n]*>>(?!>)")
+_OPEN_THOUGHTS_SYSTEM = (
+    f"Think step by step between {OPEN_THOUGHTS.open} and {OPEN_THOUGHTS.close}, then give your "
+    f"solution between {OPEN_THOUGHTS.answer_open} and {OPEN_THOUGHTS.answer_close}."
+)
 
 
 def _text(row: Row, *columns: str) -> str:
@@ -52,7 +88,7 @@ def _text(row: Row, *columns: str) -> str:
         value = row.get(column)
         if isinstance(value, str) and value.strip():
             return value
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
             return str(value)
     raise BadRow(f"no text in {' or '.join(columns)}")
 
@@ -81,6 +117,9 @@ def _question_answer(row: Row) -> Example:
     worked = _optional_text(row, "solution", "answer")
     if worked is None:
         return Example(question, _user(question))
+    if (stated := _reference(row)) is not None:
+        judge = _optional_text(row, "task") or ("math" if parse_number(stated) is not None else None)
+        return Example(question, _user(question), worked, stated, judge)
     reference, task = _gold(_optional_text(row, "answer") or worked)
     if reference is None:
         reference, task = _gold(worked)
@@ -90,9 +129,14 @@ def _question_answer(row: Row) -> Example:
 def _prompt_response(row: Row) -> Example:
     prompt = _text(row, "prompt" if "prompt" in row else "input")
     response = _optional_text(row, "response", "completion", "output")
-    return Example(
-        prompt, _user(prompt), response, _optional_text(row, "reference"), _optional_text(row, "task")
-    )
+    return Example(prompt, _user(prompt), response, _reference(row), _optional_text(row, "task"))
+
+
+def _reference(row: Row) -> str | None:
+    """The gold answer; fields to compare may stand as they are or as JSON."""
+    if isinstance(value := row.get("reference"), Mapping):
+        return json.dumps(value, ensure_ascii=False)
+    return _optional_text(row, "reference")
 
 
 def _alpaca(row: Row) -> Example:
@@ -116,6 +160,17 @@ def _content(value: Any) -> str:
     return value
 
 
+def _with_reasoning(row: Row, answer: str, keys: Iterable[str] = _REASONING_KEYS) -> str:
+    """An answer behind the reasoning that stands apart from it, unless it holds some itself."""
+    reasoning = next((text for key in keys if isinstance(text := row.get(key), str) and text.strip()), None)
+    answer = tag_reasoning(answer)
+    if reasoning is None or THINK_OPEN in answer or THINK_CLOSE in answer:
+        return answer
+    if not answer.strip():
+        raise BadRow("reasoning without an answer")
+    return join_reasoning(reasoning, answer)
+
+
 def _conversation(turns: Any, role_key: str, content_key: str, system: str | None = None) -> Example:
     if not isinstance(turns, list) or not turns:
         raise BadRow("the conversation is empty or not a list")
@@ -127,7 +182,14 @@ def _conversation(turns: Any, role_key: str, content_key: str, system: str | Non
         role = _ROLES.get(role, role)
         if role not in ("system", "user", "assistant"):
             raise BadRow(f"a message has the role {role!r}; expected system, user or assistant")
-        messages.append({"role": role, "content": _content(turn[content_key])})
+        content = _content(turn[content_key])
+        if role == "assistant":
+            content = _with_reasoning(turn, content)
+        elif role == "system" and _ASKS_FOR_MARKS in content:
+            continue
+        messages.append({"role": role, "content": content})
+    if not messages:
+        raise BadRow("no user message to answer")
     response = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
     asked = [message for message in messages if message["role"] != "system"]
     if not any(message["role"] == "user" and message["content"].strip() for message in asked):
@@ -142,12 +204,10 @@ def _messages(row: Row) -> Example:
 
 def _conversations(row: Row) -> Example:
     system = row.get("system")
-    # OpenThoughts' system prompt asks for the very tags that are replaced in its responses.
-    keep = isinstance(system, str) and "<|begin_of_thought|>" not in system
+    keep = isinstance(system, str) and _ASKS_FOR_MARKS not in system
     turns = row.get("conversations")
-    keys = (
-        ("role", "content") if isinstance(turns, list) and turns and "role" in turns[0] else ("from", "value")
-    )
+    first = turns[0] if isinstance(turns, list) and turns else None
+    keys = ("role", "content") if isinstance(first, Mapping) and "role" in first else ("from", "value")
     return _conversation(turns, *keys, system=system if keep else None)
 
 
@@ -182,17 +242,77 @@ def _multiple_choice(row: Row) -> Example:
     question, given = _text(row, "question"), row.get("choices", row.get("options"))
     labels: list[str] = []
     if isinstance(given, Mapping):
-        labels, given = [str(label) for label in given.get("label", [])], given.get("text")
+        labels, given = [str(label) for label in given.get("label") or []], given.get("text")
     if not isinstance(given, list) or not 2 <= len(given) <= len(string.ascii_uppercase):
         raise BadRow("choices are not a list of 2 to 26 texts")
     choices = [str(choice) for choice in given]
     letters = string.ascii_uppercase[: len(choices)]
     letter = letters[_choice_index(row.get("answer", row.get("answerKey")), choices, labels)]
-    options = "\n".join(f"{one}. {choice}" for one, choice in zip(letters, choices, strict=True))
-    prompt = f"{question}\n\n{options}\n\nGive the letter of the right choice in the form: Answer: <letter>"
+    prompt = f"{question}{choice_listing(choices)}"
     return Example(
         [question, choices], _user(prompt), f"Answer: {letter}", letter, "choice", {"choices": choices}
     )
+
+
+def _code(row: Row) -> Example:
+    if "input_output" in row:
+        return _program(row)
+    if "entry_point" in row:
+        beginning, name = _text(row, "prompt"), _text(row, "entry_point")
+        problem = {"beginning": beginning, "tests": f"{_text(row, 'test')}\ncheck({name})\n"}
+        prompt = f"Complete this Python function:\n\n{_fenced(beginning)}\n\nGive all of it"
+        solution = _optional_text(row, "canonical_solution")
+        question, response = beginning, None if solution is None else beginning + solution
+    else:
+        question, tests = _text(row, "text", "prompt"), row["test_list"]
+        if not isinstance(tests, list) or not tests:
+            raise BadRow("test_list is no list of tests")
+        imports = row.get("test_imports") or []
+        setup = _optional_text(row, "test_setup_code") or "\n".join(
+            [imports] if isinstance(imports, str) else map(str, imports)
+        )
+        tests = "\n".join(map(str, tests))
+        problem = {"tests": f"{setup}\n{tests}\n".lstrip("\n")}
+        prompt = f"{question}\n\nYour code has to pass these tests:\n\n{_fenced(tests)}\n\nGive it"
+        response = _optional_text(row, "code")
+    return Example(
+        question,
+        _user(f"{prompt} in one block of Python code."),
+        None if response is None else _fenced(response),
+        task=CODE_TASK,
+        meta={"code": problem},
+    )
+
+
+def _program(row: Row) -> Example:
+    question, given = _text(row, "question", "prompt"), row["input_output"]
+    try:
+        pairs = json.loads(given) if isinstance(given, str) else given
+        inputs, outputs = [*pairs["inputs"]], [*pairs["outputs"]]
+    except (ValueError, TypeError, KeyError):
+        raise BadRow("input_output holds no inputs and outputs") from None
+    if "fn_name" in pairs or not all(isinstance(one, str) for one in (*inputs, *outputs)):
+        raise BadRow("input_output is of a function's arguments, not of standard input and output")
+    if not inputs or len(inputs) != len(outputs):
+        raise BadRow(f"input_output has {len(inputs)} inputs and {len(outputs)} outputs")
+    cases = [{"input": one, "output": other} for one, other in zip(inputs, outputs, strict=True)]
+    prompt = (
+        f"{question}\n\nWrite a Python program that reads standard input and prints the answer. "
+        "Give it in one block of Python code."
+    )
+    return Example(question, _user(prompt), task=CODE_TASK, meta={"code": {"cases": cases}})
+
+
+def _fenced(code: str) -> str:
+    return f"```python\n{code.rstrip()}\n```"
+
+
+def choice_listing(choices: list[str]) -> str:
+    """What follows the question of a multiple-choice prompt: the options, and how to answer."""
+    options = "\n".join(
+        f"{one}. {choice}" for one, choice in zip(string.ascii_uppercase, choices, strict=False)
+    )
+    return f"\n\n{options}\n\nGive the letter of the right choice in the form: Answer: <letter>"
 
 
 @dataclass(frozen=True)
@@ -223,6 +343,15 @@ _SHAPES: dict[Shape, _ShapeSpec] = {
         _has("question", "choices|options", "answer|answerKey"),
         _multiple_choice,
     ),
+    "code": _ShapeSpec(
+        "prompt, test, entry_point; or text or prompt, test_list; or question, input_output",
+        lambda columns: (
+            {"prompt", "test", "entry_point"} <= set(columns)
+            or ("test_list" in columns and bool({"text", "prompt"} & set(columns)))
+            or ("input_output" in columns and bool({"question", "prompt"} & set(columns)))
+        ),
+        _code,
+    ),
     "alpaca": _ShapeSpec("instruction, output, perhaps input", _has("instruction", "output"), _alpaca),
     "question_answer": _ShapeSpec(
         "question or problem, perhaps answer or solution", _has("question|problem"), _question_answer
@@ -252,8 +381,64 @@ def parse_row(row: Row, shape: Shape) -> Example:
     """What a row of a known shape holds. BadRow when it cannot be used, DataError for a wrong answer."""
     example = _SHAPES[shape].parse(row)
     if example.response is not None:
-        example.response = tag_reasoning(example.response)
+        example.response = _with_reasoning(row, example.response, _REASONING_KEYS[:1])
     return example
+
+
+def whole_response(record: Record) -> str:
+    """A record's raw response, with its think block opened where the generation prompt had opened it."""
+    response = record.response or ""
+    if record.reasoning is not None and THINK_OPEN not in response:
+        return join_reasoning(record.reasoning, record.answer or "")
+    return response
+
+
+def write_row(record: Record, shape: WrittenShape) -> dict[str, Any] | str:
+    """A trace as a row of a shape, or why it is none; `parse_row` makes the same prompt and response of it.
+
+    An unfinished response is none: a row cannot say that its response was cut off.
+    """
+    if not record.messages:
+        return "plain text without a prompt"
+    if not record.response:
+        return "no response"
+    if record.finish_reason == "length":
+        return "an unfinished response"
+    return _WRITERS[shape](record, [(one["role"], one["content"]) for one in record.messages])
+
+
+def _as_question_answer(record: Record, turns: Turns) -> dict[str, Any] | str:
+    if [role for role, _ in turns] != ["user"]:
+        return "a conversation, of which a question is no more than a part"
+    gold = {} if record.reference is None else {"reference": record.reference, "task": record.task}
+    return {"question": turns[0][1], "answer": whole_response(record), **gold}
+
+
+def _as_messages(record: Record, turns: Turns) -> dict[str, Any]:
+    spoken = [*turns, ("assistant", whole_response(record))]
+    return {"messages": [{"role": role, "content": text} for role, text in spoken]}
+
+
+def _as_openthoughts(record: Record, turns: Turns) -> dict[str, Any]:
+    system = [text for role, text in turns[:1] if role == "system"]
+    thought, solution = split_reasoning(whole_response(record))
+    marks = OPEN_THOUGHTS
+    marked = f"{marks.answer_open}\n\n{solution}\n\n{marks.answer_close}"
+    if thought is not None:
+        marked = f"{marks.open}\n\n{thought}\n\n{marks.close}\n\n{marked}"
+    spoken = [*turns[len(system) :], ("assistant", marked)]
+    return {
+        "system": system[0] if system else _OPEN_THOUGHTS_SYSTEM,
+        "conversations": [{"from": role, "value": text} for role, text in spoken],
+    }
+
+
+_WRITERS: dict[WrittenShape, Callable[[Record, Turns], dict[str, Any] | str]] = {
+    "question_answer": _as_question_answer,
+    "openthoughts": _as_openthoughts,
+    "messages": _as_messages,
+}
+WRITTEN_SHAPES = tuple(_WRITERS)
 
 
 def scalar_columns(row: Row) -> dict[str, Any]:

@@ -10,35 +10,16 @@ import pytest
 from potstill.core.errors import DataError, ModelError
 from potstill.core.records import Record
 from potstill.data.chat import Rendered, Renderer, check_prompt_length, fit, split_reasoning, tag_reasoning
-from potstill.models import DEFAULT_CHAT_TEMPLATE, template_hash, tokenizer_hash
+from potstill.models import DEFAULT_CHAT_TEMPLATE, set_rendering, template_hash, tokenizer_hash
 
 ASKED = [{"role": "user", "content": "How many apples?"}]
 
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}"
-    "<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-)
-PHI3 = (
-    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
-)
-QWEN3 = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' %}{% set said = m['content'].split('</think>')[-1].lstrip('\\n') %}"
-    "{% if loop.last %}<think>\n\n</think>\n\n{% endif %}{{ said }}{% else %}{{ m['content'] }}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TEMPLATES = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in (Path(__file__).parents[2] / "chat_templates").glob("*.jinja")
+}
+LLAMA3, GEMMA, MISTRAL, PHI3, QWEN3 = (
+    TEMPLATES[name] for name in ("llama3", "gemma2", "mistral", "phi3", "qwen3")
 )
 OPENS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -174,15 +155,40 @@ class TestFamilies:
         rendered = Renderer(tokenizer).render(trace("<think>\nten and one\n</think>\n\nEleven."))
         assert supervised(tokenizer, rendered) == "<think>\nten and one\n</think>\n\nEleven.<|im_end|>"
 
-    def test_a_refusal_by_the_template_names_row_and_roles(self, tiny_tokenizer: Any) -> None:
-        tokenizer = variant(tiny_tokenizer, GEMMA, special=FAMILIES["gemma"][1], bos="<bos>", eos="<eos>")
-        record = Record(
-            prompt_id="p", messages=[{"role": "system", "content": "Be brief"}, *ASKED], response="x"
+    @pytest.mark.parametrize("template", ["gemma2", "gemma3", "mistral"])
+    def test_a_system_message_without_a_place_stands_before_the_first_question(
+        self, tiny_tokenizer: Any, template: str
+    ) -> None:
+        tokenizer = variant(tiny_tokenizer, TEMPLATES[template], bos="<|im_start|>", eos="<|endoftext|>")
+        renderer = Renderer(tokenizer)
+        assert renderer.takes_system is (template == "gemma3")
+        asked = [{"role": "system", "content": "Be brief."}, *ASKED]
+        folded = [{"role": "user", "content": "Be brief.\n\nHow many apples?"}]
+        assert renderer.prompt_text(asked) == renderer.prompt_text(folded)
+        assert asked[0]["role"] == "system", "the record's own messages stay as they are"
+        assert renderer.keeps_beginning(asked, "Ele") is renderer.keeps_beginning(folded, "Ele")
+
+    def test_a_template_that_passes_over_a_system_message_gets_it_with_the_question(
+        self, tiny_tokenizer: Any
+    ) -> None:
+        silent = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+        renderer = Renderer(variant(tiny_tokenizer, silent))
+        assert renderer.prompt_text([{"role": "system", "content": "Be brief."}, *ASKED]) == (
+            "Be brief.\n\nHow many apples?"
         )
-        with pytest.raises(DataError, match="System role not supported") as caught:
-            Renderer(tokenizer).render(record, row_number=12)
+
+    def test_a_refusal_by_the_template_names_row_and_roles(self, tiny_tokenizer: Any) -> None:
+        record = Record("p", messages=[*ASKED, *ASKED], response="x")
+        with pytest.raises(DataError, match="Roles must alternate") as caught:
+            Renderer(variant(tiny_tokenizer, MISTRAL)).render(record, row_number=12)
         assert "row 12" in str(caught.value)
-        assert "system, user" in str(caught.value)
+        assert "user, user" in str(caught.value)
+
+    def test_a_template_that_writes_the_date_writes_the_same_every_day(self, tiny_tokenizer: Any) -> None:
+        tokenizer = variant(tiny_tokenizer, TEMPLATES["smollm3"])
+        renderer = Renderer(tokenizer)
+        assert "Today Date: 26 July 2024\n" in renderer.prompt_text(ASKED)
+        assert tokenizer.chat_template == TEMPLATES["smollm3"], "what is saved is the model's own"
 
     def test_a_tokenizer_without_a_template_is_refused(self, tiny_tokenizer: Any) -> None:
         with pytest.raises(ModelError, match="no chat template"):
@@ -196,8 +202,9 @@ class TestFamilies:
 
 
 class TestReasoningOpenedByThePrompt:
-    def test_the_block_is_opened_once_whoever_opens_it(self, tiny_tokenizer: Any) -> None:
-        opening, plain = Renderer(variant(tiny_tokenizer, OPENS_THINKING)), Renderer(tiny_tokenizer)
+    @pytest.mark.parametrize("template", [OPENS_THINKING, TEMPLATES["deepseek_r1"]])
+    def test_the_block_is_opened_once_whoever_opens_it(self, tiny_tokenizer: Any, template: str) -> None:
+        opening, plain = Renderer(variant(tiny_tokenizer, template)), Renderer(tiny_tokenizer)
         whole, inside = "<think>\nten\n</think>\n11", "ten\n</think>\n11"
         assert opening.opens_reasoning(ASKED)
         assert not plain.opens_reasoning(ASKED)
@@ -206,6 +213,177 @@ class TestReasoningOpenedByThePrompt:
                 text = renderer.tokenizer.decode(renderer.render(trace(response)).ids)
                 assert text.count("<think>") == 1, (response, text)
                 assert text.endswith("<think>\nten\n</think>\n11<|im_end|>")
+
+    def test_an_answer_without_reasoning_closes_the_block_first(self, tiny_tokenizer: Any) -> None:
+        renderer = Renderer(variant(tiny_tokenizer, OPENS_THINKING))
+        text = renderer.tokenizer.decode(renderer.render(trace("Eleven.")).ids)
+        assert text.endswith("<think>\n\n</think>\n\nEleven.<|im_end|>")
+        for unfinished in ({"finish_reason": "length"}, {"reasoning": "ten and"}):
+            text = renderer.tokenizer.decode(renderer.render(trace("ten and", **unfinished)).ids)
+            assert "</think>" not in text, "it was cut off inside the block"
+
+    def test_reasoning_behind_an_empty_block_of_the_prompt_is_refused(self, tiny_tokenizer: Any) -> None:
+        unthinking = "{%- set enable_thinking = false %}" + QWEN3
+        renderer = Renderer(variant(tiny_tokenizer, unthinking))
+        text = renderer.tokenizer.decode(renderer.render(trace("Eleven.")).ids)
+        assert text.endswith("assistant\n<think>\n\n</think>\n\nEleven.<|im_end|>")
+        with pytest.raises(DataError, match=r"row 2 .*empty think block") as caught:
+            renderer.render(trace("<think>\nten\n</think>\n\nEleven."), row_number=2)
+        assert "reasoning_format: strip" in str(caught.value)
+
+    @pytest.mark.parametrize("template", [QWEN3, OPENS_THINKING, TEMPLATES["llama3"]])
+    def test_what_a_model_wrote_is_read_as_it_was_rendered(self, tiny_tokenizer: Any, template: str) -> None:
+        renderer = Renderer(variant(tiny_tokenizer, template))
+        rendered = renderer.render(trace("<think>\nten\n</think>\n\nEleven."))
+        written = supervised(renderer.tokenizer, rendered).removesuffix("<|im_end|>")
+        assert split_reasoning(renderer.read_response(ASKED, written)) == ("ten", "Eleven.")
+
+
+THOUGHT = "<think>\nten\n</think>\n\nEleven."
+
+
+class TestHistory:
+    """Earlier answers, with the reasoning that they had; the template decides what is left of it."""
+
+    def rendered(self, tokenizer: Any) -> str:
+        history = [*ASKED, {"role": "assistant", "content": THOUGHT}, {"role": "user", "content": "Sure?"}]
+        record = Record("p", history, response="<think>\nstill\n</think>\n\nYes.")
+        text = tokenizer.decode(Renderer(tokenizer).render(record).ids)
+        assert text.endswith("<think>\nstill\n</think>\n\nYes.<|im_end|>"), "the trained turn keeps its own"
+        return str(text)
+
+    @pytest.mark.parametrize("template", ["qwen3", "deepseek_r1"])
+    def test_a_template_that_strips_it_does(self, tiny_tokenizer: Any, template: str) -> None:
+        text = self.rendered(variant(tiny_tokenizer, TEMPLATES[template]))
+        assert "ten" not in text
+        assert "Eleven." in text
+
+    def test_a_template_that_knows_no_reasoning_keeps_it(self, tiny_tokenizer: Any) -> None:
+        assert f"assistant\n{THOUGHT}<|im_end|>" in self.rendered(tiny_tokenizer)
+
+    @pytest.mark.parametrize("field", ["m['reasoning_content']", "m.thinking"])
+    def test_a_template_that_wants_it_apart_gets_it_so(self, tiny_tokenizer: Any, field: str) -> None:
+        apart = (
+            "{% for m in messages %}{% if m['role'] == 'assistant' %}[{{ " + field + " }}]{% endif %}"
+            "{{ m['content'] }}\n{% endfor %}"
+        )
+        assert "[ten]Eleven.\n" in self.rendered(variant(tiny_tokenizer, apart))
+
+
+def with_format(tokenizer: Any, reasoning: Any, template: str | None = None) -> Any:
+    changed = copy.deepcopy(tokenizer)
+    set_rendering(changed, template or changed.chat_template, reasoning)
+    return changed
+
+
+WRITTEN = {
+    "strip": "Eleven.",
+    "openthoughts": (
+        "<|begin_of_thought|>\nten\n<|end_of_thought|>\n\n<|begin_of_solution|>\nEleven.\n<|end_of_solution|>"
+    ),
+    "two marks": "<r>\nten\n</r>\n\nEleven.",
+    "four marks": "<think>\nten\n</think>\n\n<answer>\nEleven.\n</answer>",
+}
+OWN_MARKS = {
+    "two marks": ["<r>", "</r>"],
+    "four marks": ["<think>", "</think>", "<answer>", "</answer>"],
+}
+
+
+class TestReasoningFormat:
+    """A student's own way to write its reasoning."""
+
+    @pytest.mark.parametrize("name", WRITTEN)
+    def test_it_is_trained_on_and_read_back(self, tiny_tokenizer: Any, name: str) -> None:
+        renderer = Renderer(with_format(tiny_tokenizer, OWN_MARKS.get(name, name)))
+        written = WRITTEN[name]
+        for response in (THOUGHT, written if name != "strip" else THOUGHT):
+            rendered = renderer.render(trace(response))
+            assert supervised(renderer.tokenizer, rendered) == f"{written}<|im_end|>"
+        expected = (None if name == "strip" else "ten", "Eleven.")
+        assert split_reasoning(renderer.read_response(ASKED, written)) == expected
+        assert supervised(renderer.tokenizer, renderer.render(trace("Eleven."))) == "Eleven.<|im_end|>"
+
+    @pytest.mark.parametrize("name", ["openthoughts", "two marks", "four marks"])
+    def test_a_response_cut_off_in_its_reasoning_stays_open(self, tiny_tokenizer: Any, name: str) -> None:
+        renderer = Renderer(with_format(tiny_tokenizer, OWN_MARKS.get(name, name)))
+        rendered = renderer.render(trace("<think>\nten and", finish_reason="length"))
+        opening = WRITTEN[name].partition("\n")[0]
+        assert supervised(renderer.tokenizer, rendered) == f"{opening}\nten and"
+
+    @pytest.mark.parametrize("name", ["openthoughts", "two marks", "four marks"])
+    def test_an_answer_that_was_cut_off_is_not_closed(self, tiny_tokenizer: Any, name: str) -> None:
+        renderer = Renderer(with_format(tiny_tokenizer, OWN_MARKS.get(name, name)))
+        written = WRITTEN[name].partition("Eleven.")[0] + "Eleven"
+        rendered = renderer.render(trace("<think>\nten\n</think>\n\nEleven", finish_reason="length"))
+        assert supervised(renderer.tokenizer, rendered) == written
+
+    @pytest.mark.parametrize("own", [None, ["<r>", "</r>"], "strip"])
+    def test_the_marks_of_the_model_that_wrote_a_trace_are_not_learned(
+        self, tiny_tokenizer: Any, own: Any
+    ) -> None:
+        renderer = Renderer(with_format(tiny_tokenizer, own))
+        written = {None: THOUGHT, "strip": "Eleven."}.get(
+            own if own is None else str(own), WRITTEN["two marks"]
+        )
+        parts = {"reasoning": "ten", "answer": "Eleven."}
+        rendered = renderer.render(trace("[T]ten[/T]Eleven.", **parts))
+        assert supervised(renderer.tokenizer, rendered) == f"{written}<|im_end|>"
+        if own != "strip":
+            cut = {"reasoning": "ten and", "answer": "", "finish_reason": "length"}
+            rendered = renderer.render(trace("[T]ten and", **cut))
+            opening = written.partition("\n")[0]
+            assert supervised(renderer.tokenizer, rendered) == f"{opening}\nten and"
+
+    def test_a_mark_in_the_answer_is_text(self, tiny_tokenizer: Any) -> None:
+        renderer = Renderer(with_format(tiny_tokenizer, ["Reasoning:", "Answer:"]))
+        rendered = renderer.render(trace("<think>\nten\n</think>\n\nAnswer: B"))
+        assert supervised(renderer.tokenizer, rendered) == ("Reasoning:\nten\nAnswer:\n\nAnswer: B<|im_end|>")
+
+    def test_think_tags_that_the_prompt_opens_are_read_back_once(self, tiny_tokenizer: Any) -> None:
+        renderer = Renderer(with_format(tiny_tokenizer, OWN_MARKS["four marks"], OPENS_THINKING))
+        written = supervised(renderer.tokenizer, renderer.render(trace(THOUGHT))).removesuffix("<|im_end|>")
+        assert renderer.read_response(ASKED, written) == THOUGHT
+
+    def test_history_is_written_in_it(self, tiny_tokenizer: Any) -> None:
+        history = [*ASKED, {"role": "assistant", "content": THOUGHT}, *ASKED]
+        assert "ten" not in Renderer(with_format(tiny_tokenizer, "strip")).prompt_text(history)
+        assert "<r>\nten\n</r>" in Renderer(with_format(tiny_tokenizer, ["<r>", "</r>"])).prompt_text(history)
+
+    def test_without_reasoning_a_block_that_the_prompt_opens_is_closed_at_once(
+        self, tiny_tokenizer: Any
+    ) -> None:
+        renderer = Renderer(with_format(tiny_tokenizer, "strip", OPENS_THINKING))
+        rendered = renderer.render(trace(THOUGHT, reasoning="ten"))
+        assert renderer.tokenizer.decode(rendered.ids).endswith("<think>\n\n</think>\n\nEleven.<|im_end|>")
+
+    def test_nothing_but_reasoning_is_nothing_to_learn_without_it(self, tiny_tokenizer: Any) -> None:
+        with pytest.raises(DataError, match=r"row 4 .*nothing to learn"):
+            Renderer(with_format(tiny_tokenizer, "strip")).render(trace("<think>\nten and"), row_number=4)
+
+    def test_other_marks_than_those_that_the_prompt_opens_are_refused(self, tiny_tokenizer: Any) -> None:
+        renderer = Renderer(with_format(tiny_tokenizer, ["<r>", "</r>"], OPENS_THINKING))
+        with pytest.raises(ModelError, match="opens <think> itself"):
+            renderer.render(trace(THOUGHT))
+
+    def test_it_is_part_of_the_template_that_own_ids_stand_behind(self, tiny_tokenizer: Any) -> None:
+        tokenizer = with_format(tiny_tokenizer, "strip")
+        assert template_hash(tokenizer) != template_hash(tiny_tokenizer)
+        ids = {
+            "prompt_token_ids": [1, 40],
+            "response_token_ids": [50, 51],
+            "tokenizer": tokenizer_hash(tokenizer),
+        }
+        renderer = Renderer(tokenizer)
+        for sampling in ({}, {"template": template_hash(tiny_tokenizer)}):
+            rendered = renderer.render(trace(THOUGHT, sampling=sampling, **ids))
+            assert supervised(tokenizer, rendered) == "Eleven.<|im_end|>"
+        own = trace(THOUGHT, sampling={"template": template_hash(tokenizer)}, **ids)
+        assert renderer.render(own).ids[:4] == [1, 40, 50, 51]
+
+    def test_a_response_that_another_model_began_is_refused(self, tiny_tokenizer: Any) -> None:
+        with pytest.raises(DataError, match="another model began"):
+            Renderer(with_format(tiny_tokenizer, "strip")).render(trace(THOUGHT, prefix_characters=4))
 
 
 class TestEnding:
@@ -336,6 +514,10 @@ class TestSplitReasoning:
         assert tag_reasoning("<|begin_of_thought|>\n\nten and") == "<think>\nten and"
         assert tag_reasoning("<|begin_of_solution|>Eleven.<|end_of_solution|>") == "Eleven."
         assert tag_reasoning("no marks") == "no marks"
+
+    def test_what_stands_before_the_marks_is_not_lost(self) -> None:
+        text = "Sure!\n<|begin_of_thought|>ten<|end_of_thought|>Eleven."
+        assert split_reasoning(text) == ("ten", "Sure!\nEleven.")
 
 
 class TestRealTokenizers:

@@ -75,6 +75,10 @@ class TestCsv:
             {"prompt": "e", "response": "f"},
         ]
 
+    def test_two_columns_of_one_name_are_refused(self, write: Write) -> None:
+        with pytest.raises(DataError, match=r"a\.csv, line 1: two columns are named 'answer'"):
+            rows(write("a.csv", "answer,prompt,answer\n1,2,3\n"))
+
     def test_long_fields_are_read(self, write: Write) -> None:
         assert len(rows(write("a.csv", "prompt\n" + "x" * 300_000 + "\n"))[0]["prompt"]) == 300_000
 

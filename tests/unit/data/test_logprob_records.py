@@ -145,6 +145,17 @@ def test_a_record_that_cannot_be_used_is_named(
     assert "l.jsonl, line 1" in str(caught.value)
 
 
+def test_a_sample_has_one_record(
+    step_context: Any, samples: Path, tmp_path: Path, tiny_model_folder: Path, ids: list[int]
+) -> None:
+    record = {"sample_uuid": "u0", "token_ids": ids, "logprobs": [-1.0] * len(ids)}
+    same = lines(tmp_path / "same.jsonl", [record, record])
+    assert len(read_with(step_context, samples, same, tiny_model_folder)) == 1
+    other = {**record, "logprobs": [-2.0] * len(ids)}
+    with pytest.raises(DataError, match=r"l\.jsonl, line 2: .*'u0' has other log-probabilities"):
+        read_with(step_context, samples, lines(tmp_path / "l.jsonl", [record, other]), tiny_model_folder)
+
+
 def test_a_column_that_rows_do_not_have_is_named_with_those_they_have(
     step_context: Any, samples: Path, tmp_path: Path, tiny_model_folder: Path, ids: list[int]
 ) -> None:

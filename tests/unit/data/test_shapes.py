@@ -1,11 +1,22 @@
 """Rows of the known shapes give prompt, response and gold answer; others are refused."""
 
-from typing import Any
+import json
+from typing import Any, ClassVar
 
 import pytest
 
 from potstill.core.errors import DataError
-from potstill.data.shapes import BadRow, Example, Shape, parse_row, recognise
+from potstill.core.records import Record
+from potstill.data.shapes import (
+    WRITTEN_SHAPES,
+    BadRow,
+    Example,
+    Shape,
+    WrittenShape,
+    parse_row,
+    recognise,
+    write_row,
+)
 
 CHOICES = ["red", "green", "blue"]
 
@@ -104,6 +115,83 @@ class TestMultipleChoice:
             parsed({"question": "Which?", "choices": choices, "answer": 0})
 
 
+class TestCode:
+    HUMAN_EVAL: ClassVar = {
+        "task_id": "HumanEval/0",
+        "prompt": 'def one():\n    """One."""\n',
+        "canonical_solution": "    return 1\n",
+        "test": "def check(candidate):\n    assert candidate() == 1",
+        "entry_point": "one",
+    }
+
+    def test_a_function_to_complete_is_asked_for_whole_and_checked_by_its_name(self) -> None:
+        example = parsed(self.HUMAN_EVAL)
+        assert "```python\ndef one():" in example.messages[0]["content"]
+        assert example.task == "code"
+        assert example.meta["code"]["tests"].endswith("\ncheck(one)\n")
+        assert example.response == "```python\n" + self.HUMAN_EVAL["prompt"] + "    return 1\n```"
+
+    @pytest.mark.parametrize("column", ["text", "prompt"])
+    def test_a_list_of_tests_is_shown_and_run_after_what_sets_them_up(self, column: str) -> None:
+        row = {column: "Add.", "test_list": ["assert add(1, 2) == 3"], "test_imports": ["import math"]}
+        example = parsed(row)
+        assert "assert add(1, 2) == 3" in example.messages[0]["content"]
+        assert example.meta["code"] == {"tests": "import math\nassert add(1, 2) == 3\n"}
+        assert example.response is None
+
+    def test_pairs_of_input_and_output_are_cases(self) -> None:
+        pairs = {"inputs": ["1\n", "2\n"], "outputs": ["2\n", "3\n"]}
+        for given in (pairs, json.dumps(pairs)):
+            example = parsed({"question": "Add one.", "input_output": given})
+            assert example.meta["code"]["cases"][1] == {"input": "2\n", "output": "3\n"}
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"text": "Add.", "test_list": []}, "no list of tests"),
+            ({"question": "Add.", "input_output": {"inputs": 1, "outputs": []}}, "no inputs and outputs"),
+            ({"question": "Add.", "input_output": "{"}, "no inputs and outputs"),
+            ({"question": "Add.", "input_output": '{"inputs": ["1"], "outputs": []}'}, "1 inputs and 0"),
+            (
+                {"question": "Add.", "input_output": '{"fn_name": "f", "inputs": [[1]], "outputs": [2]}'},
+                "a function's arguments",
+            ),
+        ],
+    )
+    def test_rows_without_usable_tests_are_told(self, row: dict[str, Any], message: str) -> None:
+        with pytest.raises(BadRow, match=message):
+            parsed(row)
+
+
+class TestOddRows:
+    def test_what_looks_like_a_calculators_mark_in_code_stays(self) -> None:
+        for code in ("kernel<<<grid, block>>>(x);", "kernel<<<a = b>>>(x);", "cout << a >> b;"):
+            assert parsed({"question": "CUDA?", "answer": code}).response == code
+        assert parsed({"question": "x?", "answer": "3*24=<<3*24=72>>72"}).response == "3*24=72"
+
+    def test_a_missing_value_is_no_text(self) -> None:
+        with pytest.raises(BadRow, match="no text in answer"):
+            parsed({"question": "x?", "answer": float("nan")})
+
+    def test_a_turn_that_is_nothing_is_told(self) -> None:
+        with pytest.raises(BadRow, match="a message lacks 'from'"):
+            parsed({"conversations": [None]})
+
+    def test_choices_may_have_no_labels(self) -> None:
+        row = {"question": "x?", "choices": {"label": None, "text": ["a", "b"]}, "answer": 1}
+        assert parsed(row).reference == "B"
+
+    def test_imports_may_be_one_text(self) -> None:
+        row = {"text": "Add.", "test_list": ["assert add(1, 2) == 3"], "test_imports": "import math"}
+        assert parsed(row).meta["code"] == {"tests": "import math\nassert add(1, 2) == 3\n"}
+
+
+class TestReferences:
+    def test_fields_to_compare_may_stand_as_they_are_or_as_json(self) -> None:
+        for reference in ({"n": 1}, '{"n": 1}'):
+            assert parsed({"prompt": "Hi", "reference": reference}).reference == '{"n": 1}'
+
+
 class TestConversations:
     def test_the_last_assistant_turn_is_the_response(self) -> None:
         turns = [
@@ -143,6 +231,33 @@ class TestConversations:
         }
         example = parsed(row)
         assert (example.response, example.reference) == ("<think>\nten\n</think>\n\n11", "11")
+
+    @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+    def test_reasoning_apart_from_a_messages_content_becomes_a_think_block(self, key: str) -> None:
+        said = {"role": "assistant", "content": "11", key: "ten\n"}
+        example = parsed({"messages": [user("Hi"), said, user("Sure?"), {**said, "content": "12"}]})
+        assert example.messages[1]["content"] == "<think>\nten\n</think>\n\n11"
+        assert example.response == "<think>\nten\n</think>\n\n12"
+
+    def test_reasoning_that_a_message_holds_itself_is_not_doubled(self) -> None:
+        whole = "<think>\nten\n</think>\n\n11"
+        for content in (whole, whole.removeprefix("<think>")):
+            said = {"role": "assistant", "content": content, "reasoning_content": "ten"}
+            assert parsed({"messages": [user("Hi"), said]}).response == content
+
+    def test_reasoning_without_an_answer_is_told(self) -> None:
+        said = {"role": "assistant", "content": "", "reasoning_content": "ten and"}
+        with pytest.raises(BadRow, match="reasoning without an answer"):
+            parsed({"messages": [user("Hi"), said]})
+
+    def test_what_a_user_said_has_no_reasoning(self) -> None:
+        assert parsed({"messages": [{**user("Hi"), "reasoning_content": "ten"}]}).messages == [user("Hi")]
+
+    def test_openthoughts_system_prompt_goes_wherever_it_stands(self) -> None:
+        asks = {"role": "system", "content": "Use <|begin_of_thought|> and so on."}
+        assert parsed({"messages": [asks, user("Hi")]}).messages == [user("Hi")]
+        with pytest.raises(BadRow, match="no user message"):
+            parsed({"messages": [asks]})
 
     def test_content_in_parts_is_joined(self) -> None:
         parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
@@ -184,6 +299,18 @@ class TestOthers:
         row = {"prompt": "1+1?", "completion": "It is 2.", "reference": "2", "task": "math"}
         assert parsed(row) == Example("1+1?", [user("1+1?")], "It is 2.", "2", "math")
 
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"prompt": "Hi", "response": "11"},
+            {"question": "Hi", "answer": "11"},
+            {"input": "Hi", "output": "11"},
+        ],
+    )
+    def test_a_column_of_reasoning_stands_before_the_response(self, row: dict[str, str]) -> None:
+        assert parsed({**row, "reasoning_content": "ten"}).response == "<think>\nten\n</think>\n\n11"
+        assert parsed({**row, "reasoning_content": None}).response == "11"
+
     def test_plain_text_has_no_prompt(self) -> None:
         assert parsed({"text": "Once."}) == Example("Once.", [], "Once.")
 
@@ -191,3 +318,113 @@ class TestOthers:
     def test_an_empty_prompt_is_told(self, row: dict[str, Any]) -> None:
         with pytest.raises(BadRow, match="no text in"):
             parsed(row)
+
+
+class TestHubRows:
+    """Rows as the data sets on the hub have them, read without any setting."""
+
+    def test_gsm8k(self) -> None:
+        worked = "Each box has 24, so 3*24=<<3*24=72>>72.\n72-10=<<72-10=62>>62.\n#### 62"
+        example = parsed({"question": "How many crayons are left?", "answer": worked})
+        assert example.messages == [user("How many crayons are left?")]
+        assert (example.reference, example.task) == ("62", "math")
+        assert example.response == "Each box has 24, so 3*24=72.\n72-10=62.\n#### 62"
+
+    def test_openthoughts_114k(self) -> None:
+        thought = "<|begin_of_thought|>\n\nOkay, three twos.\n\nThat is six.\n\n<|end_of_thought|>"
+        solution = "<|begin_of_solution|>\n\nThe answer is \\boxed{6}.\n\n<|end_of_solution|>"
+        row = {
+            "system": "Your role is ... <|begin_of_thought|> {thought} <|end_of_thought|> ...",
+            "conversations": [
+                {"from": "user", "value": "Return your final response within \\boxed{}. 3 * 2?"},
+                {"from": "assistant", "value": f"{thought}\n\n{solution}"},
+            ],
+        }
+        example = parsed(row)
+        assert [one["role"] for one in example.messages] == ["user"]
+        assert example.response == (
+            "<think>\nOkay, three twos.\n\nThat is six.\n</think>\n\nThe answer is \\boxed{6}."
+        )
+
+    def test_openthoughts_114k_with_its_metadata(self) -> None:
+        row = {
+            "problem": "3 * 2?",
+            "deepseek_reasoning": "Three twos are six.",
+            "deepseek_solution": "6",
+            "ground_truth_solution": "so \\boxed{6}",
+            "domain": "math",
+            "source": "olympiads",
+            "test_cases": None,
+            "starter_code": None,
+        }
+        example = parsed(row)
+        assert (example.reference, example.task) == ("6", "math")
+        assert example.response == "<think>\nThree twos are six.\n</think>\n\n6"
+
+
+def trace(*messages: dict[str, str], response: str | None, **fields: Any) -> Record:
+    return Record("p", [*messages], response=response, **{"finish_reason": "stop", **fields})
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+THOUGHT = "<think>\nten and one\n</think>\n\n11"
+
+
+class TestWriting:
+    @pytest.mark.parametrize("shape", WRITTEN_SHAPES)
+    def test_what_is_written_is_read_again(self, shape: WrittenShape) -> None:
+        row = write_row(trace(user("Hi"), response=THOUGHT, reference="11", task="math"), shape)
+        assert isinstance(row, dict)
+        assert recognise(row) is not None
+        example = parsed(row)
+        assert (example.messages, example.response) == ([user("Hi")], THOUGHT)
+        if shape == "question_answer":
+            assert (example.reference, example.task) == ("11", "math")
+
+    @pytest.mark.parametrize("shape", ["openthoughts", "messages"])
+    def test_a_conversation_keeps_its_system_message_and_earlier_turns(self, shape: WrittenShape) -> None:
+        said = [SYSTEM, user("Hi"), {"role": "assistant", "content": "Hello"}, user("Bye")]
+        row = write_row(trace(*said, response="So long"), shape)
+        assert isinstance(row, dict)
+        example = parsed(row)
+        assert (example.messages, example.response) == (said, "So long")
+
+    def test_openthoughts_rows_have_its_columns_and_tags(self) -> None:
+        row = write_row(trace(user("Hi"), response=THOUGHT), "openthoughts")
+        assert isinstance(row, dict)
+        assert list(row) == ["system", "conversations"]
+        assert "<|begin_of_thought|>" in row["system"]
+        asked, told = row["conversations"]
+        assert asked == {"from": "user", "value": "Hi"}
+        assert told["from"] == "assistant"
+        assert told["value"] == (
+            "<|begin_of_thought|>\n\nten and one\n\n<|end_of_thought|>\n\n"
+            "<|begin_of_solution|>\n\n11\n\n<|end_of_solution|>"
+        )
+
+    def test_a_block_that_the_generation_prompt_opened_is_written_whole(self) -> None:
+        record = trace(
+            user("Hi"), response="ten and one\n</think>\n\n11", reasoning="ten and one", answer="11"
+        )
+        row = write_row(record, "question_answer")
+        assert isinstance(row, dict)
+        assert row["answer"] == THOUGHT
+
+    @pytest.mark.parametrize(
+        ("record", "reason"),
+        [
+            (trace(response="plain"), "without a prompt"),
+            (trace(user("Hi"), response=None), "no response"),
+            (trace(user("Hi"), response="ten and", finish_reason="length"), "unfinished"),
+            (trace(SYSTEM, user("Hi"), response="11"), "a conversation"),
+        ],
+    )
+    def test_what_has_no_place_in_a_row_is_told(self, record: Record, reason: str) -> None:
+        found = write_row(record, "question_answer")
+        assert isinstance(found, str)
+        assert reason in found
+
+    def test_a_reference_that_is_a_number_is_judged_as_one(self) -> None:
+        example = parsed({"question": "x?", "answer": "so it is 3", "reference": "3"})
+        assert (example.reference, example.task) == ("3", "math")
+        assert parsed({"question": "x?", "answer": "a poet", "reference": "Homer"}).task is None
