@@ -1,93 +1,102 @@
-"""A model's answers to prompts, decoded in batches and judged."""
+"""Answers judged: each with its verdicts, its likeness to given responses, and the form of its reasoning."""
 
 import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from potstill.core.errors import DataError
 from potstill.core.records import Record
-from potstill.core.step import StepContext
-from potstill.data.chat import THINK_OPEN, Renderer, split_reasoning
+from potstill.data.chat import split_reasoning
+from potstill.evaluate.reasoning import read_reasoning
 from potstill.evaluate.rouge import rouge
-from potstill.evaluate.rows import AnswerRow
-from potstill.evaluate.settings import EvaluateSettings
-from potstill.models import LoadedModel
-from potstill.teachers.protocol import Answer
-from potstill.teachers.transformers import generate_batch
-from potstill.verifiers import verify
+from potstill.evaluate.rows import FAILED, AnswerRow
+from potstill.teachers import Answer
+from potstill.verifiers import Verifier, judge
+from potstill.verifiers.settings import FunctionVerifier
 
-__all__ = ["answer_prompts"]
+__all__ = ["check_verifiable", "judge_answers"]
+
+_NO_ANSWER = Answer(response="", finish_reason="length")
 
 
-def answer_prompts(
-    model: LoadedModel,
-    renderer: Renderer,
-    records: Sequence[Record],
-    references: Mapping[str, Sequence[str]],
-    *,
-    settings: EvaluateSettings,
-    context: StepContext,
-    description: str,
-) -> tuple[list[AnswerRow], float]:
-    """One answer a prompt with its verdicts, in the prompts' order, and the seconds that decoding took.
+def check_verifiable(records: Sequence[Record], verifier: Verifier | None, *, where: str) -> None:
+    """Raise DataError for a row that no verifier can judge, before anything is decoded or bought.
 
-    `references` are texts by prompt id that answers are compared with by ROUGE, reasoning left aside.
-    Prompts of like length are decoded together. Sampling draws by seeds made from the prompt's id, the same
-    for every model. Raises DataError for a prompt that does not fit the model's context.
+    The user's own function is tried on the first row alone.
     """
-    prompts_ids = [renderer.prompt_ids(record.messages) for record in records]
-    order = sorted(range(len(records)), key=lambda number: len(prompts_ids[number]), reverse=True)
-    found: dict[int, Answer] = {}
-    seconds = 0.0
-    with context.progress(description, total=len(records), unit="prompts") as progress:
-        for start in range(0, len(order), settings.batch):
-            batch = order[start : start + settings.batch]
-            started = time.monotonic()
-            answers = generate_batch(
-                model,
-                renderer,
-                [prompts_ids[number] for number in batch],
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                seeds=[context.derive_seed("answer", records[number].prompt_id) for number in batch],
-                stop=context.stop,
-            )
-            seconds += time.monotonic() - started
-            context.check_stop()
-            found.update(zip(batch, answers, strict=True))
-            progress.advance(len(batch))
-    rows = [
+    if isinstance(verifier, FunctionVerifier):
+        records = records[:1]
+    for number, record in enumerate(records, start=1):
+        try:
+            judge(record, "", verifier)
+        except DataError as error:
+            raise DataError(
+                error.what, where=f"{where}, prompt {number}, {error.where}", expected=error.expected
+            ) from error
+
+
+def judge_answers(
+    records: Sequence[Record],
+    answers: Sequence[Answer | None],
+    *,
+    read_response: Callable[[Record, str], str],
+    references: Mapping[str, Sequence[str]],
+    verifier: Verifier | None = None,
+) -> list[AnswerRow]:
+    """A row an answer; `answers` are as many a prompt as there are samples, in the prompts' order.
+
+    None is an answer that failed, and counts as empty. `references` are texts by prompt id that answers are
+    compared with by ROUGE, reasoning left aside. `read_response` brings a response's reasoning into a
+    think block. `verifier` judges in the place of the rows' own.
+    """
+    samples = len(answers) // len(records)
+    return [
         _row(
-            record, renderer, prompts_ids[number], found[number], number, references.get(record.prompt_id, ())
+            record,
+            answers[number * samples + sample],
+            sample,
+            read_response,
+            references.get(record.prompt_id, ()),
+            verifier,
         )
         for number, record in enumerate(records)
+        for sample in range(samples)
     ]
-    return rows, seconds
 
 
 def _row(
     record: Record,
-    renderer: Renderer,
-    prompt_ids: list[int],
-    answer: Answer,
-    number: int,
+    given: Answer | None,
+    sample: int,
+    read_response: Callable[[Record, str], str],
     references: Sequence[str],
+    verifier: Verifier | None,
 ) -> AnswerRow:
-    opened = THINK_OPEN if renderer.opens_reasoning(record.messages) else ""
-    try:
-        verdicts = verify(record, opened + answer.response)
-    except DataError as error:
-        raise DataError(
-            error.what, where=f"prompt {number + 1}, {error.where}", expected=error.expected
-        ) from error
+    answer = given or _NO_ANSWER
+    text = read_response(record, answer.response) if given is not None else ""
+    reasoning = read_reasoning(text)
+    final = split_reasoning(text)[1]
+    judged = judge(record, text, verifier)
     return AnswerRow(
         record_id=record.id,
         prompt_id=record.prompt_id,
         prompt=json.dumps(record.messages, ensure_ascii=False),
         response=answer.response,
-        finish_reason=answer.finish_reason,
-        prompt_tokens=len(prompt_ids),
-        response_tokens=answer.response_tokens or 0,
-        verdicts=verdicts,
-        scores=rouge(split_reasoning(opened + answer.response)[1], references) if references else {},
+        finish_reason=FAILED if given is None else answer.finish_reason,
+        prompt_tokens=answer.prompt_tokens,
+        response_tokens=0 if given is None else answer.response_tokens,
+        verdicts={
+            **judged.verdicts,
+            "handed_in": answer.finish_reason == "stop" and bool(final.strip()),
+            "reasons": reasoning.present,
+            "tagged": reasoning.tagged,
+        },
+        scores={
+            **judged.scores,
+            "reasoning_quality": reasoning.quality,
+            "repetition": reasoning.repetition,
+            **(rouge(final, references) if references else {}),
+        },
+        counts={"reasoning_steps": reasoning.steps, "reasoning_words": reasoning.words},
+        sample=sample,
+        note=judged.note,
     )

@@ -13,8 +13,12 @@ __all__ = [
     "Estimate",
     "bootstrap_ratio",
     "bootstrap_ratio_difference",
+    "clustered_share",
+    "clustered_share_difference",
+    "independent_share_difference",
     "mcnemar_exact",
     "paired_share_difference",
+    "pass_at_k",
     "wilson_interval",
 ]
 
@@ -44,13 +48,78 @@ def wilson_interval(successes: int, trials: int) -> Estimate:
         raise ValueError(
             f"{successes} of {trials} is no share; expected 0 <= successes <= trials and trials > 0"
         )
-    share, z2 = successes / trials, Z_95**2
+    return _wilson(successes / trials, trials)
+
+
+def _wilson(share: float, trials: float) -> Estimate:
+    z2 = Z_95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    # At 0 and at all trials the bound is exact; rounding would leave it a hair off.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == trials else centre + half
+    # At 0 and 1 the bound is exact; rounding would leave it a hair off.
+    low = 0.0 if share == 0 else centre - half
+    high = 1.0 if share == 1 else centre + half
     return Estimate(share, low, high)
+
+
+def clustered_share(values: Sequence[float], *, samples: int) -> Estimate:
+    """The mean of values in 0..1, one a prompt, each a mean over (or a function of) `samples` answers.
+
+    Wilson's interval for as many independent answers as have the variance that the prompts show (Korn &
+    Graubard 1998): p (1 - p) / (variance of the mean), at most all answers, and the number of prompts where
+    all values are 0 or all 1. With one sample a prompt it is Wilson's own. Unlike a bootstrap it has a width
+    where all values are alike.
+    """
+    prompts = len(values)
+    mean = min(max(math.fsum(values) / prompts, 0.0), 1.0)
+    spread = mean * (1 - mean)
+    if spread == 0 or prompts == 1:
+        return _wilson(mean, prompts)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    variance = squares / prompts / (prompts if samples == 1 else prompts - 1)
+    answers = prompts * samples
+    return _wilson(mean, min(spread / variance, answers) if variance else answers)
+
+
+def clustered_share_difference(first: Sequence[float], second: Sequence[float], *, samples: int) -> Estimate:
+    """mean(second) - mean(first) of values in 0..1, one a prompt, over the same prompts.
+
+    The two means' limits joined by the correlation of the prompts' values, as Newcombe does with single
+    answers (Zou & Donner 2008).
+    """
+    one, two = clustered_share(second, samples=samples), clustered_share(first, samples=samples)
+    mean_first, mean_second = two.value, one.value
+    pairs = [(a - mean_first, b - mean_second) for a, b in zip(first, second, strict=True)]
+    squares = math.fsum(a * a for a, _ in pairs) * math.fsum(b * b for _, b in pairs)
+    product = math.fsum(a * b for a, b in pairs)
+    return _joined(one, two, product / math.sqrt(squares) if squares > 0 else 0.0)
+
+
+def independent_share_difference(first: Estimate, second: Estimate) -> Estimate:
+    """How much the second share is more than the first, of other answers (Newcombe 1998b, method 10)."""
+    return _joined(second, first, 0.0)
+
+
+def _joined(one: Estimate, two: Estimate, correlation: float) -> Estimate:
+    """The first less the second, from the limits of each and the correlation between them."""
+
+    def reach(ours: float, theirs: float) -> float:
+        return math.sqrt(max(ours**2 - 2 * correlation * ours * theirs + theirs**2, 0.0))
+
+    difference = one.value - two.value
+    low = difference - reach(one.value - one.low, two.high - two.value)
+    high = difference + reach(one.high - one.value, two.value - two.low)
+    return Estimate(difference, low, high)
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The chance that one of k answers is right, from `right` ones among `samples` (Chen et al. 2021, eq. 1).
+
+    1 - C(samples - right, k) / C(samples, k): unbiased, which 1 - (1 - right / samples)^k is not. Raises
+    ValueError for a k above the number of samples.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} cannot be told from {samples} samples; expected 1 <= k <= {samples}")
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def paired_share_difference(first: Sequence[bool], second: Sequence[bool]) -> Estimate:
@@ -63,19 +132,11 @@ def paired_share_difference(first: Sequence[bool], second: Sequence[bool]) -> Es
     both, only_first, only_second, neither = _pairs(first, second)
     trials = both + only_first + only_second + neither
     one, two = wilson_interval(both + only_second, trials), wilson_interval(both + only_first, trials)
-    difference = one.value - two.value
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     product: float = both * neither - only_first * only_second
     if product > 0:
         product = max(product - trials / 2, 0)
-    correlation = product / math.sqrt(margins) if margins else 0.0
-
-    def reach(ours: float, theirs: float) -> float:
-        return math.sqrt(max(ours**2 - 2 * correlation * ours * theirs + theirs**2, 0.0))
-
-    low = difference - reach(one.value - one.low, two.high - two.value)
-    high = difference + reach(one.high - one.value, two.value - two.low)
-    return Estimate(difference, low, high)
+    return _joined(one, two, product / math.sqrt(margins) if margins else 0.0)
 
 
 def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> float:

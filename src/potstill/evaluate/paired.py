@@ -1,87 +1,69 @@
-"""Runs against each other on the same held-out traces: KL to the teacher, paired over prompts and seeds."""
+"""Arms of an experiment against each other on the same rows, paired over prompts and seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from potstill.evaluate.intervals import Estimate, bootstrap_ratio, bootstrap_ratio_difference
-from potstill.evaluate.rows import HELD_OUT_FILE, TraceRow, read_traces
 
-__all__ = ["HeldOutRun", "PairedKL", "paired_kl"]
+__all__ = ["MeasuredRows", "PairedArm", "paired_arms"]
 
-_Rows = dict[tuple[int, str], TraceRow]
-"""By the run's seed and the trace's id."""
+MeasuredRows = Mapping[str, tuple[str, float, float]]
+"""By a row's id: its prompt's id, and the two sums that the measure is the ratio of: nats and tokens, say."""
 
-
-@dataclass(frozen=True)
-class HeldOutRun:
-    """One run's evaluate step: its folder, the student's role there, and the run's arm and seed."""
-
-    arm: str
-    seed: int
-    folder: Path
-    role: str
+_Keys = list[tuple[int, str]]
+_Rows = dict[tuple[int, str], tuple[str, float, float]]
+"""By the run's seed and the row's id."""
 
 
 @dataclass(frozen=True)
-class PairedKL:
-    """An arm's KL to the teacher in nats a token, and how much that is more than the first arm's.
+class PairedArm:
+    """An arm's figure, and how much that is more than the first arm's.
 
-    `difference` is over the traces that both arms were measured on, seed by seed, and `by_seed` the same of
-    each seed alone; None and empty for the first arm and where no trace is the same.
+    `difference` is over the rows that both arms were measured on, seed by seed, and `by_seed` the same of
+    each seed alone; None and empty for the first arm and where no row is the same.
     """
 
     arm: str
     seeds: int
-    kl: Estimate
+    figure: Estimate
     difference: Estimate | None
     by_seed: list[float]
 
 
-def paired_kl(runs: Sequence[HeldOutRun]) -> list[PairedKL]:
-    """Each arm's KL with a bootstrap interval over prompts, and its paired difference to the first arm.
+def paired_arms(runs: Iterable[tuple[str, int, MeasuredRows]]) -> list[PairedArm]:
+    """Each arm's ratio with a bootstrap interval over prompts, and its paired difference to the first arm.
 
-    A prompt is a cluster: its samples of all seeds are drawn together, and for both arms at once, so that
-    more seeds do not pass for more prompts. Intervals tell of the prompts; how much other seeds would change
-    is seen in `by_seed`. Arms without a KL are left out.
+    A run is its arm, its seed and its rows. A prompt is a cluster: its samples of all seeds are drawn
+    together, and for both arms at once, so that more seeds do not pass for more prompts. Intervals tell of
+    the prompts; how much other seeds would change is seen in `by_seed`. Arms without rows are left out.
     """
     arms: dict[str, _Rows] = {}
-    for run in runs:
-        rows = arms.setdefault(run.arm, {})
-        for row in read_traces(run.folder / HELD_OUT_FILE, run.role):
-            if row.kl_nats is not None:
-                rows[run.seed, row.record_id] = row
+    for arm, seed, measured in runs:
+        arms.setdefault(arm, {}).update({(seed, key): row for key, row in measured.items()})
     arms = {arm: rows for arm, rows in arms.items() if rows}
-    found: list[PairedKL] = []
+    found: list[PairedArm] = []
     for arm, rows in arms.items():
         first = next(iter(arms.values()))
         common = [key for key in first if key in rows] if rows is not first else []
         seeds = sorted({seed for seed, _ in common})
         found.append(
-            PairedKL(
+            PairedArm(
                 arm,
                 len({seed for seed, _ in rows}),
-                bootstrap_ratio(*_columns(rows, list(rows)), _clusters(rows, list(rows)), seed=0),
+                bootstrap_ratio(*_columns(rows, list(rows)), [row[0] for row in rows.values()], seed=0),
                 _difference(first, rows, common) if common else None,
-                [
-                    _difference(first, rows, [key for key in common if key[0] == seed]).value
-                    for seed in seeds
-                    if len(seeds) > 1
-                ],
+                [_difference(first, rows, [key for key in common if key[0] == seed]).value for seed in seeds]
+                if len(seeds) > 1
+                else [],
             )
         )
     return found
 
 
-def _difference(first: _Rows, second: _Rows, keys: list[tuple[int, str]]) -> Estimate:
-    clusters = _clusters(first, keys)
+def _difference(first: _Rows, second: _Rows, keys: _Keys) -> Estimate:
+    clusters = [first[key][0] for key in keys]
     return bootstrap_ratio_difference(_columns(first, keys), _columns(second, keys), clusters, seed=0)
 
 
-def _columns(rows: _Rows, keys: list[tuple[int, str]]) -> tuple[list[float], list[float]]:
-    chosen = [rows[key] for key in keys]
-    return [row.kl_nats or 0.0 for row in chosen], [float(row.supervised_tokens) for row in chosen]
-
-
-def _clusters(rows: _Rows, keys: list[tuple[int, str]]) -> list[str]:
-    return [rows[key].prompt_id for key in keys]
+def _columns(rows: _Rows, keys: _Keys) -> tuple[list[float], list[float]]:
+    return [rows[key][1] for key in keys], [rows[key][2] for key in keys]

@@ -1,11 +1,10 @@
 """The `evaluate` step: models in turn over the same traces and prompts; finished parts outlive a kill."""
 
 import dataclasses
-import functools
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,57 +17,34 @@ from potstill.core.records import Record
 from potstill.core.settings import ModelRef
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import write_atomically
-from potstill.data.chat import Renderer, fit, split_reasoning
-from potstill.data.sources import Data, prompts, read
-from potstill.evaluate.answers import answer_prompts
-from potstill.evaluate.rouge import check_rouge
+from potstill.data.chat import fit
+from potstill.data.sources import prompts
+from potstill.evaluate.answers import judge_answers
+from potstill.evaluate.choices import score_choices
 from potstill.evaluate.rows import (
+    FORGETTING_FILE,
     HELD_OUT_FILE,
     SAMPLES_FILE,
     SCORES_FILE,
     AnswerRow,
     TraceRow,
     write_answers,
+    write_forgetting,
     write_traces,
 )
-from potstill.evaluate.settings import EvaluateSettings
-from potstill.evaluate.summary import ModelRows, differences, figures
+from potstill.evaluate.scorers import Scorers
+from potstill.evaluate.settings import Decoding, EvaluateSettings
+from potstill.evaluate.subjects import LocalSubject, ServedSubject, Subject, open_subject
+from potstill.evaluate.summary import ModelRows, TaskRows, differences, figures
+from potstill.evaluate.tasks import TaskData, read_tasks, read_traces
 from potstill.evaluate.traces import compare_on_traces
-from potstill.models import (
-    LoadedModel,
-    TransformersModel,
-    check_same_vocabulary,
-    identity,
-    load,
-    load_tokenizer,
-    tokenizer_hash,
-)
+from potstill.models import check_same_vocabulary
 from potstill.scoring import micro_batch_tokens
 from potstill.teachers.transformers import context_tokens
 
 __all__ = ["evaluate"]
 
 _HELD_OUT = "held_out"
-
-
-class _Subject:
-    """One model under evaluation, loaded when something has to be measured and not before."""
-
-    def __init__(self, name: str, reference: ModelRef, settings: TransformersModel) -> None:
-        self.name, self.reference, self.settings = name, reference, settings
-        self.tokenizer = load_tokenizer(settings)
-        self.renderer = Renderer(self.tokenizer)
-        self.tokenizer_hash = tokenizer_hash(self.tokenizer)
-        self.identity = identity(settings)
-
-    @functools.cached_property
-    def loaded(self) -> LoadedModel:
-        """The model itself."""
-        return load(self.settings)
-
-    def is_same_model(self, other: "_Subject") -> bool:
-        """Whether two names stand for the same weights in the same precision."""
-        return (self.identity, self.settings.quantize) == (other.identity, other.settings.quantize)
 
 
 @dataclasses.dataclass
@@ -78,19 +54,22 @@ class _Evaluation:
     settings: EvaluateSettings
     context: StepContext
     traces: list[Record]
-    tasks: dict[str, list[Record]]
-    references: dict[str, dict[str, list[str]]]
-    teacher: _Subject | None
-    device: str = ""
+    tasks: dict[str, TaskData]
+    teacher: LocalSubject | None
+    reasons: bool
 
     @property
     def samples(self) -> list[Record]:
         """The first held-out prompts, whose answers are shown."""
         return list(islice(prompts(self.traces), self.settings.samples_shown))
 
-    def kept(self, subject: _Subject, part: str, make: Callable[[], Any]) -> Any:
+    def decoding(self, task: TaskData | None) -> Decoding:
+        """How answers are decoded; without a task, those that are only shown."""
+        return self.settings.decoding(None if task is None else task.settings, reasons=self.reasons)
+
+    def kept(self, owner: str, part: str, make: Callable[[], Any]) -> Any:
         """What an earlier attempt left of a part (JSON), else what `make` gives, kept for the next one."""
-        path = self.context.scratch / f"{hash_json([subject.name, part])[:24]}.json"
+        path = self.context.scratch / f"{hash_json([owner, part])[:24]}.json"
         if not path.is_file():
             write_atomically(path, json.dumps(make(), ensure_ascii=False))
         return json.loads(path.read_text(encoding="utf-8"))
@@ -99,104 +78,96 @@ class _Evaluation:
 def evaluate(settings: EvaluateSettings, context: StepContext) -> StepResult:
     """Carry out an evaluate step."""
     subjects = [
-        _Subject(name, reference, _model_settings(reference, settings, context))
-        for name, reference in settings.roles.items()
+        open_subject(name, reference, settings, context) for name, reference in settings.roles.items()
     ]
-    teacher = None
-    if settings.teacher is not None:
-        named = _Subject("teacher", settings.teacher, _model_settings(settings.teacher, settings, context))
-        # The same weights are not loaded twice.
-        teacher = next((one for one in subjects if one.is_same_model(named)), named)
-    if settings.rouge:
-        check_rouge()
-    tasks, references = _read_tasks(settings, context)
-    traces = _read_traces(settings.data, settings, context)
-    work = _Evaluation(settings, context, traces, tasks, references, teacher)
+    teacher = _teacher(settings.teacher, subjects, settings, context)
+    tasks = read_tasks(settings, context)
+    traces = read_traces(settings.data, settings, context)
+    reasons = _reasons(subjects, traces, tasks)
+    work = _Evaluation(settings, context, traces, tasks, teacher, reasons)
+    if reasons and settings.max_new_tokens is None:
+        context.say(f"answers may reason, and have {work.decoding(None).max_new_tokens:,} tokens for it")
     rows: dict[str, ModelRows] = {}
     shown: dict[str, list[AnswerRow]] = {}
+    not_measured: dict[str, dict[str, str]] = {}
+    scorers = Scorers(settings, context, tasks, work.kept)
+    for subject in subjects:
+        try:
+            refusals = not_measured[subject.name] = _refusals(subject, work)
+            for part, refusal in refusals.items():
+                context.say(f"{subject.name}{', ' + part if part else ''}: {refusal}")
+            rows[subject.name] = _measure(subject, work)
+            shown[subject.name] = _answers(subject, work, None, work.samples)[0]
+            scorers.run_benchmarks(subject)
+        finally:
+            if subject is not teacher:
+                subject.close()
+        _say_cut_off(subject, work, rows[subject.name])
+        scorers.say_unjudged(subject.name, rows[subject.name])
+    if teacher is not None:
+        teacher.close()
+    scorers.compare_with_references(rows)
     described: dict[str, dict[str, Any]] = {}
     for subject in subjects:
-        refusal = _refusal(subject, teacher) if work.traces else None
-        if refusal is not None:
-            context.say(f"{subject.name}: {refusal}")
-        rows[subject.name] = _measure(subject, work, with_teacher=refusal is None)
-        shown[subject.name] = _answers(subject, work, _HELD_OUT, work.samples)[0]
+        refusals = not_measured[subject.name]
         described[subject.name] = {
             "reference": str(subject.reference),
             "identity": subject.identity,
             "is_teacher": teacher is not None and subject.is_same_model(teacher),
-            **figures(rows[subject.name], seed=context.derive_seed("bootstrap")),
+            **figures(rows[subject.name], pass_at=settings.pass_at, seed=context.derive_seed("bootstrap")),
         }
-        if refusal is not None:
-            described[subject.name][_HELD_OUT]["kl_refused"] = refusal
-        if subject is not teacher:
-            subject.__dict__.pop("loaded", None)
-    return _write(settings, work, subjects, rows, shown, described)
+        if (no_kl := refusals.pop("", None)) is not None:
+            described[subject.name].setdefault("held_out", {})["kl_refused"] = no_kl
+        if refusals:
+            described[subject.name]["not_measured"] = refusals
+    return _write(work, scorers, subjects, rows, shown, described)
 
 
-def _model_settings(
-    reference: ModelRef, settings: EvaluateSettings, context: StepContext
-) -> TransformersModel:
-    found = context.model(reference)
-    if not isinstance(found, TransformersModel):
+def _teacher(
+    reference: ModelRef | None, subjects: Sequence[Subject], settings: EvaluateSettings, context: StepContext
+) -> LocalSubject | None:
+    """The model that distributions are compared with; the same weights are not loaded twice."""
+    if reference is None:
+        return None
+    named = open_subject("teacher", reference, settings, context)
+    if isinstance(named, ServedSubject):
         raise ModelError(
-            f"{reference} is a model of engine {getattr(found, 'engine', type(found).__name__)}",
-            where=f"step {context.name}",
-            expected="models that transformers loads, because whole distributions are compared",
+            f"{reference} is a model of engine {named.engine}",
+            where=f"step {context.name}, teacher",
+            expected="a model that transformers loads, because whole distributions are compared",
             mend="declare the same weights with a path (a folder, hub id or .gguf file), and name that",
         )
-    return found if settings.device is None else found.model_copy(update={"device": settings.device})
+    same = (one for one in subjects if isinstance(one, LocalSubject) and one.is_same_model(named))
+    return next(same, named)
 
 
-def _read_traces(data: Data | None, settings: EvaluateSettings, context: StepContext) -> list[Record]:
-    if data is None:
-        return []
-    traces = list(islice((record for record in read(data, context) if record.response), settings.limit))
-    if not traces:
-        raise DataError(
-            "these rows have no responses to measure models on",
-            where=f"step {context.name}, data",
-            expected="traces, such as the held_out view of a generate step",
-            mend="name a step that makes traces; prompts alone belong under tasks",
-        )
-    return traces
+def _reasons(subjects: Sequence[Subject], traces: Sequence[Record], tasks: dict[str, TaskData]) -> bool:
+    """Whether answers may hold reasoning: by a model's chat template, or by the traces that are given."""
+    if any(trace.reasoning is not None for trace in traces) or any(task.reasons for task in tasks.values()):
+        return True
+    asked = [*traces[:1], *(record for task in tasks.values() for record in task.prompts[:1])]
+    local = [subject for subject in subjects if isinstance(subject, LocalSubject)]
+    return any(subject.thinks(record) for subject in local for record in asked if record.messages)
 
 
-def _read_tasks(
-    settings: EvaluateSettings, context: StepContext
-) -> tuple[dict[str, list[Record]], dict[str, dict[str, list[str]]]]:
-    """The prompts of each task, and for ROUGE the answers that their rows come with, by prompt id."""
-    tasks: dict[str, list[Record]] = {}
-    references: dict[str, dict[str, list[str]]] = {name: {} for name in settings.tasks}
-    for name, data in settings.tasks.items():
-        rows = read(data, context)
-        if settings.rouge:
-            rows = iter(known := list(rows))
-            for record in known:
-                if text := _reference(record):
-                    references[name].setdefault(record.prompt_id, []).append(text)
-        tasks[name] = list(islice(prompts(rows), settings.limit))
-        bare = sum(record.prompt_id not in references[name] for record in tasks[name])
-        if settings.rouge and bare:
-            context.say(
-                f"{name}: {bare:,} of {len(tasks[name]):,} prompts have no answer to compare by ROUGE"
-            )
-    if settings.rouge and not any(references.values()):
-        raise DataError(
-            "the rows of no task have responses that answers could be compared with",
-            where=f"step {context.name}, tasks",
-            expected="traces, such as {name: traces:held_out}",
-            mend="name such a task, or leave rouge out",
-        )
-    return tasks, references
+def _refusals(subject: Subject, work: _Evaluation) -> dict[str, str]:
+    """What cannot be measured of a model, and why, by the task's name; held-out traces have none."""
+    found: dict[str, str] = {}
+    if isinstance(subject, ServedSubject):
+        engine = f"the {subject.engine} engine gives no probabilities of a given text"
+        if work.traces:
+            found[""] = f"no KL and no perplexity: {engine}"
+        for name, task in work.tasks.items():
+            if task.prompts and not task.settings.generates:
+                found[name] = f"no choice by {task.settings.choose_by}: {engine}"
+            elif task.traces:
+                found[name] = f"no perplexity: {engine}"
+    elif work.traces and (refusal := _other_vocabulary(subject, work.teacher)) is not None:
+        found[""] = refusal
+    return found
 
 
-def _reference(record: Record) -> str:
-    """The answer of a row's response; empty where it was cut off before one."""
-    return split_reasoning(record.response or "")[1] if record.answer is None else record.answer
-
-
-def _refusal(subject: _Subject, teacher: _Subject | None) -> str | None:
+def _other_vocabulary(subject: LocalSubject, teacher: LocalSubject | None) -> str | None:
     """Why KL and agreement cannot be measured, or None where they can (or were not asked for)."""
     if teacher is None or subject.is_same_model(teacher) or subject.tokenizer_hash == teacher.tokenizer_hash:
         return None
@@ -209,132 +180,223 @@ def _refusal(subject: _Subject, teacher: _Subject | None) -> str | None:
     return None
 
 
-def _measure(subject: _Subject, work: _Evaluation, *, with_teacher: bool) -> ModelRows:
+def _measure(subject: Subject, work: _Evaluation) -> ModelRows:
     rows = ModelRows()
-    if work.traces:
-        kept = work.kept(subject, "traces", lambda: _trace_rows(subject, work, with_teacher=with_teacher))
-        rows.traces = [TraceRow(**row) for row in kept]
-    for task, records in work.tasks.items():
-        rows.answers[task], seconds = _answers(subject, work, task, records)
-        rows.decoding_seconds += seconds
+    if isinstance(subject, LocalSubject):
+        teacher = work.teacher if _other_vocabulary(subject, work.teacher) is None else None
+        rows.traces = _traces(subject, work, "held-out traces", work.traces, teacher)
+    for name, task in work.tasks.items():
+        try:
+            found = _measure_task(subject, work, task)
+        except DataError as error:
+            where = ", ".join(filter(None, (subject.name, name, error.where)))
+            raise DataError(error.what, where=where, expected=error.expected, mend=error.mend) from error
+        if found.answers or found.traces:
+            (rows.forgetting if task.forgetting else rows.tasks)[name] = found
     return rows
 
 
-def _trace_rows(subject: _Subject, work: _Evaluation, *, with_teacher: bool) -> list[dict[str, Any]]:
-    context, model = work.context, subject.loaded
-    teacher = work.teacher if with_teacher else None
-    if teacher is not None and subject.is_same_model(teacher):
-        teacher = None
-    lengths = [context_tokens(one.loaded) for one in (subject, teacher) if one is not None]
-    length = min((one for one in lengths if one is not None), default=2**31)
-    rendered = [
-        fit(subject.renderer.render(record, row_number=number), length, row_number=number)
-        for number, record in enumerate(work.traces, start=1)
-    ]
-    with context.progress(f"{subject.name}: held-out traces", total=len(rendered)) as progress:
+def _measure_task(subject: Subject, work: _Evaluation, task: TaskData) -> TaskRows:
+    found = TaskRows()
+    if task.settings.generates:
+        found.answers, found.seconds = _answers(subject, work, task, task.prompts)
+    elif isinstance(subject, LocalSubject):
+        found.answers = _choices(subject, work, task)
+    if isinstance(subject, LocalSubject):
+        found.traces = _traces(subject, work, f"{task.name}, given responses", task.traces, None)
+    return found
 
-        def on_batch(rows: int) -> None:
-            progress.advance(rows)
-            context.check_stop()
 
-        found = compare_on_traces(
-            model,
-            teacher.loaded if teacher is not None else None,
-            rendered,
-            max_tokens=work.settings.max_tokens or micro_batch_tokens(model.model.device),
-            on_batch=on_batch,
-        )
-    return [
-        {"record_id": record.id, "prompt_id": record.prompt_id, **dataclasses.asdict(one)}
-        for record, one in zip(work.traces, found, strict=True)
-    ]
+def _traces(
+    subject: LocalSubject,
+    work: _Evaluation,
+    part: str,
+    traces: Sequence[Record],
+    teacher: LocalSubject | None,
+) -> list[TraceRow]:
+    """A model on given responses: cross-entropy, and with a teacher KL and agreement."""
+
+    def make() -> list[dict[str, Any]]:
+        context, model = work.context, subject.loaded
+        other = None if teacher is None or subject.is_same_model(teacher) else teacher
+        lengths = [context_tokens(one.loaded) for one in (subject, other) if one is not None]
+        length = min((one for one in lengths if one is not None), default=2**31)
+        rendered = [
+            fit(subject.renderer.render(record, row_number=number), length, row_number=number)
+            for number, record in enumerate(traces, start=1)
+        ]
+        with context.progress(f"{subject.name}: {part}", total=len(rendered)) as progress:
+
+            def on_batch(rows: int) -> None:
+                progress.advance(rows)
+                context.check_stop()
+
+            found = compare_on_traces(
+                model,
+                other.loaded if other is not None else None,
+                rendered,
+                max_tokens=work.settings.max_tokens or micro_batch_tokens(model.model.device),
+                on_batch=on_batch,
+            )
+        return [
+            {"record_id": record.id, "prompt_id": record.prompt_id, **dataclasses.asdict(one)}
+            for record, one in zip(traces, found, strict=True)
+        ]
+
+    if not traces:
+        return []
+    return [TraceRow(**row) for row in work.kept(subject.name, part, make)]
 
 
 def _answers(
-    subject: _Subject, work: _Evaluation, task: str, records: list[Record]
-) -> tuple[list[AnswerRow], float]:
-    """A model's answers to the prompts of a task, with verdicts, and the seconds that decoding took."""
+    subject: Subject, work: _Evaluation, task: TaskData | None, records: list[Record]
+) -> tuple[list[AnswerRow], float | None]:
+    """A model's answers to prompts, with verdicts, and the seconds that decoding took."""
+    name = _HELD_OUT if task is None else task.name
 
     def make() -> dict[str, Any]:
-        answers, seconds = answer_prompts(
-            subject.loaded,
-            subject.renderer,
+        decoded = subject.decode(records, work.decoding(task), description=f"{subject.name}: {name}")
+        answers = judge_answers(
             records,
-            work.references.get(task, {}),
-            settings=work.settings,
-            context=work.context,
-            description=f"{subject.name}: {task}",
+            decoded.answers,
+            read_response=subject.read_response,
+            references=task.references if task is not None and work.settings.rouge else {},
+            verifier=None if task is None else task.settings.verifier,
         )
-        return {"answers": [dataclasses.asdict(one) for one in answers], "seconds": seconds}
+        return {"answers": [dataclasses.asdict(one) for one in answers], "seconds": decoded.seconds}
 
     if not records:
-        return [], 0.0
-    kept = work.kept(subject, f"answers {task}" if task != _HELD_OUT else "samples", make)
+        return [], None
+    kept = work.kept(subject.name, "samples" if task is None else f"answers {name}", make)
     return [AnswerRow(**one) for one in kept["answers"]], kept["seconds"]
 
 
+def _choices(subject: LocalSubject, work: _Evaluation, task: TaskData) -> list[AnswerRow]:
+    """The options that a model finds likeliest."""
+    by = task.settings.choose_by
+    assert by != "generation"
+
+    def make() -> list[dict[str, Any]]:
+        context, model = work.context, subject.loaded
+        options = sum(len(record.meta["choices"]) for record in task.prompts)
+        with context.progress(f"{subject.name}: {task.name}", total=options, unit="options") as progress:
+
+            def on_batch(rows: int) -> None:
+                progress.advance(rows)
+                context.check_stop()
+
+            found = score_choices(
+                model,
+                subject.renderer,
+                task.prompts,
+                by=by,
+                normalise=task.settings.normalise,
+                max_tokens=work.settings.max_tokens or micro_batch_tokens(model.model.device),
+                on_batch=on_batch,
+            )
+        return [dataclasses.asdict(one) for one in found]
+
+    if not task.prompts:
+        return []
+    return [AnswerRow(**one) for one in work.kept(subject.name, f"choices {task.name}", make)]
+
+
+def _say_cut_off(subject: Subject, work: _Evaluation, rows: ModelRows) -> None:
+    for name, task in {**rows.tasks, **rows.forgetting}.items():
+        cut = sum(answer.finish_reason == "length" for answer in task.answers)
+        if cut:
+            longest = work.decoding(work.tasks[name]).max_new_tokens
+            work.context.say(
+                f"{subject.name}: {cut:,} of {len(task.answers):,} answers to {name} were cut off at "
+                f"max_new_tokens ({longest:,}) or at the end of the context"
+            )
+
+
 def _write(
-    settings: EvaluateSettings,
     work: _Evaluation,
-    subjects: list[_Subject],
+    scorers: Scorers,
+    subjects: list[Subject],
     rows: dict[str, ModelRows],
     shown: dict[str, list[AnswerRow]],
     described: dict[str, dict[str, Any]],
 ) -> StepResult:
-    context, baseline = work.context, settings.baseline
+    settings, context, baseline = work.settings, work.context, work.settings.baseline
     assert baseline is not None  # filled when the settings were read
-    write_answers(context.folder / SCORES_FILE, {role: one.answers for role, one in rows.items()})
+    answers = {
+        role: {name: task.answers for name, task in {**one.tasks, **one.forgetting}.items()}
+        for role, one in rows.items()
+    }
+    write_answers(context.folder / SCORES_FILE, answers)
     if work.traces:
         write_traces(context.folder / HELD_OUT_FILE, {role: one.traces for role, one in rows.items()})
+    if any(task.traces for task in work.tasks.values()):
+        write_forgetting(
+            context.folder / FORGETTING_FILE,
+            {
+                role: {name: task.traces for name, task in one.forgetting.items()}
+                for role, one in rows.items()
+            },
+        )
     write_atomically(
-        context.folder / SAMPLES_FILE, json.dumps(_samples(work, rows, shown), ensure_ascii=False, indent=1)
+        context.folder / SAMPLES_FILE,
+        json.dumps(_samples(work, answers, shown), ensure_ascii=False, indent=1),
     )
     base = next(one for one in subjects if one.name == baseline)
     gaps = differences(
         {role: one for role, one in rows.items() if role == baseline or not described[role]["is_teacher"]},
         baseline,
         same_tokens=[one.name for one in subjects if one.tokenizer_hash == base.tokenizer_hash],
+        pass_at=settings.pass_at,
         seed=context.derive_seed("bootstrap"),
     )
-    decoded = [answer for one in rows.values() for answers in one.answers.values() for answer in answers]
-    decoded += [answer for answers in shown.values() for answer in answers]
+    compared = [role for role in gaps if role in answers]
+    judge = scorers.judge({role: answers[role] for role in (baseline, *compared)})
+    rating_items = scorers.write_rating_sheet(answers)
+    scorers.add_figures(described, gaps)
+    decoded = [answer for tasks in answers.values() for given in tasks.values() for answer in given]
+    decoded += [answer for given in shown.values() for answer in given]
     return StepResult(
         counts={
             "models": len(subjects),
             "held_out_rows": len(work.traces),
-            "task_prompts": sum(map(len, work.tasks.values())),
+            "task_prompts": sum(len(task.prompts) for task in work.tasks.values()),
+            **({} if rating_items is None else {"rating_items": rating_items}),
         },
         metrics={
             "baseline": baseline,
             "teacher": None if settings.teacher is None else str(settings.teacher),
             "models": described,
             "differences": gaps,
+            "tasks": {
+                name: {
+                    **task.described,
+                    **(dataclasses.asdict(work.decoding(task)) if task.settings.generates else {}),
+                }
+                for name, task in work.tasks.items()
+            },
+            **({} if judge is None else {"judge": judge}),
             "machine": _machine(),
         },
-        tokens=sum(answer.response_tokens for answer in decoded),
+        tokens=sum(answer.response_tokens or 0 for answer in decoded),
     )
 
 
 def _samples(
-    work: _Evaluation, rows: dict[str, ModelRows], shown: dict[str, list[AnswerRow]]
+    work: _Evaluation, answers: dict[str, dict[str, list[AnswerRow]]], shown: dict[str, list[AnswerRow]]
 ) -> list[dict[str, Any]]:
-    """The first prompts of the held-out traces and of each task, with every model's answer."""
+    """The first prompts of the held-out traces and of each task, with every model's first answer."""
     first_traces: dict[str, Record] = {}
     for record in work.traces:
         first_traces.setdefault(record.prompt_id, record)
     parts = [(_HELD_OUT, work.samples, shown)]
-    for task, records in work.tasks.items():
-        parts.append(
-            (
-                task,
-                records[: work.settings.samples_shown],
-                {role: one.answers[task] for role, one in rows.items()},
-            )
-        )
+    for name, task in work.tasks.items():
+        of_task = {role: tasks[name] for role, tasks in answers.items() if tasks.get(name)}
+        parts.append((name, task.prompts[: work.settings.samples_shown], of_task))
     samples = []
-    for source, records, answers in parts:
+    for number_of_part, (source, records, given) in enumerate(parts):
+        first = {role: [row for row in rows if row.sample == 0] for role, rows in given.items()}
         for number, record in enumerate(records):
-            trace = first_traces.get(record.prompt_id) if source == _HELD_OUT else None
+            trace = first_traces.get(record.prompt_id) if number_of_part == 0 else None
             samples.append(
                 {
                     "source": source,
@@ -344,10 +406,10 @@ def _samples(
                     "trace": None if trace is None else trace.response,
                     "answers": {
                         role: {
-                            key: getattr(given[number], key)
+                            key: getattr(rows[number], key)
                             for key in ("response", "finish_reason", "response_tokens", "verdicts", "scores")
                         }
-                        for role, given in answers.items()
+                        for role, rows in first.items()
                     },
                 }
             )

@@ -10,34 +10,70 @@ from potstill.evaluate.intervals import (
     Estimate,
     bootstrap_ratio,
     bootstrap_ratio_difference,
+    clustered_share,
+    clustered_share_difference,
+    independent_share_difference,
     mcnemar_exact,
     paired_share_difference,
-    wilson_interval,
+    pass_at_k,
 )
-from potstill.evaluate.rows import AnswerRow, TraceRow
+from potstill.evaluate.rows import SCORED, AnswerRow, TraceRow
 
-__all__ = ["ModelRows", "differences", "figures"]
+__all__ = ["ModelRows", "TaskRows", "differences", "figures"]
+
+
+@dataclass
+class TaskRows:
+    """One model on one task, its samples of a prompt one after the other; traces on a set for forgetting.
+
+    `seconds` is what decoding the answers took, where all of them were decoded for this evaluation.
+    """
+
+    answers: list[AnswerRow] = field(default_factory=list)
+    traces: list[TraceRow] = field(default_factory=list)
+    seconds: float | None = None
+
+    @property
+    def by_prompt(self) -> list[list[AnswerRow]]:
+        """The answers of each prompt."""
+        found: dict[str, list[AnswerRow]] = {}
+        for answer in self.answers:
+            found.setdefault(answer.prompt_id, []).append(answer)
+        return [*found.values()]
+
+    @property
+    def samples(self) -> int:
+        """Answers a prompt."""
+        return max(len(answers) for answers in self.by_prompt)
 
 
 @dataclass
 class ModelRows:
-    """All that was measured of one model; every model's rows are of the same prompts, in the same order."""
+    """All that was measured of one model; every model's rows are of the same prompts, in the same order.
+
+    What cannot be measured of a model has no rows: held-out traces, a task whose options are scored.
+    """
 
     traces: list[TraceRow] = field(default_factory=list)
-    answers: dict[str, list[AnswerRow]] = field(default_factory=dict)
-    decoding_seconds: float = 0.0
+    tasks: dict[str, TaskRows] = field(default_factory=dict)
+    forgetting: dict[str, TaskRows] = field(default_factory=dict)
 
 
-def figures(rows: ModelRows, *, seed: int) -> dict[str, Any]:
-    """One model's figures: `held_out`, `tasks` and `speed`, where there are rows for them."""
+def figures(rows: ModelRows, *, pass_at: Sequence[int] | None = None, seed: int) -> dict[str, Any]:
+    """One model's figures: `held_out`, `tasks`, `forgetting` and `speed`, where there are rows for them.
+
+    `pass_at` are the k of pass@k; by default the number of samples where there are several.
+    """
     found: dict[str, Any] = {}
     if rows.traces:
         found["held_out"] = _trace_figures(rows.traces, seed)
-    if rows.answers:
-        found["tasks"] = {task: _answer_figures(answers, seed) for task, answers in rows.answers.items()}
-    if rows.decoding_seconds > 0:
-        tokens = sum(answer.response_tokens for answers in rows.answers.values() for answer in answers)
-        found["speed"] = {"decoding_tokens_per_s": tokens / rows.decoding_seconds}
+    for kind, tasks in (("tasks", rows.tasks), ("forgetting", rows.forgetting)):
+        if tasks:
+            found[kind] = {name: _task_figures(task, pass_at, seed) for name, task in tasks.items()}
+    timed = [task for task in (*rows.tasks.values(), *rows.forgetting.values()) if task.seconds]
+    if timed:
+        tokens = sum(answer.response_tokens or 0 for task in timed for answer in task.answers)
+        found["speed"] = {"decoding_tokens_per_s": tokens / sum(task.seconds or 0.0 for task in timed)}
     return found
 
 
@@ -68,53 +104,115 @@ def _exp(estimate: Estimate) -> Estimate:
     return Estimate(*(math.exp(min(end, 700.0)) for end in (estimate.value, estimate.low, estimate.high)))
 
 
-def _answer_figures(answers: Sequence[AnswerRow], seed: int) -> dict[str, Any]:
-    clusters = [answer.prompt_id for answer in answers]
-    lengths = bootstrap_ratio(
-        [answer.response_tokens for answer in answers],
-        [1] * len(answers),
-        clusters,
-        seed=seed,
-    )
-    return {
-        "prompts": len(answers),
-        "scores": {
-            name: bootstrap_ratio(scores, [1] * len(scores), _scored(answers), seed=seed).as_dict()
-            for name, scores in _scores(answers).items()
-        },
+def _task_figures(task: TaskRows, pass_at: Sequence[int] | None, seed: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if task.traces:
+        found["given"] = _trace_figures(task.traces, seed)
+    if not task.answers:
+        return found
+    answers, samples = task.answers, task.samples
+    found |= {
+        "prompts": len(task.by_prompt),
+        "samples": samples,
         "verdicts": {
-            name: wilson_interval(sum(verdicts), len(verdicts)).as_dict()
-            for name, verdicts in _verdicts(answers).items()
+            name: clustered_share(values, samples=samples).as_dict()
+            for name, values in _verdicts(task).items()
         },
-        "mean_response_tokens": lengths.as_dict(),
-        "finish_reasons": dict(sorted(Counter(answer.finish_reason for answer in answers).items())),
+        "pass_at": {
+            str(k): clustered_share(values, samples=samples).as_dict()
+            for k, values in _passes(task, pass_at).items()
+        },
+        "scores": {
+            name: bootstrap_ratio(values, [1] * len(values), clusters, seed=seed).as_dict()
+            for name, (values, clusters) in _scores(task).items()
+        },
+    }
+    if (given_form := _right_if_well_formed(task)) is not None:
+        found["right_if_well_formed"] = given_form.as_dict()
+    for name, values in _counts(task).items():
+        clusters = [answer.prompt_id for answer in answers]
+        found[f"mean_{name}"] = bootstrap_ratio(values, [1] * len(values), clusters, seed=seed).as_dict()
+    if any(answer.finish_reason != SCORED for answer in answers):
+        found["finish_reasons"] = dict(sorted(Counter(answer.finish_reason for answer in answers).items()))
+    if task.seconds:
+        found["seconds_per_response"] = task.seconds / len(answers)
+    return found
+
+
+def _verdicts(task: TaskRows) -> dict[str, list[float]]:
+    """The verdicts that every answer has, by name, as a share of each prompt's answers."""
+    answers = task.answers
+    names = [name for name in answers[0].verdicts if all(name in answer.verdicts for answer in answers)]
+    return {
+        name: [sum(one.verdicts[name] for one in of_prompt) / len(of_prompt) for of_prompt in task.by_prompt]
+        for name in names
     }
 
 
-def _verdicts(answers: Sequence[AnswerRow]) -> dict[str, list[bool]]:
-    """The verdicts that every answer has, by name."""
-    names = [name for name in answers[0].verdicts if all(name in answer.verdicts for answer in answers)]
-    return {name: [answer.verdicts[name] for answer in answers] for name in names}
+def _passes(task: TaskRows, pass_at: Sequence[int] | None) -> dict[int, list[float]]:
+    """Each prompt's estimate of pass@k, by k; none where there is one sample a prompt or no verifier."""
+    samples = task.samples
+    if samples == 1 or not all("correct" in answer.verdicts for answer in task.answers):
+        return {}
+    wanted = [samples] if pass_at is None else [k for k in pass_at if k <= samples]
+    right = [sum(answer.verdicts["correct"] for answer in answers) for answers in task.by_prompt]
+    return {k: [pass_at_k(samples, one, k) for one in right] for k in sorted({*wanted})}
 
 
-def _scores(answers: Sequence[AnswerRow]) -> dict[str, list[float]]:
-    """The scores by name, of the answers that there is something to compare with."""
-    scored = [answer.scores for answer in answers if answer.scores]
-    return {name: [scores[name] for scores in scored] for name in scored[0]} if scored else {}
+def _right_if_well_formed(task: TaskRows) -> Estimate | None:
+    """The share of right answers among those with well-formed reasoning; None where there are none.
+
+    Samples of one prompt count as one answer, so that the interval is never too narrow.
+    """
+    formed = [answer for answer in task.answers if answer.verdicts.get("well_formed")]
+    if not formed or not all("correct" in answer.verdicts for answer in formed):
+        return None
+    prompts: dict[str, list[bool]] = {}
+    for answer in formed:
+        prompts.setdefault(answer.prompt_id, []).append(answer.verdicts["correct"])
+    return clustered_share([sum(right) / len(right) for right in prompts.values()], samples=1)
 
 
-def _scored(answers: Sequence[AnswerRow]) -> list[str]:
-    """The prompts of these answers, the same ones of every model."""
-    return [answer.prompt_id for answer in answers if answer.scores]
+def _scores(task: TaskRows) -> dict[str, tuple[list[float], list[str]]]:
+    """The scores by name, with the prompts of the answers that have them, the same ones of every model."""
+    names = dict.fromkeys(name for answer in task.answers for name in answer.scores)
+    return {
+        name: (
+            [answer.scores[name] for answer in task.answers if name in answer.scores],
+            [answer.prompt_id for answer in task.answers if name in answer.scores],
+        )
+        for name in names
+    }
+
+
+def _counts(task: TaskRows) -> dict[str, list[float]]:
+    """Lengths by name, where every answer has them: response_tokens, reasoning_steps, reasoning_words."""
+    written = [answer for answer in task.answers if answer.finish_reason != SCORED]
+    found: dict[str, list[float]] = {}
+    if not written:
+        return found
+    tokens = [answer.response_tokens for answer in written]
+    if None not in tokens:
+        found["response_tokens"] = [float(one or 0) for one in tokens]
+    for name in written[0].counts:
+        if all(name in answer.counts for answer in written):
+            found[name] = [float(answer.counts[name]) for answer in written]
+    return found
 
 
 def differences(
-    rows: Mapping[str, ModelRows], baseline: str, *, same_tokens: Sequence[str], seed: int
+    rows: Mapping[str, ModelRows],
+    baseline: str,
+    *,
+    same_tokens: Sequence[str],
+    pass_at: Sequence[int] | None = None,
+    seed: int,
 ) -> dict[str, Any]:
     """Each model's differences to the baseline, paired on the same prompts; shaped as `figures`.
 
     KL, agreement and shares are subtracted, perplexities divided. `same_tokens` are the models whose token
     ids are the baseline's: others spread a trace over other tokens, and per-token figures cannot be compared.
+    What one of the two lacks is left out.
     """
     base = rows[baseline]
     found: dict[str, Any] = {}
@@ -122,16 +220,18 @@ def differences(
         if role == baseline:
             continue
         one: dict[str, Any] = {}
-        if model.traces and role in same_tokens:
+        comparable = role in same_tokens
+        if base.traces and model.traces and comparable:
             one["held_out"] = _trace_differences(base.traces, model.traces, seed)
-        if model.answers:
-            one["tasks"] = {
-                task: {
-                    "verdicts": _verdict_differences(base.answers[task], answers),
-                    "scores": _score_differences(base.answers[task], answers, seed),
-                }
-                for task, answers in model.answers.items()
+        for kind in ("tasks", "forgetting"):
+            first, second = getattr(base, kind), getattr(model, kind)
+            gaps = {
+                name: _task_differences(first[name], task, pass_at=pass_at, same_tokens=comparable, seed=seed)
+                for name, task in second.items()
+                if name in first
             }
+            if gaps:
+                one[kind] = gaps
         found[role] = one
     return found
 
@@ -155,27 +255,53 @@ def _trace_differences(base: Sequence[TraceRow], model: Sequence[TraceRow], seed
     return found
 
 
-def _score_differences(
-    base: Sequence[AnswerRow], model: Sequence[AnswerRow], seed: int
-) -> dict[str, dict[str, float]]:
-    clusters, first, second = _scored(base), _scores(base), _scores(model)
+def _task_differences(
+    base: TaskRows, model: TaskRows, *, pass_at: Sequence[int] | None, same_tokens: bool, seed: int
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if base.traces and model.traces and same_tokens:
+        found["given"] = _trace_differences(base.traces, model.traces, seed)
+    if not base.answers or not model.answers:
+        return found
+    samples = model.samples
+    firsts, seconds = _verdicts(base), _verdicts(model)
+    found["verdicts"] = {
+        name: _share_difference(first, seconds[name], samples)
+        for name, first in firsts.items()
+        if name in seconds
+    }
+    passes, others = _passes(base, pass_at), _passes(model, pass_at)
+    found["pass_at"] = {
+        str(k): clustered_share_difference(first, others[k], samples=samples).as_dict()
+        for k, first in passes.items()
+        if k in others
+    }
+    scores, other_scores = _scores(base), _scores(model)
+    found["scores"] = {
+        name: _mean_difference(values, other_scores[name][0], clusters, seed)
+        for name, (values, clusters) in scores.items()
+        if name in other_scores and other_scores[name][1] == clusters
+    }
+    one, two = _right_if_well_formed(base), _right_if_well_formed(model)
+    if one is not None and two is not None:
+        found["right_if_well_formed"] = independent_share_difference(one, two).as_dict()
+    counts, other_counts = _counts(base), _counts(model)
+    clusters = [answer.prompt_id for answer in base.answers]
+    for name, values in counts.items():
+        if name in other_counts:
+            found[f"mean_{name}"] = _mean_difference(values, other_counts[name], clusters, seed)
+    return found
+
+
+def _share_difference(first: Sequence[float], second: Sequence[float], samples: int) -> dict[str, float]:
+    if samples > 1:
+        return clustered_share_difference(first, second, samples=samples).as_dict()
+    right = [value == 1 for value in first], [value == 1 for value in second]
+    return {**paired_share_difference(*right).as_dict(), "mcnemar_p": mcnemar_exact(*right)}
+
+
+def _mean_difference(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[str], seed: int
+) -> dict[str, float]:
     ones = [1] * len(clusters)
-    return {
-        name: bootstrap_ratio_difference(
-            (first[name], ones), (second[name], ones), clusters, seed=seed
-        ).as_dict()
-        for name in first
-        if name in second
-    }
-
-
-def _verdict_differences(base: Sequence[AnswerRow], model: Sequence[AnswerRow]) -> dict[str, Any]:
-    first, second = _verdicts(base), _verdicts(model)
-    return {
-        name: {
-            **paired_share_difference(first[name], second[name]).as_dict(),
-            "mcnemar_p": mcnemar_exact(first[name], second[name]),
-        }
-        for name in first
-        if name in second
-    }
+    return bootstrap_ratio_difference((first, ones), (second, ones), clusters, seed=seed).as_dict()

@@ -9,8 +9,8 @@ from functools import partial
 
 from torch import Tensor
 
-from potstill.data.batches import micro_batches
 from potstill.data.chat import Rendered
+from potstill.data.prefixes import batches_by_prefix
 from potstill.losses.head import CHUNK_TOKENS, TokenFunction
 from potstill.losses.metrics import comparison
 from potstill.losses.response import response_loss
@@ -42,21 +42,21 @@ def compare_on_traces(
 ) -> list[TraceFigures]:
     """The figures of each row, in order.
 
-    Both models read the same token ids. Their hidden states of one micro-batch (`max_tokens` padded tokens)
-    go through the two heads chunk by chunk, so that no more than `chunk_tokens` rows of logits exist a model;
+    Both models read the same token ids. Their hidden states of one batch (about `max_tokens` tokens) go
+    through the two heads chunk by chunk, so that no more than `chunk_tokens` rows of logits exist a model;
     both heads are cut to the ids that both models know. Sums are taken in float64. The caller has made sure
     that the tokenizers are equal. `on_batch` hears how many rows are done and may raise to stop.
     """
     size = min(one.vocabulary_size for one in (model, teacher) if one is not None)
     found: list[TraceFigures | None] = [None] * len(rows)
-    lengths = [len(row.ids) for row in rows]
-    for batch in micro_batches(lengths, range(len(rows)), max_tokens):
+    for batch in batches_by_prefix(rows, max_tokens):
         scored = score_rows(
             model,
             [rows[number] for number in batch],
-            partial(_quantities, teacher, size),
+            partial(_quantities, teacher, size, max_tokens),
             vocabulary_size=size,
             chunk_tokens=chunk_tokens,
+            max_tokens=max_tokens,
         )
         for number, values in zip(batch, scored, strict=True):
             sums = {name: float(value_N.sum()) for name, value_N in values.items()}
@@ -71,9 +71,9 @@ def compare_on_traces(
 
 
 def _quantities(
-    teacher: LoadedModel | None, size: int, rows: Sequence[Rendered], targets_N: Tensor
+    teacher: LoadedModel | None, size: int, max_tokens: int, rows: Sequence[Rendered], targets_N: Tensor
 ) -> TokenFunction:
     if teacher is None:
         return response_loss(targets_N)
-    hidden_NH, _ = hidden_of_rows(teacher.model, rows)
+    hidden_NH, _ = hidden_of_rows(teacher.model, rows, max_tokens=max_tokens)
     return comparison(targets_N, Live(hidden_NH, output_head(teacher.model, size)))

@@ -134,8 +134,7 @@ def _figures(results: Results, role: str) -> str:
         header.append(f"{_text(role)} − {_text(base)}")
     rows = []
     for measure in results.measures:
-        unit = f", {measure.unit}" if measure.unit in ("nats", "tokens", "tokens/s") else ""
-        row = [_text(measure.label) + unit]
+        row = [_text(measure.heading)]
         for one in results.roles:
             figure = measure.values.get(one)
             interval = format_interval(figure, measure.unit) if figure else ""
@@ -156,7 +155,7 @@ def _figures(results: Results, role: str) -> str:
     parts = []
     found = conclusion(results)
     if found is not None and results.student == role:
-        parts.append(_text(found.headline))
+        parts.append(" ".join(_text(one) for one in (found.headline, found.forgetting, found.note) if one))
         parts.append("\n".join(f"- {_text(evidence(measure, results))}" for measure in found.evidence))
     parts.append(_table(header, rows))
     parts.append(

@@ -2,8 +2,9 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,13 @@ import yaml
 from potstill.core.events import format_seconds
 from potstill.core.store import write_atomically
 from potstill.evaluate.intervals import Estimate
-from potstill.evaluate.paired import PairedKL
 from potstill.report.charts import interval_chart
 from potstill.report.html import render
 from potstill.report.page import flatten
-from potstill.report.paired import arms_of, differences_to_best
+from potstill.report.paired import Arms, Pairing, arms_of, pair
 from potstill.report.results import Better, Figure, Measure, format_figure, format_interval, results_of
 from potstill.report.text import aligned
-from potstill.report.training import curves_of, end_value, loss_comparison
+from potstill.report.training import curves_of, end_value, loss_comparison, peak_memory
 from potstill.report.view import RunView
 
 __all__ = ["comparison_table", "write_comparison"]
@@ -60,20 +60,39 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Compared:
-    """A measure of each run's student, and of the held-out traces each one's difference to the best."""
+    """A measure of each run's student, and the differences to the best one where the rows are known."""
 
     measure: Measure
     figures: list[Figure | None]
-    differences: list[Estimate | None] | None
+    pairing: Pairing | None
 
     @property
     def best(self) -> int | None:
         """The run that is clearly best: by the differences, else by intervals that lie apart."""
-        if self.differences is None:
+        if self.pairing is None:
             return _clear_best(self.measure.better, self.figures)
-        gaps = [one for one in self.differences if one is not None]
-        clear = all(one.low > 0 or one.high < 0 for one in gaps)
-        return self.differences.index(None) if clear else None
+        clear = all(one.low > 0 or one.high < 0 for one in self.pairing.differences if one is not None)
+        return self.pairing.best if clear else None
+
+    @property
+    def differences(self) -> Sequence[Estimate | None]:
+        """Each run's difference to the best; None for the best and where it is not known."""
+        known = None if self.pairing is None else self.pairing.differences
+        return known or [None] * len(self.figures)
+
+    @property
+    def note(self) -> str | None:
+        """What a reader must know: that the runs do not compare, or do on a part of their rows alone."""
+        if self.pairing is None:
+            return None
+        if self.pairing.refusal is not None:
+            return f"{self.measure.label} is not compared: {self.pairing.refusal}."
+        if self.pairing.shared < self.pairing.largest:
+            return (
+                f"{self.measure.label} is compared on the {self.pairing.shared:,} rows that all runs share, "
+                f"of up to {self.pairing.largest:,}."
+            )
+        return None
 
 
 def comparison_table(runs: Sequence[RunView]) -> str:
@@ -81,8 +100,10 @@ def comparison_table(runs: Sequence[RunView]) -> str:
 
     Behind it one row an arm, where runs of several seeds were measured on the same held-out traces.
     """
+    runs = _told_apart(runs)
     compared = _compared(runs)
     table = _table(runs, compared, ascii_only=True)
+    notes = [one.note for one in compared if one.note is not None]
     rows = [table.header]
     for row in table.rows:
         rows.append([cell.text + (" *" if cell.best else "") or "-" for cell in row])
@@ -90,27 +111,33 @@ def comparison_table(runs: Sequence[RunView]) -> str:
             rows.append([cell.interval for cell in row])
     marked = any(cell.best for row in table.rows for cell in row)
     text = aligned(rows) + (f"\n\n* best: {_rule(compared)}" if marked else "")
-    if arms := arms_of(runs):
+    if notes:
+        text += "\n\n" + "\n".join(notes)
+    for arms in arms_of(runs, [one.measure for one in compared]):
         text += "\n\n" + aligned([_arms_head(arms), *_arms_cells(arms)])
     return text
 
 
 def write_comparison(runs: Sequence[RunView], path: Path) -> None:
     """Write a comparison of runs as one offline HTML file."""
+    runs = _told_apart(runs)
     recipes = [_flat_recipe(run) for run in runs]
     shared = {
         key: value for key, value in recipes[0].items() if all(one.get(key) == value for one in recipes)
     }
     compared = _compared(runs)
-    table, arms = _table(runs, compared, ascii_only=False), arms_of(runs)
+    table = _table(runs, compared, ascii_only=False)
     text = render(
         "comparison.html.j2",
         names=[run.name for run in runs],
         headline=_headline(runs, compared),
         table=table,
-        arms_head=_arms_head(arms) if arms else [],
-        arms=_arms_cells(arms),
+        arms=[
+            {"head": _arms_head(one), "rows": _arms_cells(one), "label": one.measure.label}
+            for one in arms_of(runs, [one.measure for one in compared])
+        ],
         rule=_rule(compared),
+        notes=[one.note for one in compared if one.note is not None],
         figures=_figure_charts(runs, compared),
         losses=loss_comparison(runs) if _same_loss(runs) else [],
         same_loss=_same_loss(runs),
@@ -120,21 +147,46 @@ def write_comparison(runs: Sequence[RunView], path: Path) -> None:
     write_atomically(path, text)
 
 
-def _arms_head(arms: Sequence[PairedKL]) -> list[str]:
-    return ["arm", "seeds", "held-out KL, nats", f"minus {arms[0].arm}", "each seed alone", "finding"]
+def _told_apart(runs: Sequence[RunView]) -> Sequence[RunView]:
+    """Runs of one name under their folders' paths; the others as they are."""
+    names = Counter(run.name for run in runs)
+    return [
+        replace(run, name=str(run.folder)) if names[run.name] > 1 and run.folder is not None else run
+        for run in runs
+    ]
 
 
-def _arms_cells(arms: Sequence[PairedKL]) -> list[list[str]]:
+def _arms_head(arms: Arms) -> list[str]:
+    return ["arm", "seeds", arms.measure.heading, f"minus {arms.arms[0].arm}", "each seed alone", "finding"]
+
+
+def _arms_cells(arms: Arms) -> list[list[str]]:
+    measure = arms.measure
+    worded = (
+        {True: "closer", False: "further"} if measure.unit == "nats" else {True: "better", False: "worse"}
+    )
+    is_log = measure.unit == "perplexity"
+
+    def shown(value: float, *, difference: bool) -> str:
+        value = math.exp(value) if is_log else value
+        return format_figure(value, measure.unit, difference=difference, ascii_only=True)
+
+    def with_ends(one: Estimate, *, difference: bool) -> str:
+        value, low, high = (shown(end, difference=difference) for end in (one.value, one.low, one.high))
+        return f"{value} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"
+
     cells = []
-    for row in arms:
-        kl, gap = row.kl, row.difference
-        line = [row.arm, str(row.seeds), f"{kl.value:.3f} ({kl.low:.3f} to {kl.high:.3f})"]
+    for row in arms.arms:
+        gap = row.difference
+        line = [row.arm, str(row.seeds), with_ends(row.figure, difference=False)]
         if gap is None:
             cells.append([*line, "-", "-", ""])
             continue
-        finding = "closer" if gap.high < 0 else "further" if gap.low > 0 else "no clear difference"
-        each = ", ".join(f"{one:+.3f}" for one in row.by_seed) or "-"
-        cells.append([*line, f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})", each, finding])
+        finding = "no clear difference"
+        if not gap.low <= 0 <= gap.high:
+            finding = worded[(gap.value < 0) == (measure.better == "lower")]
+        each = ", ".join(shown(one, difference=True) for one in row.by_seed) or "-"
+        cells.append([*line, with_ends(gap, difference=True), each, finding])
     return cells
 
 
@@ -147,13 +199,14 @@ def _headline(runs: Sequence[RunView], compared: Sequence[_Compared]) -> str:
         said = [f"{name} ({', '.join(labels)})" for name, labels in wins.items()]
         return f"Clearly best: {'; '.join(said)}."
     for one in compared:
-        if one.differences is not None:
+        if one.pairing is not None and one.pairing.best is not None:
+            gaps = one.pairing.differences
             level = [
                 run.name
-                for run, gap in zip(runs, one.differences, strict=True)
-                if gap is None or gap.low <= 0 <= gap.high
+                for number, (run, gap) in enumerate(zip(runs, gaps, strict=True))
+                if number == one.pairing.best or (gap is not None and gap.low <= 0 <= gap.high)
             ]
-            if len(level) < len(runs):
+            if len(level) <= sum(gap is not None for gap in gaps):
                 return f"Best in {one.measure.label}, and not told apart: {', '.join(level)}."
     return "No run is clearly best."
 
@@ -161,11 +214,11 @@ def _headline(runs: Sequence[RunView], compared: Sequence[_Compared]) -> str:
 def _rule(compared: Sequence[_Compared]) -> str:
     """When a value is marked as the best."""
     overlap = "no other run's 95 % interval overlaps this one"
-    pairs = "the 95 % interval of no other run's difference to it, on the same held-out prompts, holds 0"
-    rules = [one.differences is not None for one in compared]
-    if not any(rules):
+    pairs = "the 95 % interval of no other run's difference to it, on the same prompts, holds 0"
+    alone = [one.measure.label for one in compared if one.pairing is None]
+    if len(alone) == len(compared):
         return overlap
-    return pairs if all(rules) else f"{pairs}; of verified answers, {overlap}"
+    return f"{pairs}; of {', '.join(alone)}, {overlap}" if alone else pairs
 
 
 def _recipe(run: RunView) -> dict[str, Any]:
@@ -245,7 +298,7 @@ def _table(runs: Sequence[RunView], compared: Sequence[_Compared], *, ascii_only
         unit = f", {one.measure.unit}" if one.measure.unit in ("nats", "tokens", "tokens/s") else ""
         header.append(one.measure.label + unit)
         columns.append(_figure_cells(one, ascii_only=ascii_only))
-        if one.differences is not None and one.measure.unit == "nats":
+        if any(one.differences) and one.measure.unit == "nats":
             header.append("above the lowest")
             columns.append(_difference_cells(one.differences, ascii_only=ascii_only))
     for label, name in (("training loss", "loss"), ("held-out loss", "held-out loss")):
@@ -259,6 +312,10 @@ def _table(runs: Sequence[RunView], compared: Sequence[_Compared], *, ascii_only
         columns.append([_Cell(f"{one:,}" if one else "", is_figure=True) for one in tokens])
     header.append("time")
     columns.append([_Cell(format_seconds(sum(step.seconds or 0 for step in run.steps))) for run in runs])
+    peaks = [peak_memory([step.manifest for step in run.steps_of("train") if step.manifest]) for run in runs]
+    if any(peaks):
+        header.append("memory of training")
+        columns.append([_Cell(one, is_figure=True) for one in peaks])
     for name, values in _differing(runs).items():
         header.append(name)
         # A list or mapping is there as JSON, whose signs say nothing in a cell of their own.
@@ -281,8 +338,8 @@ def _compared(runs: Sequence[RunView]) -> list[_Compared]:
         pairs = [measures.get(label) for measures in measured]
         measure = next(one for one in pairs if one is not None)[0]
         figures = [None if one is None else one[1] for one in pairs]
-        differences = None if None in figures else differences_to_best(runs, label, measure.better)
-        found.append(_Compared(measure, figures, differences))
+        pairing = pair(runs, measure, [figure is not None for figure in figures])
+        found.append(_Compared(measure, figures, pairing))
     return found
 
 
@@ -291,6 +348,8 @@ def _student_measures(run: RunView) -> dict[str, tuple[Measure, Figure]]:
     found = {}
     for results in results_of(run):
         for measure in results.measures:
+            if measure.aspect == "reasoning":
+                continue  # each run's own report has them
             if results.judged in measure.values and measure.better != "neither":
                 found[measure.label] = (measure, measure.values[results.judged])
     return found
@@ -332,7 +391,7 @@ def _figure_charts(runs: Sequence[RunView], compared: Sequence[_Compared]) -> li
         if len(points) < 2 or one.measure.aspect == "other":
             continue
         paired = {}
-        for run, figure, gap in zip(runs, one.figures, one.differences or [None] * len(runs), strict=True):
+        for run, figure, gap in zip(runs, one.figures, one.differences, strict=True):
             if figure is not None and gap is not None:
                 low, high = gap.low - gap.value, gap.high - gap.value
                 if one.measure.unit == "perplexity":

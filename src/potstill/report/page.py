@@ -11,7 +11,7 @@ from potstill.report.html import render
 from potstill.report.results import Results, conclusion, results_of
 from potstill.report.selection import save_score_histograms, selection_sections
 from potstill.report.stages import stage_sections
-from potstill.report.training import importance_charts, training_sections
+from potstill.report.training import importance_charts, peak_memory, training_sections, training_table
 from potstill.report.view import RunView, StepView
 
 __all__ = ["FIGURES_FOLDER", "flatten", "write_report"]
@@ -40,7 +40,18 @@ def write_report(run: RunView, path: Path) -> None:
         reused=any(run.status(step) == "reused" for step in run.steps),
         stages=stage_sections(run),
         training=training_sections(run),
-        results=[{**vars(one), "compared": one.compared, "endings": _endings(one)} for one in results],
+        costs=training_table(run),
+        results=[
+            {
+                **vars(one),
+                "main": one.main,
+                "reasoning": one.of("reasoning"),
+                "forgetting": one.of("forgetting"),
+                "compared": one.compared,
+                "endings": _endings(one),
+            }
+            for one in results
+        ],
         samples=[sample for one in results for sample in _samples(run, one)],
         generation=_generation(run),
         selection=selection_sections(run),
@@ -87,8 +98,10 @@ def _endings(results: Results) -> dict[str, dict[str, str]]:
     endings: dict[str, dict[str, str]] = {}
     for task in results.prompts:
         for role, model in results.models.items():
-            reasons = model.get("tasks", {}).get(task, {}).get("finish_reasons")
-            if reasons:
+            kinds = [model.get(kind, {}).get(task, {}) for kind in ("tasks", "forgetting")]
+            if reasons := {
+                reason: count for one in kinds for reason, count in one.get("finish_reasons", {}).items()
+            }:
                 endings.setdefault(task, {})[role] = ", ".join(
                     f"{count} {reason}" for reason, count in reasons.items()
                 )
@@ -110,10 +123,14 @@ def _samples(run: RunView, results: Results) -> list[dict[str, Any]]:
                 {"role": "trace", "facts": ["given in the data"], "text": _shorten(sample["trace"])}
             )
         for role, answer in sample["answers"].items():
-            facts = [f"{answer['response_tokens']} tokens"]
+            facts = [f"{answer['response_tokens']} tokens"] if answer["response_tokens"] else []
             if answer.get("finish_reason") == "length":
                 facts.append("cut off")
-            facts += [_verdict_words(name, holds) for name, holds in answer.get("verdicts", {}).items()]
+            facts += [
+                _verdict_words(name, holds)
+                for name, holds in answer.get("verdicts", {}).items()
+                if name not in ("handed_in", "reasons", "tagged")
+            ]
             answers.append({"role": role, "facts": facts, "text": _shorten(answer["response"])})
         verdicts = {
             role: answer.get("verdicts", {}).get("correct") for role, answer in sample["answers"].items()
@@ -190,6 +207,8 @@ def _figures(manifest: Manifest, *, provenance: bool = True) -> list[tuple[str, 
     rows.append(("seconds", f"{manifest.seconds:,.1f}"))
     if manifest.seconds > 0 and manifest.tokens:
         rows.append(("tokens a second", f"{manifest.tokens / manifest.seconds:,.0f}"))
+    if peak := peak_memory([manifest]):
+        rows.append(("peak memory", peak))
     if provenance:
         rows.append(("fingerprint", manifest.fingerprint[:24]))
     if provenance and manifest.model_identity:

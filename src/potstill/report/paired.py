@@ -1,22 +1,23 @@
-"""The students of several runs on the same held-out traces: differences paired by prompt.
+"""The students of several runs on the same prompts: differences paired by prompt, or why there are none.
 
-An interval of each student alone is mostly about which prompts happened to be held out, and that they share.
+An interval of each student alone is mostly about which prompts happened to be measured, and that they share.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from potstill.evaluate.intervals import Estimate, bootstrap_ratio_difference
-from potstill.evaluate.paired import HeldOutRun, PairedKL, paired_kl
-from potstill.evaluate.rows import HELD_OUT_FILE
-from potstill.report.results import Better, results_of
-from potstill.report.view import RunView
+from potstill.evaluate.intervals import Estimate, bootstrap_ratio_difference, paired_share_difference
+from potstill.evaluate.paired import MeasuredRows, PairedArm, paired_arms
+from potstill.evaluate.rows import FORGETTING_FILE, HELD_OUT_FILE, SCORES_FILE
+from potstill.report.results import Measure, results_of
+from potstill.report.view import RunView, StepView
 
-__all__ = ["arms_of", "differences_to_best"]
-
-Columns = Mapping[str, list[Any]]
+__all__ = ["Arms", "Pairing", "arms_of", "pair"]
 
 # The sums in a trace's row that a measure is the mean of, by the measure's label.
 _SUMS = {
@@ -24,67 +25,152 @@ _SUMS = {
     "Top-1 agreement": "agreed_tokens",
     "Perplexity": "cross_entropy_nats",
 }
+_OF_ANSWERS = ("verdicts", "scores")
+_TO_THE_TEACHER = ("KL to the teacher", "Top-1 agreement")
 
 
-def differences_to_best(runs: Sequence[RunView], label: str, better: Better) -> list[Estimate | None] | None:
-    """Each run's measure less the best run's, with its 95 % interval; None for the best itself.
+@dataclass(frozen=True)
+class Pairing:
+    """Runs on the rows that all of them share: the best one, and each other one's difference to it.
 
-    None for all of them where a run was not measured on the same tokens of the same traces. Of perplexities
-    the logarithms are subtracted.
+    `differences` has None for the best and for runs without the measure; of perplexities the logarithms are
+    subtracted. `refusal` says why there is no best where the runs were not measured on the same.
     """
-    found = [_student_columns(run) for run in runs]
-    columns = [one for one in found if one is not None]
-    name = _SUMS.get(label)
-    if name is None or len(columns) < max(2, len(runs)):
-        return None
-    shared = ("record_id", "supervised_tokens")
-    if any(one[key] != columns[0][key] for one in columns for key in shared):
-        return None
-    if any(None in one[name] for one in columns):
-        return None
-    sums = [sum(one[name]) for one in columns]
-    best = sums.index(max(sums) if better == "higher" else min(sums))
-    tokens, clusters = columns[0]["supervised_tokens"], columns[0]["prompt_id"]
-    differences: list[Estimate | None] = []
-    for number, one in enumerate(columns):
-        gap = bootstrap_ratio_difference((columns[best][name], tokens), (one[name], tokens), clusters, seed=0)
-        differences.append(None if number == best else gap)
-    return differences
+
+    best: int | None = None
+    differences: tuple[Estimate | None, ...] = ()
+    shared: int = 0
+    largest: int = 0
+    refusal: str | None = None
 
 
-def _student_columns(run: RunView) -> Columns | None:
-    """The rows of the student's traces by column, from the last evaluation that kept them."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
+def pair(runs: Sequence[RunView], measure: Measure, measured: Sequence[bool]) -> Pairing | None:
+    """The runs that have a measure (`measured`), paired; None where their rows were not kept."""
+    chosen = [number for number, has in enumerate(measured) if has]
+    found = [_measured_rows(runs[number], measure) for number in chosen]
+    known = [one for one in found if one is not None]
+    if len(known) < max(2, len(found)):
+        return None
+    tables, teachers = [rows for rows, _ in known], [teacher for _, teacher in known]
+    if measure.label in _TO_THE_TEACHER and any(one != teachers[0] for one in teachers):
+        return Pairing(refusal="another teacher in each run")
+    common = [key for key in tables[0] if all(key in rows for rows in tables)]
+    if not common:
+        return Pairing(refusal="other prompts in each run")
+    if any(rows[key][2] != tables[0][key][2] for rows in tables for key in common):
+        if (measure.row_value or ("",))[0] in _OF_ANSWERS:
+            return Pairing(refusal="a prompt has another number of judged answers in each run")
+        return Pairing(refusal="the same text makes other tokens in each run")
+    clusters = [tables[0][key][0] for key in common]
+    columns = [([rows[key][1] for key in common], [rows[key][2] for key in common]) for rows in tables]
+    sums = [sum(tops) for tops, _ in columns]
+    best = sums.index(max(sums) if measure.better == "higher" else min(sums))
+    gaps: dict[int, Estimate] = {
+        number: _difference(columns[best], one, clusters)
+        for place, (number, one) in enumerate(zip(chosen, columns, strict=True))
+        if place != best
+    }
+    return Pairing(
+        best=chosen[best],
+        differences=tuple(gaps.get(number) for number in range(len(runs))),
+        shared=len(common),
+        largest=max(map(len, tables)),
+    )
 
-    folders = {step.name: step.folder for step in run.steps_of("evaluate")}
+
+_Column = tuple[list[float], list[float]]
+
+
+def _difference(best: _Column, other: _Column, clusters: list[str]) -> Estimate:
+    """The other's ratio less the best's; of one verdict a prompt with an interval that holds near 0 and 1."""
+    if len(set(clusters)) == len(clusters) and set(best[1]) == {1.0} and {*best[0], *other[0]} <= {0.0, 1.0}:
+        return paired_share_difference([top == 1 for top in best[0]], [top == 1 for top in other[0]])
+    return bootstrap_ratio_difference(best, other, clusters, seed=0)
+
+
+def _measured_rows(run: RunView, measure: Measure) -> tuple[MeasuredRows, Any] | None:
+    """A student's rows behind a measure and the teacher it was measured to, from the last evaluation."""
+    steps = {step.name: step for step in run.steps_of("evaluate")}
     for results in reversed(results_of(run)):
-        folder = folders[results.step]
-        if folder is None or not (folder / HELD_OUT_FILE).is_file():
+        step = steps[results.step]
+        if not any(one.label == measure.label and results.judged in one.values for one in results.measures):
             continue
-        table = pq.read_table(folder / HELD_OUT_FILE)
-        columns: Columns = table.filter(pc.field("model") == results.judged).to_pydict()
-        if columns["record_id"]:
-            return columns
+        if rows := _rows(step, results.judged, measure):
+            assert step.manifest is not None
+            return rows, step.manifest.inputs.get(str(step.manifest.metrics.get("teacher")))
     return None
 
 
-def arms_of(runs: Sequence[RunView]) -> list[PairedKL]:
-    """The arms of a comparison over several seeds, the first of them the one that others are compared with.
+def _rows(step: StepView, model: str, measure: Measure) -> MeasuredRows:
+    if measure.label in _SUMS:
+        return _trace_rows(_table(step, HELD_OUT_FILE, model), _SUMS[measure.label])
+    column, name = measure.row_value or ("", "")
+    table = [
+        row
+        for row in _table(step, FORGETTING_FILE if column == "given" else SCORES_FILE, model)
+        if row["task"] == measure.task
+    ]
+    if column == "given":
+        return _trace_rows(table, "cross_entropy_nats")
+    return _answer_rows(table, column, name) if column in _OF_ANSWERS else {}
 
-    An arm is a run's name without its seed: `rule,seed=1` and `rule,seed=2` are two runs of one arm. Empty
-    for fewer than two arms, and where each has one seed only.
+
+def _trace_rows(table: list[dict[str, Any]], name: str) -> MeasuredRows:
+    return {
+        row["record_id"]: (row["prompt_id"], float(row[name]), float(row["supervised_tokens"]))
+        for row in table
+        if row[name] is not None
+    }
+
+
+def _answer_rows(table: list[dict[str, Any]], column: str, name: str) -> MeasuredRows:
+    """One verdict or score of a task by prompt: the sum over its answers, and how many there are."""
+    rows: dict[str, tuple[str, float, float]] = {}
+    for row in table:
+        values = json.loads(row[column])
+        if name in values:
+            prompt = row["prompt_id"]
+            _, total, answers = rows.get(prompt, (prompt, 0.0, 0.0))
+            rows[prompt] = (prompt, total + float(values[name]), answers + 1.0)
+    return rows
+
+
+def _table(step: StepView, file: str, model: str) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    path = (step.folder or Path()) / file
+    if not path.is_file():
+        return []
+    found: list[dict[str, Any]] = pq.read_table(path, filters=[("model", "=", model)]).to_pylist()
+    return found
+
+
+@dataclass(frozen=True)
+class Arms:
+    """A measure of each arm over several seeds, the first of them the one that others are compared with.
+
+    Of a perplexity the figures are cross-entropies.
     """
-    found = []
-    for run in runs:
-        evaluated = {step.name: step.folder for step in run.steps_of("evaluate")}
-        for results in reversed(results_of(run)):
-            folder = evaluated[results.step]
-            if folder is not None and results.student is not None and (folder / HELD_OUT_FILE).is_file():
-                found.append(HeldOutRun(_arm(run.name), _seed(run), folder, results.student))
-                break
-    arms = paired_kl(found)
-    return arms if len(arms) > 1 and any(one.seeds > 1 for one in arms) else []
+
+    measure: Measure
+    arms: list[PairedArm]
+
+
+def arms_of(runs: Sequence[RunView], measures: Sequence[Measure]) -> Iterator[Arms]:
+    """What the arms of a comparison over several seeds came to: on held-out traces, and on every task.
+
+    An arm is a run's name without its seed: `rule,seed=1` and `rule,seed=2` are two runs of one arm. Of the
+    measures on held-out traces the first one stands for all. Empty for fewer than two arms, and where each
+    has one seed only.
+    """
+    chosen = [one for one in measures if one.aspect in ("task", "forgetting")]
+    for measure in [*[one for one in measures if one.label in _SUMS][:1], *chosen]:
+        measured = [(run, _measured_rows(run, measure)) for run in runs]
+        arms = paired_arms(
+            (_arm(run.name), _seed(run), found[0]) for run, found in measured if found is not None
+        )
+        if len(arms) > 1 and any(one.seeds > 1 for one in arms):
+            yield Arms(measure, arms)
 
 
 def _arm(name: str) -> str:

@@ -1,6 +1,8 @@
 """The figures of an evaluation as rows of measures by models, and what they allow a reader to conclude."""
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from potstill.core.store import Manifest
@@ -20,9 +22,14 @@ __all__ = [
 ]
 
 Verdict = Literal["better", "worse", "unclear"]
-Aspect = Literal["closeness", "traces", "task", "other"]
+Aspect = Literal["closeness", "traces", "task", "other", "reasoning", "forgetting"]
 Better = Literal["lower", "higher", "neither"]
-Unit = Literal["nats", "share", "score", "perplexity", "tokens", "tokens/s"]
+Unit = Literal["nats", "share", "score", "perplexity", "tokens", "tokens/s", "seconds", "steps", "words"]
+_UNITS_OF_LABELS = ("nats", "tokens", "tokens/s", "seconds", "steps", "words")
+_Z_95 = 1.959963984540054
+_CHANCE_OF_ERROR = 0.05
+_MANY_CUT_OFF = 0.1
+_MANY_COMPARISONS = 4
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ class Figure:
 class Measure:
     """One row of the table: a figure a model, and each model's paired difference to the baseline.
 
-    The difference of a perplexity is the ratio of the two; all others are subtracted.
+    The difference of a perplexity is the ratio of the two; all others are subtracted. `row_value` says where
+    an answer's row has its part in the figure: among its verdicts or scores, and under which name.
     """
 
     label: str
@@ -49,6 +57,28 @@ class Measure:
     aspect: Aspect = "other"
     task: str | None = None
     explanation: str = ""
+    row_value: tuple[str, str] | None = None
+
+    @property
+    def unit_of_label(self) -> str:
+        """The unit, where it is said beside the label and not beside the figure."""
+        return self.unit if self.unit in _UNITS_OF_LABELS else ""
+
+    @property
+    def heading(self) -> str:
+        """Label and unit."""
+        return f"{self.label}, {self.unit_of_label}" if self.unit_of_label else self.label
+
+    def p_value(self, role: str) -> float:
+        """The chance of such a difference where there is none, by its interval's half on that side."""
+        gap = self.differences[role]
+        assert gap.low is not None
+        assert gap.high is not None
+        value, low, high = gap.value, gap.low, gap.high
+        if self.unit == "perplexity":
+            value, low, high = (math.log(max(end, 1e-300)) for end in (value, low, high))
+        half = value - low if value > 0 else high - value
+        return math.erfc(abs(value) / half * _Z_95 / math.sqrt(2)) if half > 0 else float(value == 0)
 
     def verdict(self, role: str) -> Verdict | None:
         """Whether a model is better than the baseline: only where the interval leaves out "no difference"."""
@@ -84,6 +114,31 @@ class Results:
     def judged(self) -> str:
         """The model that stands for its run beside other runs: the student, else the last one."""
         return self.student or self.roles[-1]
+
+    def of(self, *aspects: Aspect) -> list[Measure]:
+        """The measures of some aspects, in order."""
+        return [measure for measure in self.measures if measure.aspect in aspects]
+
+    @property
+    def main(self) -> list[Measure]:
+        """All measures but those of reasoning and forgetting, which have tables of their own."""
+        return self.of("closeness", "traces", "task", "other")
+
+    @property
+    def comparisons(self) -> int:
+        """How many differences are judged to be better, worse or neither."""
+        return sum(one.verdict(role) is not None for one in self.measures for role in self.roles)
+
+    @property
+    def caution(self) -> str:
+        """What the number of comparisons means; empty where there are few."""
+        if self.comparisons < _MANY_COMPARISONS:
+            return ""
+        expected = self.comparisons * _CHANCE_OF_ERROR
+        return (
+            f"{self.comparisons} differences are judged, each at 95 %: if none were real, "
+            f"about {expected:.1g} would look clear by chance."
+        )
 
     @property
     def compared(self) -> list[str]:
@@ -156,24 +211,124 @@ _SPEED = _Row(
 )
 
 
-def _task_rows(task: str, verdicts: list[str], scores: list[str]) -> list[_Row]:
-    """Right answers first, then form, then the other verdicts, likeness, and the length of responses."""
-    labels = {"correct": "right answers", "well_formed": "well-formed"}
+_VERDICTS: dict[str, tuple[str, Aspect, str]] = {
+    "correct": ("right answers", "task", ""),
+    "handed_in": ("handed in", "other", "answers that came to their end before the limit of new tokens"),
+    "reasons": ("with reasoning", "reasoning", "a think block, or two steps or more before the answer"),
+    "well_formed": ("well-formed", "reasoning", "one think block, then an answer"),
+    "judged": ("judged at all", "other", "the verifier neither failed nor took too long"),
+    "has_object": ("with a JSON object", "other", ""),
+    "has_code": ("with code", "other", ""),
+}
+_BY_STATES = "likeness to the responses given in the data, by a model's hidden states"
+_SCORES: dict[str, tuple[str, Better, Aspect, str]] = {
+    "reference_probability": ("probability of the right choice", "higher", "other", "among the options"),
+    "reasoning_quality": (
+        "quality of form",
+        "higher",
+        "reasoning",
+        "0 to 1 by form, steps and length, less what is repeated; not by whether it is right",
+    ),
+    "repetition": ("repetition", "lower", "reasoning", "share of 8-grams that were there before"),
+    "fields": ("right fields", "higher", "other", "share of an answer's fields"),
+    "score": ("verifier's score", "higher", "other", ""),
+    **{
+        f"bertscore_{kind.lower()}": (f"BERTScore {kind}", "higher", "other", _BY_STATES)
+        for kind in ("precision", "recall", "F1")
+    },
+}
+_JUDGE: dict[str, tuple[str, Better, str]] = {
+    "win_rate": (
+        "preferred by the judge",
+        "higher",
+        "to the answer of the model that others are compared with; both orders, a tie counts half",
+    ),
+    "order_agreement": ("judge agrees with itself", "neither", "prompts where both orders say the same"),
+    "first_preferred": (
+        "judge prefers the first",
+        "neither",
+        "of its preferences, those for the answer shown first; 50 % without a bias",
+    ),
+}
+_LIKENESS = "words shared with the responses given in the data: 0 none, 1 all"
+_HIDDEN = frozenset({"tagged"})
+
+
+def _task_rows(kind: str, task: str, found: dict[str, list[str]], about: dict[str, Any]) -> list[_Row]:
+    """A task's rows: right answers, pass@k, other verdicts and scores, lengths; then those of reasoning."""
+    path, forgotten = (kind, task), kind == "forgetting"
     rows = []
-    for name in sorted(verdicts, key=lambda name: (name != "correct", name != "well_formed", name)):
-        label = f"{task}, {labels.get(name, name.replace('_', ' '))}"
-        aspect: Aspect = "task" if name == "correct" else "other"
-        rows.append(_Row(("tasks", task, "verdicts", name), label, "share", "higher", aspect, task))
-    for name in scores:
-        label = f"{task}, {name.replace('rouge', 'ROUGE-')}"
-        explanation = "words shared with the responses given in the data: 0 none, 1 all"
-        rows.append(
-            _Row(("tasks", task, "scores", name), label, "score", "higher", "other", task, explanation)
+    for name in sorted(found["verdicts"], key=lambda name: (*_rank(name, _VERDICTS), name)):
+        label, aspect, explanation = _VERDICTS.get(name, (name.replace("_", " "), "other", ""))
+        if name == "correct":
+            explanation = _how_judged(about)
+        if name not in _HIDDEN:
+            better: Better = "neither" if name == "judged" else "higher"
+            rows.append(_Row((*path, "verdicts", name), label, "share", better, aspect, task, explanation))
+    for k in sorted(found["pass_at"], key=int):
+        if k == "1":
+            continue  # the mean over all samples, which stands above
+        explanation = f"the chance that one of {k} answers is right"
+        rows.append(_Row((*path, "pass_at", k), f"pass@{k}", "share", "higher", "other", task, explanation))
+    for name in found["scores"]:
+        label, better, aspect, explanation = _SCORES.get(
+            name, (name.replace("rouge", "ROUGE-"), "higher", "other", _LIKENESS)
         )
-    length = _Row(
-        ("tasks", task, "mean_response_tokens"), f"{task}, response length", "tokens", "neither", task=task
-    )
-    return [*rows, length]
+        rows.append(_Row((*path, "scores", name), label, "score", better, aspect, task, explanation))
+    for name, (label, better, explanation) in _JUDGE.items():
+        rows.append(_Row((*path, "judge", name), label, "share", better, "other", task, explanation))
+    for name in found["benchmark"]:
+        better = "higher" if about["higher_is_better"].get(name, True) else "lower"
+        rows.append(_Row((*path, "benchmark", name), name, "score", better, "other", task))
+    rows += [
+        _Row(
+            (*path, "right_if_well_formed"), "right where well-formed", "share", "higher", "reasoning", task
+        ),
+        _Row((*path, "mean_reasoning_steps"), "reasoning", "steps", "neither", "reasoning", task),
+        _Row((*path, "mean_reasoning_words"), "reasoning", "words", "neither", "reasoning", task),
+        _Row((*path, "mean_response_tokens"), "response length", "tokens", "neither", "other", task),
+        _Row(
+            (*path, "seconds_per_response"),
+            "time a response",
+            "seconds",
+            "neither",
+            "other",
+            task,
+            "on this machine, of all answers' decoding together",
+        ),
+        _Row(
+            (*path, "given", "perplexity"),
+            "perplexity",
+            "perplexity",
+            "lower",
+            "traces",
+            task,
+            "of the responses that the data comes with",
+        ),
+    ]
+    if forgotten:
+        # Whether old abilities are kept, and not how their answers look.
+        rows = [replace(row, aspect="forgetting") for row in rows if row.aspect in ("task", "traces")]
+    return [replace(row, label=f"{task}, {row.label}") for row in rows]
+
+
+def _rank(name: str, known: dict[str, Any]) -> tuple[int]:
+    return ([*known].index(name) if name in known else len(known),)
+
+
+def _how_judged(about: dict[str, Any]) -> str:
+    """How a task's answers come about, where that is not the usual way."""
+    said = []
+    if (samples := about.get("samples", 1)) > 1:
+        said.append(f"mean over {samples} samples a prompt at temperature {about['temperature']:g}")
+    if about.get("choose_by") == "letter":
+        said.append("the likeliest letter")
+    if about.get("choose_by") == "text":
+        divided = {"none": "", "token": " a token", "byte": " a byte"}[about.get("normalise", "none")]
+        said.append(f"the option of the likeliest text{divided}")
+    if about.get("chance"):
+        said.append(f"by guessing {about['chance'] * 100:.0f} %")
+    return "; ".join(said)
 
 
 def _results(step: StepView, manifest: Manifest) -> Results:
@@ -183,34 +338,79 @@ def _results(step: StepView, manifest: Manifest) -> Results:
     baseline = metrics.get("baseline") if metrics.get("baseline") in models else None
     teachers = [role for role in roles if models[role].get("is_teacher") or role == "teacher"]
     students = [role for role in roles if role != baseline and role not in teachers]
-    tasks = list(dict.fromkeys(task for model in models.values() for task in model.get("tasks", {})))
     rows = [_KL, _AGREEMENT, _PERPLEXITY]
-    for task in tasks:
-        verdicts, scores = (
-            list(
-                dict.fromkeys(
-                    name for model in models.values() for name in _dig(model, "tasks", task, kind) or {}
-                )
+    prompts: dict[str, int] = {}
+    silent: set[str] = set()
+    for kind in ("tasks", "forgetting"):
+        for task in dict.fromkeys(task for model in models.values() for task in model.get(kind, {})):
+            found = {
+                part: [
+                    *dict.fromkeys(
+                        name for model in models.values() for name in _dig(model, kind, task, part) or {}
+                    )
+                ]
+                for part in ("verdicts", "scores", "pass_at", "benchmark")
+            }
+            about = {
+                **(_dig(metrics, "tasks", task) or {}),
+                "higher_is_better": {
+                    name: better
+                    for model in models.values()
+                    for name, better in (_dig(model, kind, task, "higher_is_better") or {}).items()
+                },
+            }
+            rows += _task_rows(kind, task, found, about)
+            prompts[task] = max(
+                _dig(model, kind, task, "prompts") or _dig(model, kind, task, "given", "rows") or 0
+                for model in models.values()
             )
-            for kind in ("verdicts", "scores")
-        )
-        rows += _task_rows(task, verdicts, scores)
+            if not any(_shows_reasoning(_dig(model, kind, task)) for model in models.values()):
+                silent.add(task)
     measures = [_measure(row, models, metrics.get("differences", {})) for row in [*rows, _SPEED]]
-    refusals = {role: _dig(model, "held_out", "kl_refused") for role, model in models.items()}
+    notes = [
+        f"{role}: {refusal}"
+        for role, model in models.items()
+        if (refusal := _dig(model, "held_out", "kl_refused"))
+    ]
+    notes += [
+        f"{role}, {task}: {refusal}"
+        for role, model in models.items()
+        for task, refusal in (model.get("not_measured") or {}).items()
+    ]
+    notes += _cut_off(models)
     return Results(
         step=step.name,
         roles=roles,
         baseline=baseline,
         student="student" if "student" in students else (students[-1] if students else None),
         teachers=teachers,
-        measures=[measure for measure in measures if measure.values and not _says_nothing(measure)],
+        measures=[
+            one
+            for one in measures
+            if one.values and not (one.aspect == "reasoning" and (one.task or "") in silent)
+        ],
         models=models,
-        prompts={
-            task: max(_dig(model, "tasks", task, "prompts") or 0 for model in models.values())
-            for task in tasks
-        },
-        notes=[f"{role}: {refusal}" for role, refusal in refusals.items() if refusal],
+        prompts=prompts,
+        notes=notes,
     )
+
+
+def _cut_off(models: dict[str, dict[str, Any]]) -> list[str]:
+    """Where so many answers were cut off that the figures tell of the limit of new tokens."""
+    found = []
+    for role, model in models.items():
+        for kind in ("tasks", "forgetting"):
+            for task, figures in model.get(kind, {}).items():
+                endings = figures.get("finish_reasons") or {}
+                cut, answers = endings.get("length", 0), sum(endings.values())
+                if cut > _MANY_CUT_OFF * answers:
+                    found.append(f"{role}, {task}: {cut:,} of {answers:,}")
+    return [f"Cut off, and an unfinished answer is rarely right: {'; '.join(found)}."] if found else []
+
+
+def _shows_reasoning(task: Any) -> bool:
+    """Whether any answer of a model to a task has a think block."""
+    return any(_dig(task, "verdicts", name, "value") for name in ("tagged", "well_formed"))
 
 
 def _measure(row: _Row, models: dict[str, Any], differences: dict[str, Any]) -> Measure:
@@ -227,13 +427,7 @@ def _measure(row: _Row, models: dict[str, Any], differences: dict[str, Any]) -> 
         aspect=row.aspect,
         task=row.task,
         explanation=row.explanation,
-    )
-
-
-def _says_nothing(measure: Measure) -> bool:
-    """Well-formed reasoning, where no model reasons at all."""
-    return measure.label.endswith("well-formed") and not any(
-        figure.value for figure in measure.values.values()
+        row_value=(row.path[2], row.path[3]) if len(row.path) == 4 else None,
     )
 
 
@@ -249,7 +443,8 @@ def format_figure(value: float, unit: str, *, difference: bool = False, ascii_on
     elif unit == "nats":
         text = f"{value:{'+' if difference else ''}.{3 if abs(value) < 0.1 else 2}f}"
     else:
-        text = f"{value:+,.0f}" if difference else f"{value:,.0f}"
+        digits = {"seconds": 2 if abs(value) < 1 else 1, "steps": 1}.get(unit, 0)
+        text = f"{value:{'+' if difference else ''},.{digits}f}"
     return text if ascii_only else text.replace("-", "−")
 
 
@@ -289,34 +484,36 @@ _PHRASES: dict[tuple[Aspect, Verdict], str] = {
 
 @dataclass(frozen=True)
 class Conclusion:
-    """The headline, and the figures that carry it."""
+    """The headline, the figures that carry it, what was forgotten, and what a reader should know of both."""
 
     headline: str
     verdict: Verdict
     evidence: list[Measure]
+    forgetting: str = ""
+    note: str = ""
 
 
 def conclusion(results: Results) -> Conclusion | None:
     """Is the student truly better than the baseline? None where the evaluation compares no such pair.
 
-    Several tasks count as better only when none is worse and at least one is better.
+    Several tasks count as better only when none is worse and at least one is better, by differences that
+    stay clear when their number is reckoned with (Holm 1979).
     """
     student, base = results.student, results.baseline
     if student is None or base is None:
         return None
-    judged = [
-        (one, verdict)
-        for one in results.measures
-        if (verdict := one.verdict(student)) and one.aspect != "other"
-    ]
-    tasks = [(one, verdict) for one, verdict in judged if one.aspect == "task"]
+    judged = [one for one in results.measures if one.verdict(student) is not None]
+    tasks = [one for one in judged if one.aspect == "task"]
     # KL where it could be measured, else agreement, else perplexity.
-    traces = [(one, verdict) for one, verdict in judged if one.aspect != "task"][:1]
-    verdicts: dict[Aspect, Verdict] = {one.aspect: verdict for one, verdict in traces}
+    traces = [one for one in judged if one.aspect in ("closeness", "traces")][:1]
+    forgotten = [one for one in judged if one.aspect == "forgetting"]
+    verdicts: dict[Aspect, Verdict] = {one.aspect: one.verdict(student) or "unclear" for one in traces}
+    of_tasks, of_forgotten = _corrected(tasks, student), _corrected(forgotten, student)
     if tasks:
-        verdicts["task"] = _joint([verdict for _, verdict in tasks])
+        verdicts["task"] = _joint(of_tasks)
+    forgetting = _forgetting(forgotten, of_forgotten)
     if not verdicts:
-        return None
+        return Conclusion(forgetting, _joint(of_forgotten), forgotten) if forgetting else None
     parts = [_PHRASES[aspect, verdict] for aspect, verdict in verdicts.items()]
     found = set(verdicts.values())
     joint = " and " if len(found) == 1 else ", but " if "better" in found else ", and "
@@ -325,11 +522,52 @@ def conclusion(results: Results) -> Conclusion | None:
     if not traces:
         sentence += f" than {other}"
     if len(tasks) > 1:
-        better = sum(verdict == "better" for _, verdict in tasks)
-        sentence += f" (clearly so on {better} of {len(tasks)} tasks)"
-    evidence = [one for one, _ in traces + tasks]
+        sentence += f" (clearly so on {of_tasks.count('better')} of {len(tasks)} tasks)"
     subject = "The student" if student == "student" else student
-    return Conclusion(f"{subject} is {sentence}.", _joint(list(verdicts.values())), evidence)
+    alone = [one.verdict(student) for one in tasks + forgotten]
+    return Conclusion(
+        f"{subject} is {sentence}.",
+        _joint(list(verdicts.values())),
+        traces + tasks + forgotten,
+        forgetting,
+        _CORRECTED if alone != of_tasks + of_forgotten else "",
+    )
+
+
+_CORRECTED = (
+    "A difference that is clear by itself is not among so many, and the sentence above goes by the latter "
+    "(Holm's correction)."
+)
+
+
+def _corrected(measures: Sequence[Measure], role: str) -> list[Verdict]:
+    """Each measure's verdict; unclear where the interval is clear by itself, but not among so many (Holm)."""
+    verdicts: list[Verdict] = ["unclear"] * len(measures)
+    order = sorted(range(len(measures)), key=lambda number: measures[number].p_value(role))
+    for rank, number in enumerate(order):
+        verdict = measures[number].verdict(role) or "unclear"
+        allowed = _CHANCE_OF_ERROR / (len(measures) - rank)
+        # One measure alone is judged by its interval, which may not be a normal distribution's.
+        if verdict == "unclear" or (len(measures) > 1 and measures[number].p_value(role) > allowed):
+            break
+        verdicts[number] = verdict
+    return verdicts
+
+
+def _forgetting(measures: Sequence[Measure], verdicts: Sequence[Verdict]) -> str:
+    """What became of abilities that training did not touch."""
+    if not measures:
+        return ""
+    by_set: dict[str, list[Verdict]] = {}
+    for measure, verdict in zip(measures, verdicts, strict=True):
+        by_set.setdefault(measure.task or "", []).append(verdict)
+    worse = [name for name, found in by_set.items() if "worse" in found]
+    better = [name for name, found in by_set.items() if "better" in found and name not in worse]
+    if worse:
+        said = f"Something was forgotten: worse on {', '.join(worse)}, which training did not touch"
+    else:
+        said = f"Nothing is clearly forgotten on {', '.join(by_set)}, which training did not touch"
+    return said + (f"; better on {', '.join(better)}." if better else ".")
 
 
 def _joint(verdicts: list[Verdict]) -> Verdict:

@@ -1,12 +1,22 @@
 """Plain-text tables in ASCII, for terminals of any encoding."""
 
+import textwrap
 from collections.abc import Sequence
 
 from potstill.report.html import evidence, verdict_words
-from potstill.report.results import conclusion, format_figure, format_interval, results_of
+from potstill.report.results import (
+    Measure,
+    Results,
+    conclusion,
+    format_figure,
+    format_interval,
+    results_of,
+)
 from potstill.report.view import RunView
 
 __all__ = ["aligned", "terminal_table"]
+
+_WIDTH = 110
 
 
 def aligned(rows: Sequence[Sequence[str]], *, header: bool = True) -> str:
@@ -24,32 +34,39 @@ def terminal_table(run: RunView) -> str:
     """Each evaluate step's figures with 95 % intervals, and what follows; empty without an evaluation."""
     parts = []
     for results in results_of(run):
-        student, base = results.student, results.baseline
-        compared = student is not None and base is not None
-        rows = [["", *results.roles, *([f"{student} - {base}"] if compared else [])]]
-        for measure in results.measures:
-            unit = f", {measure.unit}" if measure.unit in ("nats", "tokens", "tokens/s") else ""
-            values, ranges = [measure.label + unit], [""]
-            for role in results.roles:
-                figure = measure.values.get(role)
-                values.append(format_figure(figure.value, measure.unit, ascii_only=True) if figure else "-")
-                ranges.append(format_interval(figure, measure.unit, ascii_only=True) if figure else "")
-            if compared:
-                gap = measure.differences.get(student or "")
-                shown = (
-                    format_figure(gap.value, measure.unit, difference=True, ascii_only=True) if gap else ""
-                )
-                values.append(f"{shown}  {verdict_words(measure.verdict(student or ''))}".rstrip())
-                ranges.append(
-                    format_interval(gap, measure.unit, difference=True, ascii_only=True) if gap else ""
-                )
-            rows.append(values)
-            if any(ranges):
-                rows.append(ranges)
-        parts.append(aligned(rows))
-        parts += results.notes
+        for title, measures in (
+            ("", results.main),
+            ("Reasoning", results.of("reasoning")),
+            ("What training did not touch", results.of("forgetting")),
+        ):
+            if measures:
+                parts.append(aligned(_rows(title, results, measures)))
+        parts += [textwrap.fill(note, _WIDTH) for note in (*results.notes, results.caution) if note]
         found = conclusion(results)
         if found is not None:
             proof = [f"  {evidence(measure, results, ascii_only=True)}" for measure in found.evidence]
-            parts.append("\n".join([found.headline, *proof]))
+            said = [one for one in (found.forgetting, found.note) if one]
+            parts.append("\n".join([found.headline, *said, *proof]))
     return "\n\n".join(parts)
+
+
+def _rows(title: str, results: Results, measures: Sequence[Measure]) -> list[list[str]]:
+    """A line of figures a measure and one of intervals below it."""
+    student, base = results.student, results.baseline
+    compared = student is not None and base is not None
+    rows = [[title, *results.roles, *([f"{student} - {base}"] if compared else [])]]
+    for measure in measures:
+        values, ranges = [measure.heading], [""]
+        for role in results.roles:
+            figure = measure.values.get(role)
+            values.append(format_figure(figure.value, measure.unit, ascii_only=True) if figure else "-")
+            ranges.append(format_interval(figure, measure.unit, ascii_only=True) if figure else "")
+        if compared:
+            gap = measure.differences.get(student or "")
+            shown = format_figure(gap.value, measure.unit, difference=True, ascii_only=True) if gap else ""
+            values.append(f"{shown}  {verdict_words(measure.verdict(student or ''))}".rstrip())
+            ranges.append(format_interval(gap, measure.unit, difference=True, ascii_only=True) if gap else "")
+        rows.append(values)
+        if any(ranges):
+            rows.append(ranges)
+    return rows

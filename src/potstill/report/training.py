@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from potstill.core.events import format_seconds
+from potstill.core.store import Manifest
 from potstill.report.charts import bar_chart, line_chart
 from potstill.report.view import RunView, StepView
 
@@ -15,8 +16,10 @@ __all__ = [
     "importance_charts",
     "loss_comparison",
     "loss_rows",
+    "peak_memory",
     "thinned",
     "training_sections",
+    "training_table",
 ]
 
 Curve = list[tuple[float, float]]
@@ -128,6 +131,37 @@ def training_sections(run: RunView) -> list[dict[str, Any]]:
             }
         )
     return sections
+
+
+def peak_memory(manifests: Sequence[Manifest]) -> str:
+    """The most that any of the steps took: on the GPU where it was used, else of the process; or nothing."""
+    gpu = max((one.peak_gpu_memory_bytes or 0 for one in manifests), default=0)
+    process = max((one.peak_memory_bytes or 0 for one in manifests), default=0)
+    if gpu:
+        return f"{gpu / 1e9:.2f} GB of GPU"
+    return f"{process / 1e9:.2f} GB" if process else ""
+
+
+def training_table(run: RunView) -> dict[str, Any] | None:
+    """What each train step cost, side by side; None where there are fewer than two."""
+    made = [(step.name, step.manifest) for step in run.steps_of("train") if step.manifest is not None]
+    if len(made) < 2:
+        return None
+    rows = []
+    for name, manifest in made:
+        speed = f"{manifest.tokens / manifest.seconds:,.0f}" if manifest.seconds > 0 else "–"
+        counts = [manifest.counts.get(key) for key in ("rows", "steps")]
+        rows.append(
+            [
+                name,
+                *("–" if count is None else f"{count:,}" for count in counts),
+                f"{manifest.tokens:,}",
+                format_seconds(manifest.seconds),
+                speed,
+                peak_memory([manifest]) or "–",
+            ]
+        )
+    return {"head": ["step", "rows", "steps", "tokens", "time", "tokens/s", "memory"], "rows": rows}
 
 
 def loss_rows(curves: dict[str, Curve]) -> list[tuple[float, float | None, float | None, float]]:

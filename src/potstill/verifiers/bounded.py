@@ -15,38 +15,43 @@ __all__ = ["call_bounded"]
 
 _START_TIMEOUT_S = 300.0
 _CHILD_MODULE = "potstill.verifiers.child"
+_MEMORY_MB = 4096
 
 
-def call_bounded(call: str, *arguments: Any, timeout_s: float) -> bool | None:
-    """Carry out `symbolic` or `score` in the child process; None when it takes longer or dies of it.
+def call_bounded(call: str, *arguments: Any, timeout_s: float, memory_mb: int = _MEMORY_MB) -> Any:
+    """Carry out a call in a child process; None when it takes longer or the process dies of it.
 
-    Safe in threads, which take turns. The time that the child needs to import its libraries does not count.
+    The call is `symbolic`, `score` or a user's function, `file.py:name`, which has a process of its own. Safe
+    in threads, which take turns. The time that the child needs to import its libraries does not count.
     DataError when it cannot import them, or from the call itself.
     """
+    key = (call if ":" in call else "", memory_mb)
     with _lock:
-        if not _workers:
-            _workers.append(_Worker())
+        if key not in _workers:
+            _workers[key] = _Worker(memory_mb)
         answer = None
         try:
-            answer = _workers[0].ask(json.dumps([call, arguments]), timeout_s)
+            answer = _workers[key].ask(json.dumps([call, arguments]), timeout_s)
         finally:
             # Also when interrupted: an answer still to come would be taken for that to the next request.
             if answer is None:
-                _workers.pop().end()
-    if isinstance(answer, dict):
-        raise DataError(**answer)
-    return answer
+                _workers.pop(key).end()
+    if answer is None:
+        return None
+    if "error" in answer:
+        raise DataError(**answer["error"])
+    return answer["result"]
 
 
 class _Worker:
     """The child process and the thread that reads its lines, so that a wait for one can end."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_mb: int) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         # Threads of a linear algebra library would each take address space from what is granted.
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", _CHILD_MODULE],
+            [sys.executable, "-m", _CHILD_MODULE, str(memory_mb)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -65,8 +70,8 @@ class _Worker:
             self.lines.put(line)
         self.lines.put("")
 
-    def ask(self, request: str, timeout_s: float) -> bool | dict[str, str] | None:
-        """The answer or the error; None when the child was too slow or died of it."""
+    def ask(self, request: str, timeout_s: float) -> dict[str, Any] | None:
+        """{"result": ...} or {"error": ...}; None when the child was too slow or died of it."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(request + "\n")
@@ -75,17 +80,15 @@ class _Worker:
         except (OSError, queue.Empty):
             ready = ""
         if not ready:
-            return {
-                "what": "the process that checks answers could not start",
-                "mend": "run `potstill doctor`",
-            }
-        if error := json.loads(ready):
-            return dict(error)
+            what = "the process that checks answers could not start"
+            return {"error": {"what": what, "mend": "run `potstill doctor`"}}
+        if refusal := json.loads(ready):
+            return dict(refusal)
         try:
             line = self.lines.get(timeout=timeout_s)
         except queue.Empty:
             return None
-        answer: bool | dict[str, str] | None = json.loads(line) if line else None
+        answer: dict[str, Any] | None = json.loads(line) if line else None
         return answer
 
     def end(self) -> None:
@@ -103,10 +106,10 @@ class _Worker:
 
 
 _lock = threading.Lock()
-_workers: list[_Worker] = []
+_workers: dict[tuple[str, int], _Worker] = {}
 
 
 @atexit.register
 def _end_worker() -> None:
     while _workers:
-        _workers.pop().end()
+        _workers.popitem()[1].end()

@@ -10,11 +10,13 @@ from potstill.core.errors import PotstillError
 
 __all__ = ["serve"]
 
-_MEMORY_BYTES = 4 << 30
 _ORPHAN_TIMEOUT_S = 120
 
 
-def _function(call: str) -> Callable[..., bool]:
+_loaded: dict[str, Callable[..., Any]] = {}
+
+
+def _function(call: str) -> Callable[..., Any]:
     """The function behind a call, with the libraries it needs already imported."""
     if call == "symbolic":
         import math_verify  # noqa: F401  # imported before the clock starts
@@ -22,6 +24,12 @@ def _function(call: str) -> Callable[..., bool]:
         from potstill.verifiers.math import symbolically_equal
 
         return symbolically_equal
+    if ":" in call:
+        from potstill.verifiers.function import load_function
+
+        if call not in _loaded:
+            _loaded[call] = load_function(call)
+        return _loaded[call]
     from potstill.data.tasks import import_reasoning_gym, score_task_answer
 
     import_reasoning_gym()
@@ -34,12 +42,12 @@ def _described(error: Exception) -> dict[str, str | None]:
     return {"what": f"the libraries that check answers cannot be used: {error}"}
 
 
-def serve() -> None:
+def serve(memory_mb: int) -> None:
     """Answer until standard input ends: an empty object once the libraries are there, then the result."""
     if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     # Whatever the libraries print must not get between the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
 
@@ -51,22 +59,22 @@ def serve() -> None:
         try:
             function = _function(call)
         except Exception as error:  # importing what the parent names runs any code
-            tell(_described(error))
+            tell({"error": _described(error)})
             continue
         tell({})
         if sys.platform != "win32":
             # Of use only when the parent is gone: it sees to the time itself.
             signal.alarm(_ORPHAN_TIMEOUT_S)
         try:
-            tell(bool(function(*arguments)))
+            tell({"result": function(*arguments)})
         except PotstillError as error:
-            tell(_described(error))
+            tell({"error": _described(error)})
         except Exception:
             # Text that the libraries cannot take is text that does not answer right.
-            tell(False)
+            tell({"result": False})
         if sys.platform != "win32":
             signal.alarm(0)
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))

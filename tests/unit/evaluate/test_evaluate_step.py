@@ -1,18 +1,23 @@
 import copy
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from potstill.core.errors import DataError, Interrupted, ModelError
+from potstill.core.errors import BudgetError, DataError, EngineError, Interrupted, ModelError
 from potstill.core.records import RECORDS_FILE, Record, write_records
 from potstill.core.settings import Settings
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact
 from potstill.evaluate import EvaluateSettings, run
 from potstill.models import TransformersModel
+from potstill.teachers import LlamaCppModel, OpenAIModel, SolverModel
+
+from ...servers import Reply, ScriptedServer, completion, error, running_server
+from ..models.test_embedded import to_gguf
 
 Evaluate = Callable[..., tuple[StepContext, StepResult]]
 
@@ -85,7 +90,15 @@ def test_every_model_is_measured_on_the_same_traces_and_prompts(evaluate: Evalua
         assert asked == [one["question"] for one in QUESTIONS]
     for row in scores:
         assert row["task"] == "sums"
-        assert set(json.loads(row["verdicts"])) == {"correct", "well_formed"}
+        assert set(json.loads(row["verdicts"])) == {
+            "correct",
+            "well_formed",
+            "handed_in",
+            "reasons",
+            "tagged",
+        }
+        assert set(json.loads(row["scores"])) == {"reasoning_quality", "repetition"}
+        assert set(json.loads(row["counts"])) == {"reasoning_steps", "reasoning_words"}
         assert row["finish_reason"] in ("stop", "length")
         assert 1 <= row["response_tokens"] <= 6
 
@@ -119,11 +132,11 @@ def test_figures_come_with_intervals_and_differences_to_the_baseline(evaluate: E
 
 
 def test_the_teacher_is_not_compared_with_itself(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
-    from potstill.evaluate import step
+    from potstill.evaluate import subjects
 
     loads: list[str] = []
-    load = step.load
-    monkeypatch.setattr(step, "load", lambda settings: loads.append(settings.path) or load(settings))
+    load = subjects.load
+    monkeypatch.setattr(subjects, "load", lambda settings: loads.append(settings.path) or load(settings))
 
     _, result = evaluate()
 
@@ -254,14 +267,11 @@ def test_prompts_without_responses_are_refused_as_traces(
         run(settings, step_context("evaluate", models=models, data=data))
 
 
-def test_a_model_of_another_engine_is_refused_by_name(
+def test_a_teacher_of_another_engine_is_refused_by_name(
     evaluate: Evaluate, models: dict[str, Settings]
 ) -> None:
-    class Served(Settings):
-        engine: str = "openai"
-
-    models["big"] = Served()
-    with pytest.raises(ModelError, match="big is a model of engine openai"):
+    models["big"] = SolverModel(engine="solver", function="potstill.teachers.solvers:chain_sum")
+    with pytest.raises(ModelError, match="big is a model of engine solver"):
         evaluate()
 
 
@@ -285,16 +295,16 @@ def test_answers_are_compared_with_the_responses_of_the_traces_by_rouge(
     metrics = json.loads(json.dumps(result.metrics, allow_nan=False))
     for role in ("base", "student", "teacher"):
         scores = metrics["models"][role]["tasks"]["held"]["scores"]
-        assert list(scores) == ["rouge1", "rouge2", "rougeL"]
+        assert set(scores) == {"reasoning_quality", "repetition", "rouge1", "rouge2", "rougeL"}
         for figure in scores.values():
             assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
-    assert metrics["models"]["base"]["tasks"]["sums"]["scores"] == {}, "its rows have no responses"
+    assert "rouge1" not in metrics["models"]["base"]["tasks"]["sums"]["scores"], "its rows have no responses"
     gaps = metrics["differences"]["student"]["tasks"]["held"]["scores"]
     base, student = (metrics["models"][role]["tasks"]["held"]["scores"] for role in ("base", "student"))
     for name, gap in gaps.items():
         assert gap["value"] == pytest.approx(student[name]["value"] - base[name]["value"])
     rows = [row for row in _rows(context.folder / "scores.parquet") if row["task"] == "held"]
-    assert all(set(json.loads(row["scores"])) == {"rouge1", "rouge2", "rougeL"} for row in rows)
+    assert all({"rouge1", "rouge2", "rougeL"} <= set(json.loads(row["scores"])) for row in rows)
 
 
 @pytest.fixture
@@ -316,7 +326,7 @@ def test_a_response_cut_off_in_its_reasoning_is_no_reference_of_rouge(
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     context, _ = evaluate(tasks={"given": {"path": str(path)}}, rouge=True)
     found = [json.loads(row["scores"]) for row in _rows(context.folder / "scores.parquet")]
-    assert [bool(scores) for scores in found[:2]] == [False, True]
+    assert ["rouge1" in scores for scores in found[:2]] == [False, True]
     assert any("given: 1 of 2 prompts have no answer" in said for said in context.reporter.said)
 
 
@@ -336,3 +346,366 @@ def test_rouge_without_its_library_says_what_to_install(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r'pip install "potstill\[rouge\]"'):
         evaluate(rouge=True)
+
+
+QUIZ = [
+    {"question": f"What is {number} + 1?", "choices": [str(number), str(number + 1), "none"], "answer": 1}
+    for number in range(4)
+]
+
+
+@pytest.fixture
+def quiz(tmp_path: Path) -> dict[str, str]:
+    """Multiple-choice questions."""
+    path = tmp_path / "quiz.jsonl"
+    path.write_text("\n".join(map(json.dumps, QUIZ)), encoding="utf-8")
+    return {"path": str(path)}
+
+
+@pytest.mark.parametrize(("choose_by", "normalise"), [("letter", "none"), ("text", "byte"), ("text", "none")])
+def test_multiple_choice_is_judged_by_likelihood_where_the_task_says_so(
+    evaluate: Evaluate, quiz: dict[str, str], choose_by: str, normalise: str
+) -> None:
+    task = {"data": quiz, "choose_by": choose_by, "normalise": normalise}
+    context, result = evaluate(tasks={"quiz": task}, data=None, teacher=None)
+    rows = _rows(context.folder / "scores.parquet")
+    assert len(rows) == 3 * len(QUIZ)
+    for row in rows:
+        assert row["finish_reason"] == "scored"
+        assert len(row["choice_logprobs"]) == 3
+        lengths = [
+            len(text) for text in json.loads(row["prompt"])[-1]["content"].split("\n\n")[1].splitlines()
+        ]
+        scores = [
+            logprob / (length - len("A. ") if (choose_by, normalise) == ("text", "byte") else 1)
+            for logprob, length in zip(row["choice_logprobs"], lengths, strict=True)
+        ]
+        assert row["response"][0] == "ABC"[scores.index(max(scores))]
+        assert json.loads(row["verdicts"]) == {"correct": row["response"][0] == "B"}
+    figures = result.metrics["models"]["student"]["tasks"]["quiz"]
+    assert figures["verdicts"]["correct"]["low"] <= figures["verdicts"]["correct"]["value"]
+    assert result.metrics["tasks"]["quiz"]["chance"] == pytest.approx(1 / 3)
+    assert set(result.metrics["differences"]["student"]["tasks"]["quiz"]["verdicts"]["correct"]) == {
+        "value",
+        "low",
+        "high",
+        "mcnemar_p",
+    }
+
+
+def test_multiple_choice_is_written_out_otherwise(evaluate: Evaluate, quiz: dict[str, str]) -> None:
+    context, _ = evaluate(tasks={"quiz": quiz}, data=None, teacher=None)
+    rows = _rows(context.folder / "scores.parquet")
+    assert {row["finish_reason"] for row in rows} <= {"stop", "length"}
+    assert all(row["choice_logprobs"] is None for row in rows)
+
+
+def test_a_task_that_scores_options_needs_rows_with_options(
+    evaluate: Evaluate, settings: EvaluateSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = {"data": settings.model_dump()["tasks"]["sums"], "choose_by": "letter"}
+    with pytest.raises(DataError, match="no options to choose from"):
+        evaluate(tasks={"sums": task})
+
+
+def test_several_samples_a_prompt_are_decoded_with_seeds_of_their_own(
+    evaluate: Evaluate, settings: EvaluateSettings
+) -> None:
+    options = {"samples": 3, "temperature": 1.0, "pass_at": [1, 2], "data": None, "teacher": None}
+    context, result = evaluate("one", batch=2, **options)
+    rows = [row for row in _rows(context.folder / "scores.parquet") if row["model"] == "student"]
+    assert [row["sample"] for row in rows] == [0, 1, 2] * len(QUESTIONS)
+    assert [row["prompt_id"] for row in rows[::3]] == [row["prompt_id"] for row in rows[2::3]]
+    assert len({row["response"] for row in rows[:3]}) > 1
+    figures = result.metrics["models"]["student"]["tasks"]["sums"]
+    assert (figures["prompts"], figures["samples"]) == (len(QUESTIONS), 3)
+    assert list(figures["pass_at"]) == ["1", "2"]
+    assert result.metrics["tasks"]["sums"]["temperature"] == 1.0
+    again, _ = evaluate("other", batch=7, **options)
+    assert _rows(again.folder / "scores.parquet") == _rows(context.folder / "scores.parquet")
+
+
+def test_a_nucleus_of_almost_nothing_is_the_likeliest_token(evaluate: Evaluate) -> None:
+    greedy, _ = evaluate("greedy", data=None, teacher=None)
+    narrow, _ = evaluate("narrow", temperature=1.0, top_p=1e-9, data=None, teacher=None)
+    assert [row["response"] for row in _rows(greedy.folder / "scores.parquet")] == [
+        row["response"] for row in _rows(narrow.folder / "scores.parquet")
+    ]
+
+
+def test_a_task_can_have_limits_of_its_own(evaluate: Evaluate, settings: EvaluateSettings) -> None:
+    data = settings.model_dump()["tasks"]["sums"]
+    tasks = {"sums": data, "short": {"data": data, "limit": 2, "max_new_tokens": 2}}
+    context, result = evaluate(tasks=tasks, data=None, teacher=None)
+    rows = _rows(context.folder / "scores.parquet")
+    short = [row for row in rows if row["task"] == "short"]
+    assert len(short) == 3 * 2
+    assert max(row["response_tokens"] for row in short) <= 2
+    assert max(row["response_tokens"] for row in rows if row["task"] == "sums") > 2
+    assert result.metrics["tasks"]["short"]["max_new_tokens"] == 2
+
+
+def test_what_was_cut_off_is_told(evaluate: Evaluate) -> None:
+    context, result = evaluate(data=None, teacher=None, max_new_tokens=1)
+    cut = result.metrics["models"]["student"]["tasks"]["sums"]["finish_reasons"]["length"]
+    said = f"student: {cut} of 5 answers to sums were cut off at max_new_tokens (1)"
+    assert any(said in line for line in context.reporter.said)  # type: ignore[attr-defined]
+    assert (
+        result.metrics["models"]["student"]["tasks"]["sums"]["verdicts"]["handed_in"]["value"] == 1 - cut / 5
+    )
+
+
+def test_answers_that_may_reason_have_more_tokens_by_default(
+    evaluate: Evaluate, settings: EvaluateSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from potstill.evaluate import subjects
+
+    asked: list[int] = []
+
+    def watched(*args: Any, max_new_tokens: int, **options: Any) -> Any:
+        asked.append(max_new_tokens)
+        return decode(*args, max_new_tokens=2, **options)
+
+    decode = subjects.generate_batch
+    monkeypatch.setattr(subjects, "generate_batch", watched)
+    changes = {"max_new_tokens": None, "data": None, "teacher": None, "models": {"student": "student"}}
+    evaluate("plain", baseline=None, **changes)
+    assert {*asked} == {512}
+    asked.clear()
+    row = {
+        "prompt": "What is 1 + 1?",
+        "response": "<think>\none and one\n</think>\n\n2",
+        "reference": "2",
+        "task": "math",
+    }
+    (tmp_path / "given.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    context, _ = evaluate(
+        "given", baseline=None, **{**changes, "tasks": {"given": {"path": str(tmp_path / "given.jsonl")}}}
+    )
+    assert {*asked} == {4096}
+    assert any("may reason" in line for line in context.reporter.said)  # type: ignore[attr-defined]
+    asked.clear()
+    config = tmp_path / "student" / "chat_template.jinja"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(
+        text.replace("assistant\\n'", "assistant\\n<think>\\n'").replace(
+            "assistant\n'", "assistant\n<think>\n'"
+        ),
+        encoding="utf-8",
+    )
+    assert config.read_text(encoding="utf-8") != text
+    evaluate("template", baseline=None, **changes)
+    assert {*asked} == {4096}
+
+
+def test_a_set_for_forgetting_is_measured_by_answers_and_by_the_perplexity_of_its_responses(
+    evaluate: Evaluate, settings: EvaluateSettings
+) -> None:
+    old = settings.model_dump()["tasks"]["sums"]
+    context, result = evaluate(
+        tasks={}, forgetting={"old": {"data": old, "limit": 3}, "said": "traces:held_out"}
+    )
+    student = result.metrics["models"]["student"]
+    assert "tasks" not in student
+    assert student["forgetting"]["old"]["prompts"] == 3
+    assert student["forgetting"]["old"]["given"]["perplexity"]["value"] > 1
+    assert "prompts" not in student["forgetting"]["said"], "its rows have no verifier"
+    held_out = student["held_out"]["perplexity"]["value"]
+    assert student["forgetting"]["said"]["given"]["perplexity"]["value"] == pytest.approx(held_out)
+    gap = result.metrics["differences"]["student"]["forgetting"]
+    assert gap["old"]["verdicts"]["correct"]["low"] <= 0 <= gap["old"]["verdicts"]["correct"]["high"]
+    assert gap["said"]["given"]["perplexity"]["low"] > 0
+    rows = _rows(context.folder / "forgetting.parquet")
+    assert {(row["model"], row["task"]) for row in rows} == {
+        (model, name) for model in ("base", "student", "teacher") for name in ("old", "said")
+    }
+    assert {row["task"] for row in _rows(context.folder / "scores.parquet")} == {"old"}
+
+
+def test_a_set_that_cannot_tell_what_was_forgotten_is_refused(
+    evaluate: Evaluate, prompts_alone: dict[str, str]
+) -> None:
+    with pytest.raises(DataError, match=r"nothing tells what was forgotten") as caught:
+        evaluate(forgetting={"old": prompts_alone})
+    assert "forgetting.old" in str(caught.value)
+
+
+def test_a_task_without_a_verifier_that_is_known_is_refused_before_a_model_is_loaded(
+    evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from potstill.evaluate import subjects
+
+    monkeypatch.setattr(subjects, "load", lambda settings: pytest.fail("a model was loaded"))
+    row = {"prompt": "What is 1 + 1?", "reference": "2", "task": "oracle"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(DataError, match="no verifier is called 'oracle'") as caught:
+        evaluate(tasks={"odd": {"path": str(tmp_path / "odd.jsonl")}})
+    assert "tasks.odd, prompt 1" in str(caught.value)
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    with running_server() as running:
+        running.always = lambda body: Reply(body=completion(_served_answer(body["messages"][-1]["content"])))
+        yield running
+
+
+def _served_answer(question: str) -> str:
+    found = re.search(r"(\d+) \+ 1", question)
+    return f"<think>\nOne more than that is counted on.\n</think>\n\n{int(found[1]) + 1 if found else 0}"
+
+
+@pytest.fixture
+def served(models: dict[str, Settings], server: ScriptedServer) -> OpenAIModel:
+    """A server that is right, declared as the model `oracle`."""
+    model = OpenAIModel(
+        engine="openai",
+        base_url=server.base_url,
+        model="oracle",
+        max_retries=0,
+        price={"input": 1.0, "output": 1.0},  # type: ignore[arg-type]
+    )
+    models["oracle"] = model
+    return model
+
+
+SERVED = {"base": "base", "oracle": "oracle"}
+
+
+def test_a_served_model_stands_beside_one_that_is_loaded(
+    evaluate: Evaluate, served: OpenAIModel, server: ScriptedServer
+) -> None:
+    context, result = evaluate(models=SERVED, baseline="base", max_new_tokens=7, temperature=0.5, top_p=0.9)
+    oracle = result.metrics["models"]["oracle"]
+    assert oracle["tasks"]["sums"]["verdicts"]["correct"]["value"] == 1.0
+    assert oracle["tasks"]["sums"]["verdicts"]["well_formed"]["value"] == 1.0
+    assert oracle["tasks"]["sums"]["seconds_per_response"] > 0
+    assert result.metrics["differences"]["oracle"]["tasks"]["sums"]["verdicts"]["correct"]["value"] > 0
+    assert list(oracle["held_out"]) == ["kl_refused"]
+    assert "no KL and no perplexity: the openai engine" in oracle["held_out"]["kl_refused"]
+    assert any("oracle: no KL and no perplexity" in line for line in context.reporter.said)  # type: ignore[attr-defined]
+    asked = [body for body in server.requests if body["model"] == "oracle"]
+    assert {(body["max_tokens"], body["temperature"], body["top_p"]) for body in asked} == {(7, 0.5, 0.9)}
+    assert len(asked) == 5 + 2, "each prompt of the task once, and the two that are shown"
+    rows = [row for row in _rows(context.folder / "scores.parquet") if row["model"] == "oracle"]
+    assert [json.loads(row["prompt"])[-1]["content"] for row in rows] == [
+        one["question"] for one in QUESTIONS
+    ]
+
+
+def test_a_served_models_answers_are_bought_once(
+    evaluate: Evaluate, served: OpenAIModel, server: ScriptedServer
+) -> None:
+    _, first = evaluate("one", models=SERVED, baseline="base")
+    bought = len(server.requests)
+    _, second = evaluate("two", models=SERVED, baseline="base")
+    assert len(server.requests) == bought
+    one, two = (found.metrics["models"]["oracle"]["tasks"]["sums"] for found in (first, second))
+    assert one.pop("seconds_per_response") > 0
+    assert one == two, "known answers, whose time nobody took"
+
+
+def test_a_served_model_has_no_choice_by_likelihood(
+    evaluate: Evaluate, served: OpenAIModel, quiz: dict[str, str]
+) -> None:
+    tasks = {"quiz": {"data": quiz, "choose_by": "letter"}}
+    context, result = evaluate(models=SERVED, baseline="base", tasks=tasks)
+    assert "tasks" not in result.metrics["models"]["oracle"]
+    refusal = "no choice by letter: the openai engine gives no probabilities of a given text"
+    assert result.metrics["models"]["oracle"]["not_measured"] == {"quiz": refusal}
+    assert any(f"oracle, quiz: {refusal}" in line for line in context.reporter.said)  # type: ignore[attr-defined]
+    assert "quiz" in result.metrics["models"]["base"]["tasks"]
+
+
+def test_answers_that_a_server_refuses_stop_the_evaluation_or_count_as_wrong(
+    evaluate: Evaluate, served: OpenAIModel, server: ScriptedServer
+) -> None:
+    def sometimes(body: Any) -> Reply:
+        question = body["messages"][-1]["content"]
+        return Reply(400, error("not this one")) if "3 + 1" in question else right(body)
+
+    right, server.always = server.always, sometimes
+    options = {"models": SERVED, "baseline": "base", "data": None, "teacher": None}
+    with pytest.raises(EngineError, match="1 of 5 requests failed"):
+        evaluate(**options)
+    context, result = evaluate("other", max_failed_share=0.2, **options)
+    figures = result.metrics["models"]["oracle"]["tasks"]["sums"]
+    assert figures["verdicts"]["correct"]["value"] == 0.8
+    assert figures["finish_reasons"] == {"failed": 1, "stop": 4}
+    (failures,) = context.folder.glob("failures-oracle-*.jsonl")
+    assert "not this one" in failures.read_text(encoding="utf-8")
+
+
+def test_a_served_model_is_kept_within_its_budget(
+    evaluate: Evaluate, served: OpenAIModel, models: dict[str, Settings], server: ScriptedServer
+) -> None:
+    with pytest.raises(BudgetError, match="the budget is used up"):
+        evaluate(models=SERVED, baseline="base", max_cost=1.5e-5)
+    assert len(server.requests) < 5
+    models["oracle"] = served.model_copy(update={"price": None})
+    with pytest.raises(BudgetError, match="max_cost bounds what answers cost"):
+        evaluate("unpriced", models=SERVED, baseline="base", max_cost=1.0)
+
+
+def test_llama_cpp_answers_the_same_prompts(
+    evaluate: Evaluate,
+    models: dict[str, Settings],
+    tmp_path: Path,
+    build_tiny_model: Any,
+    tiny_tokenizer: Any,
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    to_gguf(path, build_tiny_model("llama", seed=1), tiny_tokenizer, pre="gpt-2")
+    models["embedded"] = LlamaCppModel(
+        engine="llama_cpp", model=str(path), context_tokens=256, slots=1, threads=1
+    )
+    context, _ = evaluate(
+        models={"student": "student", "embedded": "embedded"}, baseline="student", data=None, teacher=None
+    )
+    rows = _rows(context.folder / "scores.parquet")
+    ours, theirs = ([row for row in rows if row["model"] == role] for role in ("student", "embedded"))
+    assert [row["prompt_tokens"] for row in ours] == [row["prompt_tokens"] for row in theirs]
+    assert [row["response"] for row in ours] == [row["response"] for row in theirs], "the same weights"
+
+
+def test_an_interrupted_choice_is_not_scored_again(
+    evaluate: Evaluate, quiz: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from potstill.evaluate import step
+
+    options = {"tasks": {"quiz": {"data": quiz, "choose_by": "text"}}, "data": None, "teacher": None}
+    score, scored = step.score_choices, []
+
+    def broken_off(model: Any, *args: Any, **given: Any) -> Any:
+        if len(scored) == 2:
+            raise Interrupted
+        scored.append(model.identity)
+        return score(model, *args, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "score_choices", broken_off)
+        with pytest.raises(Interrupted):
+            evaluate("broken", **options)
+    again: list[str] = []
+
+    def watched(model: Any, *args: Any, **given: Any) -> Any:
+        again.append(model.identity)
+        return score(model, *args, **given)
+
+    monkeypatch.setattr(step, "score_choices", watched)
+    resumed, _ = evaluate("broken", **options)
+    assert len(again) == 1
+    assert again[0] not in scored
+    monkeypatch.undo()
+    whole, _ = evaluate("whole", **options)
+    assert (resumed.folder / "scores.parquet").read_bytes() == (whole.folder / "scores.parquet").read_bytes()
+
+
+def test_a_prompt_that_a_models_context_does_not_hold_is_named(evaluate: Evaluate, tmp_path: Path) -> None:
+    rows = [QUIZ[0], {**QUIZ[1], "question": "word " * 600}]
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    task = {"data": {"path": str(path)}, "choose_by": "letter"}
+    with pytest.raises(DataError, match="the context holds 512") as caught:
+        evaluate(tasks={"long": task}, data=None, teacher=None)
+    assert caught.value.where == "base, long, row 2"

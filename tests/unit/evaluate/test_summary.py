@@ -1,9 +1,10 @@
 import math
+from typing import Any
 
 import pytest
 
-from potstill.evaluate.rows import AnswerRow, TraceRow
-from potstill.evaluate.summary import ModelRows, differences, figures
+from potstill.evaluate.rows import SCORED, AnswerRow, TraceRow
+from potstill.evaluate.summary import ModelRows, TaskRows, differences, figures
 
 
 def _answers(right: list[bool], *, ends: str = "stop", tokens: int = 10) -> list[AnswerRow]:
@@ -19,13 +20,11 @@ def _traces(kl: list[float], *, cross_entropy: float = 2.0, agreed: int = 3) -> 
 
 BASE = ModelRows(
     traces=_traces([4.0, 5.0, 6.0], cross_entropy=3.0, agreed=1),
-    answers={"sums": _answers([False, False, True, False], ends="length")},
-    decoding_seconds=2.0,
+    tasks={"sums": TaskRows(_answers([False, False, True, False], ends="length"), seconds=2.0)},
 )
 STUDENT = ModelRows(
     traces=_traces([1.0, 1.0, 4.0], cross_entropy=1.0, agreed=5),
-    answers={"sums": _answers([True, True, True, False])},
-    decoding_seconds=0.5,
+    tasks={"sums": TaskRows(_answers([True, True, True, False]), seconds=0.5)},
 )
 
 
@@ -42,6 +41,7 @@ def test_a_models_figures_are_those_of_its_rows() -> None:
     assert task["mean_response_tokens"]["value"] == 11.5
     assert task["finish_reasons"] == {"stop": 4}
     assert found["speed"]["decoding_tokens_per_s"] == 46 / 0.5
+    assert task["seconds_per_response"] == 0.5 / 4
 
 
 def test_a_difference_is_the_model_less_the_baseline() -> None:
@@ -76,9 +76,8 @@ def test_a_verdict_that_some_answers_lack_is_no_figure() -> None:
         *_answers([True, True]),
         AnswerRow("r9", "p9", "[]", "text", "stop", 5, 9, {"well_formed": True}),
     ]
-    assert list(figures(ModelRows(answers={"sums": answers}), seed=1)["tasks"]["sums"]["verdicts"]) == [
-        "well_formed"
-    ]
+    found = figures(ModelRows(tasks={"sums": TaskRows(answers)}), seed=1)
+    assert list(found["tasks"]["sums"]["verdicts"]) == ["well_formed"]
 
 
 def test_hopeless_perplexity_stays_a_number() -> None:
@@ -94,7 +93,7 @@ def test_answers_that_nothing_is_there_to_compare_with_take_no_part_in_scores() 
             )
             for n, one in enumerate(scores)
         ]
-        return ModelRows(answers={"held": rows})
+        return ModelRows(tasks={"held": TaskRows(rows)})
 
     base, student = answers(None, 0.5, 0.9), answers(None, 0.6, 1.0)
     assert figures(student, seed=1)["tasks"]["held"]["scores"]["rougeL"]["value"] == pytest.approx(0.8)
@@ -108,7 +107,7 @@ def test_scores_have_means_with_intervals_and_paired_differences() -> None:
             AnswerRow(f"r{n}", f"p{n}", "[]", "text", "stop", 5, 10, {}, {"rougeL": one})
             for n, one in enumerate(scores)
         ]
-        return ModelRows(answers={"held": rows})
+        return ModelRows(tasks={"held": TaskRows(rows)})
 
     base, student = answers(0.1, 0.5, 0.9, 0.3), answers(0.2, 0.6, 1.0, 0.4)
     score = figures(student, seed=1)["tasks"]["held"]["scores"]["rougeL"]
@@ -118,3 +117,104 @@ def test_scores_have_means_with_intervals_and_paired_differences() -> None:
     assert gap["student"]["tasks"]["held"]["scores"]["rougeL"] == pytest.approx(
         {"value": 0.1, "low": 0.1, "high": 0.1}
     )
+
+
+def _sampled(*right: str, **fields: Any) -> TaskRows:
+    """A task's rows, one word a prompt: a + for a right sample, a - for a wrong one."""
+    return TaskRows(
+        [
+            AnswerRow(
+                f"r{n}", f"p{n}", "[]", "text", "stop", 5, 10, {"correct": mark == "+"}, sample=k, **fields
+            )
+            for n, marks in enumerate(right)
+            for k, mark in enumerate(marks)
+        ]
+    )
+
+
+def test_of_several_samples_the_mean_and_pass_at_k_are_told_by_prompt() -> None:
+    rows = ModelRows(tasks={"sums": _sampled("++++", "+---", "----")})
+    found = figures(rows, pass_at=[1, 2, 4], seed=1)["tasks"]["sums"]
+    assert (found["prompts"], found["samples"]) == (3, 4)
+    assert found["verdicts"]["correct"]["value"] == pytest.approx(5 / 12)
+    assert {k: one["value"] for k, one in found["pass_at"].items()} == pytest.approx(
+        {"1": 5 / 12, "2": (1 + 0.5) / 3, "4": 2 / 3}
+    )
+    assert list(figures(rows, seed=1)["tasks"]["sums"]["pass_at"]) == ["4"]
+    assert figures(rows, pass_at=[8], seed=1)["tasks"]["sums"]["pass_at"] == {}
+
+
+def test_differences_of_several_samples_are_paired_by_prompt_and_have_no_mcnemar_p() -> None:
+    base = ModelRows(tasks={"sums": _sampled("--", "+-", "--", "++")})
+    student = ModelRows(tasks={"sums": _sampled("+-", "++", "--", "++")})
+    gap = differences({"base": base, "student": student}, "base", same_tokens=[], seed=1)
+    task = gap["student"]["tasks"]["sums"]
+    assert task["verdicts"]["correct"]["value"] == pytest.approx(0.25)
+    assert set(task["verdicts"]["correct"]) == {"value", "low", "high"}
+    assert task["pass_at"]["2"]["value"] == pytest.approx(0.25)
+
+
+def test_right_answers_where_reasoning_is_well_formed_are_a_share_of_those_alone() -> None:
+    def rows(*marks: tuple[bool, bool]) -> ModelRows:
+        answers = [
+            AnswerRow(f"r{n}", f"p{n}", "[]", "", "stop", 5, 9, {"correct": right, "well_formed": formed})
+            for n, (right, formed) in enumerate(marks)
+        ]
+        return ModelRows(tasks={"sums": TaskRows(answers)})
+
+    base = rows((True, False), (True, True), (False, True), (False, False))
+    student = rows((True, True), (True, True), (False, True), (False, False))
+    none = rows((True, False), (True, False), (True, False), (True, False))
+    assert figures(base, seed=1)["tasks"]["sums"]["right_if_well_formed"]["value"] == 0.5
+    assert "right_if_well_formed" not in figures(none, seed=1)["tasks"]["sums"]
+    gap = differences({"base": base, "student": student, "none": none}, "base", same_tokens=[], seed=1)
+    found = gap["student"]["tasks"]["sums"]["right_if_well_formed"]
+    assert found["value"] == pytest.approx(2 / 3 - 1 / 2)
+    assert found["low"] < -0.3
+    assert found["high"] > 0.5, "two and three answers prove nothing"
+    assert "right_if_well_formed" not in gap["none"]["tasks"]["sums"]
+
+
+def test_what_was_scored_has_no_length_and_no_ending() -> None:
+    rows = [
+        AnswerRow("r", "p", "[]", "A. yes", SCORED, 5, 0, {"correct": True}, choice_logprobs=[-1.0, -2.0])
+    ]
+    found = figures(ModelRows(tasks={"quiz": TaskRows(rows)}), seed=1)["tasks"]["quiz"]
+    assert found["verdicts"]["correct"]["value"] == 1
+    assert {"mean_response_tokens", "finish_reasons", "seconds_per_response"}.isdisjoint(found)
+
+
+def test_a_server_that_counts_no_tokens_has_no_length() -> None:
+    rows = [AnswerRow("r", "p", "[]", "yes", "stop", None, None, {"correct": True})]
+    unknown = ModelRows(tasks={"quiz": TaskRows(rows)})
+    assert "mean_response_tokens" not in figures(unknown, seed=1)["tasks"]["quiz"]
+    known = ModelRows(tasks={"quiz": TaskRows(_answers([True])[:1])})
+    gap = differences({"base": known, "student": unknown}, "base", same_tokens=[], seed=1)
+    assert "mean_response_tokens" not in gap["student"]["tasks"]["quiz"]
+
+
+def test_lengths_have_paired_differences() -> None:
+    gap = differences({"base": BASE, "student": STUDENT}, "base", same_tokens=[], seed=1)
+    assert gap["student"]["tasks"]["sums"]["mean_response_tokens"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_sets_for_forgetting_have_perplexity_and_answers_of_their_own() -> None:
+    def rows(right: list[bool], cross_entropy: float) -> ModelRows:
+        traces = _traces([0.0] * 3, cross_entropy=cross_entropy)
+        return ModelRows(forgetting={"old": TaskRows(_answers(right), traces)})
+
+    base, student = rows([True] * 9, 1.0), rows([True] * 3 + [False] * 6, 2.0)
+    found = figures(student, seed=1)
+    assert "tasks" not in found
+    assert found["forgetting"]["old"]["given"]["perplexity"]["value"] == pytest.approx(math.e**2)
+    gap = differences({"base": base, "student": student}, "base", same_tokens=["base", "student"], seed=1)
+    old = gap["student"]["forgetting"]["old"]
+    assert old["given"]["perplexity"]["value"] == pytest.approx(math.e)
+    assert old["verdicts"]["correct"]["value"] == pytest.approx(-2 / 3)
+    other = differences({"base": base, "student": student}, "base", same_tokens=["base"], seed=1)
+    assert "given" not in other["student"]["forgetting"]["old"]
+
+
+def test_a_task_that_only_one_of_two_models_was_measured_on_has_no_difference() -> None:
+    gap = differences({"base": BASE, "student": ModelRows()}, "base", same_tokens=["student"], seed=1)
+    assert gap == {"student": {}}

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from potstill.evaluate.rows import HELD_OUT_FILE, TraceRow, write_traces
+from potstill.evaluate.rows import (
+    HELD_OUT_FILE,
+    SCORES_FILE,
+    AnswerRow,
+    TraceRow,
+    write_answers,
+    write_traces,
+)
 from potstill.report import RunView, comparison_table, write_comparison
 
 RunBuilder = Callable[..., RunView]
@@ -130,11 +137,141 @@ def test_two_runs_with_one_student_leave_none_the_best(paired: list[RunView], tm
     assert [row[closeness] for row in rows[2:10:2]] == ["1.90", "1.18", "1.20", "1.18"]
 
 
-def test_other_traces_are_not_paired(paired: list[RunView]) -> None:
-    folder = paired[2].steps[-1].folder
+def _traces(run: RunView, rows: list[TraceRow]) -> None:
+    folder = run.steps[-1].folder
     assert folder is not None
-    write_traces(folder / HELD_OUT_FILE, {"student": [TraceRow("other", "p0", 50, 80.0, 5.0, 40)]})
-    assert "above the lowest" not in comparison_table(paired)
+    write_traces(folder / HELD_OUT_FILE, {"student": rows})
+
+
+def test_runs_on_other_traces_are_shown_and_not_compared(paired: list[RunView], tmp_path: Path) -> None:
+    # Its own interval lies far below the others'; but it was measured on an easier trace.
+    _traces(paired[2], [TraceRow("other", "p9", 50, 1.0, 0.1, 50)])
+    table = comparison_table(paired)
+    rows = _columns(table.partition("\n\n")[0])
+    assert "above the lowest" not in rows[0]
+    assert not any("*" in row[rows[0].index("KL to the teacher, nats")] for row in rows)
+    assert "KL to the teacher is not compared: other prompts in each run." in table
+    write_comparison(paired, tmp_path / "comparison.html")
+    text = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert "KL to the teacher is not compared" in text
+    assert "KL to the teacher (" not in text.partition("<table")[0]
+
+
+def test_runs_that_share_some_traces_are_paired_on_those(paired: list[RunView]) -> None:
+    # Ten of the twenty traces that the others have, and five of its own that are very hard.
+    shared = [
+        TraceRow(f"r{n}", f"p{n}", 50, 80.0 + 10 * n, (0.1 * n + 0.02 + 0.001 * (n % 3)) * 50, 40 - n)
+        for n in range(10)
+    ]
+    hard = [TraceRow(f"h{n}", f"q{n}", 50, 900.0, 500.0, 0) for n in range(5)]
+    _traces(paired[2], [*hard, *shared])
+    table = comparison_table(paired)
+    rows = _columns(table.partition("\n\n")[0])
+    gaps = [row[rows[0].index("above the lowest")] for row in rows[2:8:2]]
+    assert gaps == ["+0.030", "-", "+0.020"]
+    assert "KL to the teacher is compared on the 10 rows that all runs share, of up to 20." in table
+
+
+def test_runs_whose_tokens_differ_are_not_compared(paired: list[RunView]) -> None:
+    _traces(paired[2], [TraceRow(f"r{n}", f"p{n}", 31, 80.0, 0.1, 30) for n in range(20)])
+    assert "Perplexity is not compared: the same text makes other tokens in each run." in comparison_table(
+        paired
+    )
+
+
+def test_runs_with_another_teacher_are_not_compared_by_it(paired: list[RunView]) -> None:
+    manifest = paired[2].steps[-1].manifest
+    assert manifest is not None
+    manifest.inputs["teacher"] = {"path": "another"}
+    table = comparison_table(paired)
+    assert "KL to the teacher is not compared: another teacher in each run." in table
+    assert "Top-1 agreement is not compared: another teacher in each run." in table
+    assert "Perplexity is not compared" not in table
+
+
+def _answered(run: RunView, right: list[bool], *, first: int = 0) -> None:
+    """Give the student's answers to chain_sum; prompts are numbered on from `first`."""
+    folder = run.steps[-1].folder
+    assert folder is not None
+    rows = [
+        AnswerRow(f"r{first + n}", f"p{first + n}", "[]", "5", "stop", 3, 3, verdicts={"correct": one})
+        for n, one in enumerate(right)
+    ]
+    write_answers(folder / SCORES_FILE, {"student": {"chain_sum": rows}})
+
+
+def test_answers_that_are_more_in_one_run_are_not_compared(sweep: list[RunView]) -> None:
+    _answered(sweep[0], [True, False])
+    _answered(sweep[1], [True, False])
+    folder = sweep[1].steps[-1].folder
+    assert folder is not None
+    rows = [
+        AnswerRow(f"r{n}", f"p{n}", "[]", "5", "stop", 3, 3, verdicts={"correct": True}, sample=sample)
+        for n in range(2)
+        for sample in range(2)
+    ]
+    write_answers(folder / SCORES_FILE, {"student": {"chain_sum": rows}})
+    text = "a prompt has another number of judged answers in each run."
+    assert text in comparison_table(sweep[:2])
+
+
+def test_right_answers_are_paired_by_prompt(sweep: list[RunView]) -> None:
+    # Their own intervals overlap by far; but wherever the first is right, the second is, and 8 times more.
+    _answered(sweep[0], [n % 5 == 0 for n in range(40)])
+    _answered(sweep[1], [n % 5 <= 1 for n in range(40)])
+    manifests: list[Any] = [run.steps[4].manifest for run in sweep[:2]]
+    for manifest, value in zip(manifests, (0.2, 0.4), strict=True):
+        right = {"value": value, "low": value - 0.13, "high": value + 0.15}
+        manifest.metrics["models"]["student"]["tasks"]["chain_sum"]["verdicts"]["correct"] = right
+    table = comparison_table(sweep[:2])
+    rows = _columns(table.partition("\n\n")[0])
+    column = rows[0].index("chain_sum, right answers")
+    assert [row[column] for row in rows[2:6:2]] == ["20.0 %", "40.0 % *"]
+
+
+def test_answers_to_other_problems_of_one_name_are_not_compared(sweep: list[RunView]) -> None:
+    _answered(sweep[0], [False] * 40)
+    _answered(sweep[1], [True] * 40, first=100)
+    table = comparison_table(sweep[:2])
+    assert "chain_sum, right answers is not compared: other prompts in each run." in table
+    assert "80.0 % *" not in table
+
+
+def test_runs_of_different_recipes_stand_side_by_side(
+    paired: list[RunView], build_run: RunBuilder, tmp_path: Path
+) -> None:
+    other = build_run("other")
+    manifest: Any = other.steps[4].manifest
+    models = manifest.metrics["models"]
+    manifest.metrics["models"] = {"base": models["base"], "stage2": models["student"]}
+    del manifest.metrics["models"]["stage2"]["held_out"]
+    text = "name: other\nsteps:\n" + "".join(f"  s{n}: {{do: train}}\n" for n in range(20))
+    runs = [*paired, replace(other, recipe_text=text)]
+    table = comparison_table(runs)
+    rows = _columns(table.partition("\n\n")[0])
+    assert [row[0] for row in rows[2:10:2]] == ["lr=0.0001", "lr=0.0003", "lr=0.001", "other"]
+    closeness = rows[0].index("KL to the teacher, nats")
+    assert [row[closeness] for row in rows[2:10:2]] == ["1.90", "1.18 *", "1.20", "-"]
+    write_comparison(runs, tmp_path / "comparison.html")
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(sweep: list[RunView], tmp_path: Path) -> None:
+    again = replace(sweep[0], folder=tmp_path / "again" / sweep[0].name)
+    table = comparison_table([sweep[0], again])
+    assert str(again.folder) in table
+    assert str(sweep[0].folder) in table
+
+
+def test_the_memory_of_training_is_shown_where_it_is_known(sweep: list[RunView]) -> None:
+    assert "memory of training" not in comparison_table(sweep)
+    for run, peak in zip(sweep, (1.25e9, 2e9), strict=False):
+        student: Any = run.steps[3].manifest
+        student.peak_memory_bytes = int(peak)
+    rows = _columns(comparison_table(sweep))
+    assert [row[rows[0].index("memory of training")] for row in rows[2:8:2]] == ["1.25 GB", "2.00 GB", "-"]
+    gpu: Any = sweep[2].steps[3].manifest
+    gpu.peak_gpu_memory_bytes = int(5e9)
+    assert "5.00 GB of GPU" in comparison_table(sweep)
 
 
 def test_values_of_different_losses_are_not_put_side_by_side(sweep: list[RunView], tmp_path: Path) -> None:
@@ -214,7 +351,7 @@ def arms(build_run: RunBuilder) -> list[RunView]:
 
 
 def test_arms_are_shown_with_their_paired_differences_and_those_of_each_seed(arms: list[RunView]) -> None:
-    lines = comparison_table(arms).split("\n\n")[-1].splitlines()
+    (lines,) = (part.splitlines() for part in comparison_table(arms).split("\n\n") if part.startswith("arm"))
     assert lines[0].split()[:2] == ["arm", "seeds"]
     assert "minus rule" in lines[0]
     found = {line.split()[0]: line for line in lines[2:]}
@@ -239,6 +376,20 @@ def test_the_page_has_the_arms_too(arms: list[RunView], tmp_path: Path) -> None:
     assert "+0.050 (+0.050 to +0.050)" in text
     write_comparison(arms[::2], tmp_path / "comparison.html")
     assert "arm by arm" not in (tmp_path / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_arms_are_shown_by_what_they_kept_and_learned_as_well(arms: list[RunView]) -> None:
+    for run in arms:
+        right = run.name.startswith("one-stage")
+        _answered(run, [right or n % 2 == 0 for n in range(20)])
+    tables = [part.splitlines() for part in comparison_table(arms).split("\n\n") if part.startswith("arm")]
+    assert ["KL to the teacher, nats" in lines[0] for lines in tables] == [True, False]
+    found = {line.split("  ")[0]: line for line in tables[1][2:]}
+    assert "chain_sum, right answers" in tables[1][0]
+    assert "50.0 % (" in found["rule"]
+    assert "+50.0 (" in found["one-stage"]
+    assert found["one-stage"].endswith("better")
+    assert found["random"].endswith("no clear difference")
 
 
 def test_what_each_run_trained_on_is_counted_in_tokens(sweep: list[RunView]) -> None:

@@ -176,3 +176,175 @@ def test_the_terminal_table_is_ascii_and_says_what_follows(build_run: RunBuilder
 
 def test_a_run_without_an_evaluation_has_no_table() -> None:
     assert terminal_table(RunView("run", "", [StepView("a", "train", [], None, False, None, None)])) == ""
+
+
+def _figure(value: float, half: float = 0.05) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+@pytest.fixture
+def reasoning_run(build_run: RunBuilder) -> RunView:
+    """Samples of a task with think blocks, a quiz by likelihood, and a set for forgetting."""
+    run = build_run()
+    metrics = _metrics(run)
+    for role, shift in (("base", 0.0), ("student", 0.3), ("teacher", 0.4)):
+        task = metrics["models"][role]["tasks"]["chain_sum"]
+        task["verdicts"] |= {"handed_in": _figure(0.4 + shift), "reasons": _figure(0.3 + shift)}
+        task["verdicts"]["tagged"] = _figure(shift)
+        task |= {
+            "pass_at": {"1": _figure(0.2), "8": _figure(0.3 + shift)},
+            "scores": {"reasoning_quality": _figure(0.2 + shift), "repetition": _figure(0.5 - shift)},
+            "right_if_well_formed": _figure(0.1 + shift),
+            "mean_reasoning_steps": _figure(3 + shift),
+            "mean_reasoning_words": _figure(60.0, 5),
+            "seconds_per_response": 1.25,
+        }
+        quiz = {"prompts": 50, "verdicts": {"correct": _figure(0.4)}, "scores": {}, "pass_at": {}}
+        metrics["models"][role]["tasks"]["quiz"] = quiz
+        old = {"prompts": 20, "verdicts": {"correct": _figure(0.5)}, "given": {"perplexity": _figure(4.0)}}
+        metrics["models"][role]["forgetting"] = {"old": old}
+    metrics["tasks"] = {
+        "chain_sum": {"samples": 8, "temperature": 0.7, "choose_by": "generation"},
+        "quiz": {"choose_by": "text", "normalise": "byte", "chance": 0.25},
+    }
+    gap = metrics["differences"]["student"]
+    gap["tasks"]["chain_sum"] |= {
+        "pass_at": {"8": _figure(0.3)},
+        "scores": {"reasoning_quality": _figure(0.3), "repetition": _figure(-0.3)},
+    }
+    gap["tasks"]["quiz"] = {"verdicts": {"correct": _figure(0.0)}}
+    gap["forgetting"] = {
+        "old": {
+            "verdicts": {"correct": _figure(0.0)},
+            "given": {"perplexity": {"value": 1.2, "low": 1.1, "high": 1.3}},
+        }
+    }
+    return run
+
+
+def test_reasoning_and_what_training_did_not_touch_have_tables_of_their_own(reasoning_run: RunView) -> None:
+    results = results_of(reasoning_run)[0]
+    assert [one.label for one in results.of("reasoning")] == [
+        "chain_sum, with reasoning",
+        "chain_sum, well-formed",
+        "chain_sum, quality of form",
+        "chain_sum, repetition",
+        "chain_sum, right where well-formed",
+        "chain_sum, reasoning",
+        "chain_sum, reasoning",
+    ]
+    assert [one.label for one in results.of("forgetting")] == ["old, right answers", "old, perplexity"]
+    labels = [one.label for one in results.main]
+    assert {"chain_sum, handed in", "chain_sum, pass@8", "chain_sum, time a response"} <= set(labels)
+    assert not any("tagged" in one.label or "pass@1" in one.label for one in results.measures)
+    better = {one.label: one.verdict("student") for one in results.measures}
+    assert better["chain_sum, quality of form"] == "better"
+    assert better["chain_sum, repetition"] == "better", "less is better"
+    assert better["old, perplexity"] == "worse"
+
+
+def test_a_figure_says_how_its_answers_came_about(reasoning_run: RunView) -> None:
+    said = {one.label: one.explanation for one in results_of(reasoning_run)[0].measures}
+    assert said["chain_sum, right answers"] == "mean over 8 samples a prompt at temperature 0.7"
+    assert said["quiz, right answers"] == "the option of the likeliest text a byte; by guessing 25 %"
+
+
+def test_the_terminal_shows_reasoning_and_forgetting_below_the_main_table(reasoning_run: RunView) -> None:
+    table = terminal_table(reasoning_run)
+    assert table.isascii()
+    main, reasoning, forgetting = (
+        table.index(one) for one in ("chain_sum, pass@8", "\nReasoning", "\nWhat training did not touch")
+    )
+    assert main < reasoning < forgetting
+    assert "chain_sum, time a response, seconds" in table
+    assert "chain_sum, reasoning, steps" in table
+    assert "Something was forgotten: worse on old, which training did not touch." in table
+
+
+@pytest.mark.parametrize(
+    ("right", "perplexity", "sentence"),
+    [
+        (_figure(0.0), (1.0, 0.9, 1.1), "Nothing is clearly forgotten on old, which training did not touch."),
+        (
+            _figure(-0.3),
+            (1.0, 0.9, 1.1),
+            "Something was forgotten: worse on old, which training did not touch.",
+        ),
+        (
+            _figure(0.3),
+            (1.0, 0.9, 1.1),
+            "Nothing is clearly forgotten on old, which training did not touch; better on old.",
+        ),
+    ],
+)
+def test_the_conclusion_says_what_was_forgotten(
+    reasoning_run: RunView, right: dict[str, float], perplexity: tuple[float, float, float], sentence: str
+) -> None:
+    gap = _metrics(reasoning_run)["differences"]["student"]["forgetting"]["old"]
+    gap["verdicts"]["correct"] = right
+    gap["given"]["perplexity"] = dict(zip(("value", "low", "high"), perplexity, strict=True))
+    found = conclusion(results_of(reasoning_run)[0])
+    assert found is not None
+    assert found.forgetting == sentence
+
+
+def test_forgetting_alone_is_a_headline_too(reasoning_run: RunView) -> None:
+    metrics = _metrics(reasoning_run)
+    for of_role in (*metrics["models"].values(), metrics["differences"]["student"]):
+        of_role.pop("tasks", None)
+        of_role.pop("held_out", None)
+    found = conclusion(results_of(reasoning_run)[0])
+    assert found is not None
+    assert found.headline == "Something was forgotten: worse on old, which training did not touch."
+    assert found.verdict == "worse"
+
+
+def test_one_of_many_tasks_that_is_clear_by_itself_alone_is_no_improvement(build_run: RunBuilder) -> None:
+    run = build_run()
+    metrics = _metrics(run)
+    gaps = metrics["differences"]["student"]["tasks"]
+    for number in range(10):
+        for model in metrics["models"].values():
+            model["tasks"][f"task{number}"] = model["tasks"]["chain_sum"]
+        gaps[f"task{number}"] = {"verdicts": {"correct": _figure(0.0)}}
+    gaps["task4"]["verdicts"]["correct"] = {"value": 0.06, "low": 0.005, "high": 0.115}
+    results = results_of(run)[0]
+    found = conclusion(results)
+    assert found is not None
+    assert "not clearly right more often (clearly so on 0 of 11 tasks)" in found.headline
+    assert "Holm's correction" in found.note
+    gaps["task4"]["verdicts"]["correct"] = {"value": 0.06, "low": 0.03, "high": 0.09}
+    found = conclusion(results_of(run)[0])
+    assert found is not None
+    assert "right more often (clearly so on 1 of 11 tasks)" in found.headline
+    assert found.note == ""
+    assert "differences are judged, each at 95 %" in results.caution
+
+
+@pytest.mark.parametrize(
+    ("unit", "better", "gap"),
+    [
+        ("share", "higher", (0.1, 0.02, 0.2)),
+        ("nats", "lower", (-0.4, -0.9, 0.01)),
+        ("perplexity", "lower", (0.8, 0.6, 0.99)),
+    ],
+)
+def test_a_p_value_below_5_percent_and_an_interval_without_zero_are_the_same(
+    unit: Any, better: Any, gap: tuple[float, float, float]
+) -> None:
+    measure = Measure("x", unit, better, {}, {"b": Figure(*gap)})
+    assert (measure.p_value("b") < 0.05) == (measure.verdict("b") != "unclear")
+
+
+def test_many_answers_that_were_cut_off_and_what_was_not_measured_are_noted(build_run: RunBuilder) -> None:
+    run = build_run()
+    models = _metrics(run)["models"]
+    models["teacher"]["not_measured"] = {"quiz": "no choice by letter"}
+    models["student"]["tasks"]["chain_sum"]["finish_reasons"] = {"stop": 99, "length": 1}
+    assert results_of(run)[0].notes == [
+        "teacher, quiz: no choice by letter",
+        (
+            "Cut off, and an unfinished answer is rarely right: "
+            "base, chain_sum: 19 of 100; teacher, chain_sum: 19 of 100."
+        ),
+    ]

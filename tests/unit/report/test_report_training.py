@@ -7,7 +7,7 @@ import pytest
 
 from potstill.report import RunView
 from potstill.report.comparison import comparison_table
-from potstill.report.training import training_sections
+from potstill.report.training import peak_memory, training_sections, training_table
 
 
 @pytest.mark.parametrize("kept", [None, 1.234])
@@ -51,3 +51,32 @@ def test_the_feature_loss_has_a_chart_of_its_own_where_there_is_one(
     (chart,) = [chart for chart in section["charts"] if chart["title"] == "Feature loss"]
     assert "mean over tokens and layers" in chart["svg"]
     assert "held-out" in chart["svg"]
+
+
+def test_train_steps_stand_side_by_side_with_what_they_cost(build_run: Callable[..., RunView]) -> None:
+    run = build_run()
+    assert training_table(run) is None, "one has nothing beside it"
+    student = next(step for step in run.steps if step.kind == "train")
+    assert student.manifest is not None
+    cost = {"peak_memory_bytes": 1_320_000_000, "counts": {"rows": 145, "steps": 76}}
+    other = replace(student, name="other", manifest=student.manifest.model_copy(update=cost))
+    table = training_table(replace(run, steps=[*run.steps, other]))
+    assert table is not None
+    assert dict(zip(table["head"], table["rows"][1], strict=True)) == {
+        "step": "other",
+        "rows": "145",
+        "steps": "76",
+        "tokens": "55,680",
+        "time": "3 min 25 s",
+        "tokens/s": "272",
+        "memory": "1.32 GB",
+    }
+    assert table["rows"][0][-1] == "–", "an artifact from before has no peak"
+
+
+def test_the_peak_is_that_of_the_gpu_where_it_was_used(build_run: Callable[..., RunView]) -> None:
+    manifest = build_run().steps[3].manifest
+    assert manifest is not None
+    peaks = {"peak_memory_bytes": 9_000_000_000, "peak_gpu_memory_bytes": 5_100_000_000}
+    assert peak_memory([manifest]) == ""
+    assert peak_memory([manifest, manifest.model_copy(update=peaks)]) == "5.10 GB of GPU"

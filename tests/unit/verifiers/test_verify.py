@@ -22,7 +22,14 @@ def gold(reference: str | None, task: str | None = "math", **meta: Any) -> Recor
 
 
 class TestWellFormed:
-    @pytest.mark.parametrize("text", ["<think>\nten\n</think>\n11", "  <think>ten</think>11 \n"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "<think>\nten\n</think>\n11",
+            "  <think>ten</think>11 \n",
+            "<|begin_of_thought|>ten<|end_of_thought|><|begin_of_solution|>11<|end_of_solution|>",
+        ],
+    )
     def test_one_block_then_an_answer(self, text: str) -> None:
         assert is_well_formed(text)
 

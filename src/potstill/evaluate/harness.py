@@ -1,0 +1,145 @@
+"""Benchmarks of lm-eval on a loaded model: its own figures, and each question's for paired differences."""
+
+import copy
+import functools
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from potstill.core.errors import DataError
+from potstill.evaluate.intervals import Z_95, Estimate, bootstrap_ratio_difference
+from potstill.evaluate.scorer_settings import HarnessSettings, harness_version
+from potstill.models import LoadedModel
+from potstill.models.pretrained import quiet_transformers
+
+__all__ = ["HarnessRows", "check_harness", "harness_differences", "run_harness"]
+
+
+@dataclass(frozen=True)
+class HarnessRows:
+    """One benchmark: figures by metric, with the ends of their 95 % intervals.
+
+    `questions` holds each question's value by metric, where the metric is their mean; `higher_is_better` is
+    lm-eval's word.
+    """
+
+    count: int
+    figures: dict[str, dict[str, float]]
+    questions: dict[str, list[float]] = field(default_factory=dict)
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
+
+    def as_figures(self) -> dict[str, Any]:
+        """The form used in metrics, beside those of other tasks."""
+        return {
+            "prompts": self.count,
+            "benchmark": self.figures,
+            "higher_is_better": self.higher_is_better,
+        }
+
+
+def check_harness() -> None:
+    """Raise DataError where lm-eval is not installed."""
+    if harness_version() is None:
+        raise DataError(
+            "benchmarks of lm_eval need lm-eval, which is not installed",
+            mend='install it with `pip install "potstill[lm-eval]"`, or leave `lm_eval` out',
+        )
+
+
+def run_harness(
+    model: LoadedModel, settings: HarnessSettings, *, batch: int, seed: int
+) -> dict[str, HarnessRows]:
+    """A model's figures by benchmark. Raises DataError for a task that lm-eval does not know or cannot run.
+
+    Tasks that run code which a model wrote are refused, as lm-eval does it without a sandbox.
+    """
+    library = importlib.import_module("lm_eval")  # without types, and slow to import
+    wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
+    weights = model.model
+    # As in decoding: the model inside a PEFT model, which keeps its adapter.
+    weights = weights.get_base_model() if hasattr(weights, "peft_config") else weights
+    with quiet_transformers():
+        try:
+            results = library.simple_evaluate(
+                model=wrapper(pretrained=weights, tokenizer=copy.deepcopy(model.tokenizer), batch_size=batch),
+                tasks=list(settings.tasks),
+                num_fewshot=settings.shots,
+                limit=settings.limit,
+                apply_chat_template=settings.chat,
+                task_manager=_task_manager(settings.include),
+                bootstrap_iters=1000,
+                **dict.fromkeys(
+                    ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"),
+                    seed % 2**31,
+                ),
+            )
+        except Exception as error:  # tasks, data sets, metrics: each raises what it likes
+            raise DataError(
+                f"lm-eval could not carry out {', '.join(settings.tasks)}: {type(error).__name__}: {error}",
+                expected="tasks that lm-eval knows (lm-eval ls tasks), and data that can be loaded here",
+                mend="correct the name, or include the folder of your own tasks with `include`",
+            ) from error
+    return {task: _rows(task, results) for task in settings.tasks}
+
+
+@functools.cache
+def _task_manager(include: str | None) -> Any:
+    """What knows the tasks; it reads thousands of files."""
+    return importlib.import_module("lm_eval.tasks").TaskManager(include_path=include)
+
+
+def _rows(task: str, results: Mapping[str, Any]) -> HarnessRows:
+    found = HarnessRows(_count(task, results), {})
+    for key, value in results["results"][task].items():
+        metric, comma, filter_ = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        name = metric if filter_ == "none" else f"{metric} ({filter_})"
+        error = results["results"][task].get(f"{metric}_stderr,{filter_}")
+        found.figures[name] = _estimate(float(value), error)
+        found.higher_is_better[name] = bool(
+            results.get("higher_is_better", {}).get(task, {}).get(metric, True)
+        )
+        values = [
+            float(sample[metric])
+            for sample in results.get("samples", {}).get(task, ())
+            if sample["filter"] == filter_ and isinstance(sample.get(metric), int | float)
+        ]
+        # Perplexities and the like are no means over questions.
+        if values and math.isclose(sum(values) / len(values), value, rel_tol=1e-9, abs_tol=1e-12):
+            found.questions[name] = values
+    return found
+
+
+def _count(task: str, results: Mapping[str, Any]) -> int:
+    counts: Mapping[str, Any] = results.get("n-samples", {})
+    members = results.get("group_subtasks", {}).get(task) or [task]
+    return sum(int(counts.get(member, {}).get("effective", 0)) for member in members)
+
+
+def _estimate(value: float, error: Any) -> dict[str, float]:
+    if not isinstance(error, int | float) or not math.isfinite(error):
+        return {"value": value}
+    return Estimate(value, value - Z_95 * error, value + Z_95 * error).as_dict()
+
+
+def harness_differences(
+    base: Mapping[str, HarnessRows], model: Mapping[str, HarnessRows], *, seed: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """A model's differences to the baseline by benchmark and metric, paired on the same questions."""
+    return {
+        task: {
+            name: _difference(base[task].questions[name], values, seed)
+            for name, values in rows.questions.items()
+            if len(base[task].questions.get(name, ())) == len(values)
+        }
+        for task, rows in model.items()
+        if task in base
+    }
+
+
+def _difference(first: Sequence[float], second: Sequence[float], seed: int) -> dict[str, float]:
+    ones, questions = [1] * len(first), [str(number) for number in range(len(first))]
+    return bootstrap_ratio_difference((first, ones), (second, ones), questions, seed=seed).as_dict()

@@ -1,0 +1,127 @@
+"""lm-eval's own figures under our tables: a task of local rows on a tiny model, and what its absence says."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from potstill.core.errors import DataError
+from potstill.core.settings import meaning
+from potstill.evaluate import harness
+from potstill.evaluate.harness import HarnessRows, check_harness, harness_differences, run_harness
+from potstill.evaluate.scorer_settings import HarnessSettings, harness_version
+from potstill.models import LoadedModel
+
+needs_lm_eval = pytest.mark.skipif(harness_version() is None, reason="lm-eval is not installed")
+
+# What lm-eval gives for two questions, as its version 0.4.13 does.
+RESULTS: dict[str, Any] = {
+    "results": {
+        "sums": {
+            "alias": "sums",
+            "acc,none": 0.5,
+            "acc_stderr,none": 0.25,
+            "exact_match,strict-match": 0.0,
+            "exact_match_stderr,strict-match": "N/A",
+            "word_perplexity,none": 20.0,
+            "word_perplexity_stderr,none": 1.0,
+        }
+    },
+    "higher_is_better": {"sums": {"acc": True, "exact_match": True, "word_perplexity": False}},
+    "n-samples": {"sums": {"original": 9, "effective": 2}},
+    "group_subtasks": {"sums": []},
+    "samples": {
+        "sums": [
+            {"doc_id": 0, "filter": "none", "acc": 1.0, "word_perplexity": (1.0, 2)},
+            {"doc_id": 1, "filter": "none", "acc": 0.0, "word_perplexity": (1.0, 2)},
+            {"doc_id": 0, "filter": "strict-match", "exact_match": 0.0},
+            {"doc_id": 1, "filter": "strict-match", "exact_match": 0.0},
+        ]
+    },
+}
+
+
+def test_figures_have_the_librarys_standard_error_as_interval() -> None:
+    rows = harness._rows("sums", RESULTS)
+    assert rows.count == 2
+    assert rows.figures["acc"] == {
+        "value": 0.5,
+        "low": pytest.approx(0.5 - 1.96 * 0.25, abs=1e-4),
+        "high": pytest.approx(0.5 + 1.96 * 0.25, abs=1e-4),
+    }
+    assert rows.figures["exact_match (strict-match)"] == {"value": 0.0}
+    assert rows.higher_is_better["word_perplexity"] is False
+
+
+def test_only_means_over_questions_are_compared_question_by_question() -> None:
+    rows = harness._rows("sums", RESULTS)
+    assert rows.questions == {"acc": [1.0, 0.0], "exact_match (strict-match)": [0.0, 0.0]}
+    other = HarnessRows(2, {}, {"acc": [1.0, 1.0]})
+    gaps = harness_differences({"sums": rows}, {"sums": other, "more": other}, seed=0)
+    assert list(gaps) == ["sums"]
+    assert gaps["sums"]["acc"]["value"] == 0.5
+
+
+def test_its_absence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "harness_version", lambda: None)
+    with pytest.raises(DataError, match=r'pip install "potstill\[lm-eval\]"'):
+        check_harness()
+
+
+def test_the_users_own_tasks_count_by_content(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("task: a\n", encoding="utf-8")
+    settings = HarnessSettings.model_validate({"tasks": ["a"], "include": str(tmp_path)})
+    before = meaning(settings)
+    assert meaning(settings) == before
+    (tmp_path / "a.yaml").write_text("task: a\nnum_fewshot: 1\n", encoding="utf-8")
+    assert meaning(settings) != before
+    gone = HarnessSettings.model_validate({"tasks": ["a"], "include": str(tmp_path / "gone")})
+    with pytest.raises(DataError, match="no such folder of lm-eval tasks"):
+        meaning(gone)
+
+
+@pytest.fixture
+def local_task(tmp_path: Path) -> HarnessSettings:
+    """A multiple-choice task whose rows lie in a file beside it."""
+    rows = [
+        {"question": f"{one} + 1 =", "choices": [str(one + 1), str(one)], "label": one % 2}
+        for one in range(6)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "local_sums.yaml").write_text(
+        "task: local_sums\n"
+        "dataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        "test_split: test\n"
+        "output_type: multiple_choice\n"
+        "doc_to_text: '{{question}}'\n"
+        "doc_to_choice: '{{choices}}'\n"
+        "doc_to_target: label\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
+        encoding="utf-8",
+    )
+    return HarnessSettings.model_validate({"tasks": ["local_sums"], "include": str(folder), "limit": 4})
+
+
+@needs_lm_eval
+def test_a_local_task_runs_on_a_loaded_model(
+    local_task: HarnessSettings, build_tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    model = LoadedModel(build_tiny_model("llama"), tiny_tokenizer, "tiny")
+    rows = run_harness(model, local_task, batch=2, seed=1)["local_sums"]
+    assert rows.count == 4
+    assert rows.figures["acc"]["low"] <= rows.figures["acc"]["value"] <= rows.figures["acc"]["high"]
+    assert len(rows.questions["acc"]) == 4
+    assert run_harness(model, local_task, batch=4, seed=1)["local_sums"] == rows
+
+
+@needs_lm_eval
+def test_an_unknown_task_is_told(build_tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    model = LoadedModel(build_tiny_model("llama"), tiny_tokenizer, "tiny")
+    with pytest.raises(DataError, match="lm-eval could not carry out no_such_task"):
+        run_harness(model, HarnessSettings(tasks=["no_such_task"]), batch=1, seed=0)
