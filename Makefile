@@ -14,6 +14,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 DONE := $(VENV)/installed
+KERNELS := $(VENV)/kernels
 # A process a core, each with one thread: more threads than cores wait for each other.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
@@ -26,7 +27,7 @@ quickstart: $(DONE)
 test: $(DONE)
 	$(TEST)
 
-check: $(DONE)
+check: $(DONE) $(KERNELS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -52,4 +53,10 @@ $(DONE): requirements/runtime.txt requirements/dev.txt pyproject.toml
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint requirements/runtime.txt "$(TORCH)" setuptools
 	$(PIP) --no-deps --no-build-isolation --requirement requirements/runtime.txt --requirement requirements/dev.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# triton runs the GPU kernel without a GPU, in its interpreter. It is as large as torch, whose builds for GPUs bring it,
+# so that only `make check` has it; without it the tests of the kernel are left out.
+$(KERNELS): $(DONE) requirements/kernels.txt
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --no-deps --requirement requirements/kernels.txt
 	@touch $@

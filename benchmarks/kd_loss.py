@@ -18,15 +18,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from potstill.train.cpu import tune_memory
 
-H, V, K = 576, 49152, 64
-TOKENS, MANY_TOKENS = 1024, 8192
+K = 64
 ALPHA, TEMPERATURE = 0.5, 2.0
 MB = 1e6
+
+
+class Sizes(NamedTuple):
+    """The head of a student that suits a device, and how many tokens go through it."""
+
+    hidden_size: int
+    vocabulary: int
+    tokens: int
+    many_tokens: int
+
+
+SIZES = {"cpu": Sizes(576, 49_152, 1024, 8192), "cuda": Sizes(2048, 151_936, 4096, 32_768)}
 
 
 @dataclass
@@ -47,14 +59,18 @@ def make_case(tokens: int, dtype: Any, device: str, *, dense: bool) -> Case:
 
     from potstill.losses.types import Sparse
 
+    width, vocabulary, *_ = SIZES[device]
     generator = torch.Generator().manual_seed(0)
-    hidden_NH = torch.randn(tokens, H, generator=generator).to(device, dtype).requires_grad_()
-    weight_VH = (0.1 * torch.randn(V, H, generator=generator)).to(device, dtype).requires_grad_()
-    targets_N = torch.randint(V, (tokens,), generator=generator).to(device)
+    hidden_NH = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
+    spread = 0.1 * (576 / width) ** 0.5
+    weight_VH = (
+        (spread * torch.randn(vocabulary, width, generator=generator)).to(device, dtype).requires_grad_()
+    )
+    targets_N = torch.randint(vocabulary, (tokens,), generator=generator).to(device)
     teacher_logits_NV = None
     if dense:
-        teacher_logits_NV = (3 * torch.randn(tokens, V, generator=generator)).to(device)
-    stride = V // K
+        teacher_logits_NV = (3 * torch.randn(tokens, vocabulary, generator=generator)).to(device)
+    stride = vocabulary // K
     ids_NK = torch.randint(stride, (tokens, K), generator=generator) + stride * torch.arange(K)
     shares_NK = torch.randn(tokens, K + 1, generator=generator).mul(2).log_softmax(-1).to(device)
     teacher = Sparse(
@@ -196,7 +212,7 @@ def _wait(device: str) -> None:
 
 def times_ms(dtype: Any, device: str, rounds: int) -> dict[str, float]:
     """The median time of each contestant; they take turns, so that what disturbs one disturbs all."""
-    case = make_case(TOKENS, dtype, device, dense=True)
+    case = make_case(SIZES[device].tokens, dtype, device, dense=True)
     runs = {name: contestant(case) for name, contestant in CONTESTANTS.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):  # the first round warms up
@@ -256,6 +272,13 @@ def _hardware(device: str) -> str:
     return f"{known.get('num_physical_cores')} cores of {known.get('cpu_name')} ({', '.join(units)})"
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _default_dtype(device: str) -> str:
     import torch
 
@@ -269,6 +292,7 @@ def measure(options: argparse.Namespace, dtype: Any) -> dict[str, Any]:
     import torch
 
     medians = times_ms(dtype, options.device, options.rounds)
+    sizes, limit_ms = SIZES[options.device], medians.pop("limit")
     found: dict[str, Any] = {
         "benchmark": "kd_loss",
         "date": datetime.now(UTC).date().isoformat(),
@@ -276,20 +300,23 @@ def measure(options: argparse.Namespace, dtype: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": options.dtype,
-        "tokens": TOKENS,
-        "hidden_size": H,
-        "vocabulary": V,
+        "tokens": sizes.tokens,
+        "hidden_size": sizes.hidden_size,
+        "vocabulary": sizes.vocabulary,
         "top_k": K,
         "rounds": options.rounds,
-        "matmul_limit_ms": round(medians.pop("limit"), 1),
+        "matmul_limit_ms": round(limit_ms, 2),
     }
+    if options.device == "cuda":
+        found["triton"] = _version("triton")
     figures: dict[str, dict[str, float]] = {}
     for name, median in medians.items():
-        figures[name] = {"time_over_matmul_limit": round(median / found["matmul_limit_ms"], 3)}
+        figures[name] = {"time_over_matmul_limit": round(median / limit_ms, 3)}
         if not options.no_memory:
-            figures[name]["extra_mb"] = _extra_mb_elsewhere(name, TOKENS, options)
+            figures[name]["extra_mb"] = _extra_mb_elsewhere(name, sizes.tokens, options)
     if not options.no_memory:
-        figures["potstill"]["extra_mb_8192"] = _extra_mb_elsewhere("potstill", MANY_TOKENS, options)
+        many = sizes.many_tokens
+        figures["potstill"][f"extra_mb_{many}"] = _extra_mb_elsewhere("potstill", many, options)
     return found | figures.pop("potstill") | {"peers": figures}
 
 
@@ -305,7 +332,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true", help="times alone")
     parser.add_argument("--memory-of", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.memory_of:
         tune_memory()  # before torch's first tensor; where peaks are measured, freed memory must go back

@@ -1,15 +1,19 @@
 """Cross-entropy and forward KL with their gradient in closed form, written over the logits.
 
-p is the teacher, q the student, T the temperature. Work goes through tiles of a few rows that stay in cache,
-in fp32 at least. For one tile x = (z - max z) / T, of the logits z; "pull" is what q is multiplied by in the
-divergence's gradient at the ids that the teacher says nothing of: d KL / d(z / T) = pull q there.
+p is the teacher, q the student, T the temperature; sums are in fp32 at least. On a GPU for which triton
+compiles, a chunk is one kernel's work (`closed_form_triton`); elsewhere it goes through tiles of a few rows
+that stay in cache. For one tile x = (z - max z) / T, of the logits z; "pull" is what q is multiplied by in
+the divergence's gradient at the ids that the teacher says nothing of: d KL / d(z / T) = pull q there.
 
 Shapes: C tokens of one chunk, R tokens of one tile, V vocabulary, K the teacher's kept ids.
 """
 
+import importlib.util
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -52,7 +56,35 @@ class ClosedForm:
         signal = renormalised(kept) if self.renormalise and isinstance(kept, Sparse) else kept
         if signal is not None:
             require_comparable(logits_CV, signal, self.temperature)
-        targets_C = self.targets_N[rows]
+        whole = self._by_kernel if _has_kernel(logits_CV) else self._by_tiles
+        quantities = whole(logits_CV, self.targets_N[rows], signal, weights_C)
+        if isinstance(kept, Sparse):
+            quantities["teacher_tail"] = kept.log_tail_N.exp()
+        return quantities
+
+    def _by_kernel(
+        self,
+        logits_CV: Tensor,
+        targets_C: Tensor,
+        signal: Dense | Sparse | Sampled | None,
+        weights_C: Tensor | None,
+    ) -> dict[str, Tensor]:
+        from potstill.losses import closed_form_triton
+
+        temperature = 1.0 if signal is None else self.temperature
+        weights = None if weights_C is None else self._weights(weights_C.to(at_least_fp32(logits_CV.dtype)))
+        cross_entropy_C, kl_C, agreed_C = closed_form_triton.overwrite(
+            logits_CV, targets_C, signal, temperature, weights
+        )
+        return self._quantities(cross_entropy_C, *((None, None) if signal is None else (kl_C, agreed_C)))
+
+    def _by_tiles(
+        self,
+        logits_CV: Tensor,
+        targets_C: Tensor,
+        signal: Dense | Sparse | Sampled | None,
+        weights_C: Tensor | None,
+    ) -> dict[str, Tensor]:
         tile_rows = self.tile_rows or _tile_rows(logits_CV)
         scratch = _Scratch(min(tile_rows, len(logits_CV)), logits_CV)
         tiles = [
@@ -65,10 +97,24 @@ class ClosedForm:
             )
             for part in tile_parts(logits_CV, tile_rows)
         ]
-        quantities = {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
-        if isinstance(kept, Sparse):
-            quantities["teacher_tail"] = kept.log_tail_N.exp()
+        return {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
+
+    def _quantities(
+        self, cross_entropy_R: Tensor, kl_R: Tensor | None, agreed_R: Tensor | None
+    ) -> dict[str, Tensor]:
+        quantities = {"loss": (1 - self.alpha) * cross_entropy_R, "cross_entropy": cross_entropy_R}
+        if kl_R is not None and agreed_R is not None:
+            quantities["loss"] = quantities["loss"] + self._kl_scale * kl_R
+            quantities |= {"kl": kl_R, "agreement": agreed_R}
         return quantities
+
+    @property
+    def _kl_scale(self) -> float:
+        return self.alpha * self.temperature**2 * self.divergence_scale
+
+    def _weights(self, weights_R: Tensor) -> tuple[Tensor, Tensor]:
+        """What d CE / d z and d KL / d (z / T) are multiplied by."""
+        return (1 - self.alpha) * weights_R, self._kl_scale / self.temperature * weights_R
 
     def _tile(
         self,
@@ -93,18 +139,13 @@ class ClosedForm:
         tempered_R1, plain_R1 = rest_R1 + teacher.removed(1.0), plain_R1 + teacher.removed(temperature)
         cross_entropy_R = (plain_R1.log() - temperature * target_x_R1)[:, 0]
         kl_R1, pull_R1 = teacher.compare(rest_R1, tempered_R1)
-        scale = self.alpha * temperature**2 * self.divergence_scale
-        quantities = {
-            "loss": (1 - self.alpha) * cross_entropy_R + scale * kl_R1[:, 0],
-            "cross_entropy": cross_entropy_R,
-        }
-        if agreed_R is not None:
-            quantities |= {"kl": kl_R1[:, 0], "agreement": agreed_R.to(kl_R1.dtype)}
+        quantities = self._quantities(
+            cross_entropy_R, *((None, None) if agreed_R is None else (kl_R1[:, 0], agreed_R.to(kl_R1.dtype)))
+        )
         if weights_R is None:
             return quantities
 
-        weights_R1 = weights_R.to(x_RV.dtype)[:, None]
-        of_target_R1, of_teacher_R1 = (1 - self.alpha) * weights_R1, scale / temperature * weights_R1
+        of_target_R1, of_teacher_R1 = self._weights(weights_R.to(x_RV.dtype)[:, None])
         plain_share_R1, tempered_share_R1 = of_target_R1 / plain_R1, of_teacher_R1 * pull_R1 / tempered_R1
         if plain_RV is tempered_RV:
             tempered_RV.mul_(plain_share_R1 + tempered_share_R1)
@@ -250,6 +291,29 @@ def _exponentials(x_RV: Tensor, temperature: float, scratch: _Scratch) -> tuple[
         return x_RV.exp_(), torch.mul(x_RV, x_RV, out=plain_RV)
     torch.mul(x_RV, temperature, out=plain_RV).exp_()
     return x_RV.exp_(), plain_RV
+
+
+def _has_kernel(logits_CV: Tensor) -> bool:
+    return logits_CV.is_cuda and logits_CV.stride(-1) == 1 and _triton_compiles()
+
+
+@cache
+def _triton_compiles() -> bool:
+    """Whether triton is there, with what it needs: a driver, and a C compiler for what starts its kernels."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from triton.runtime.driver import driver
+
+        driver.active.get_current_device()
+    except Exception as error:  # whatever a compiler, a linker or a driver comes up with
+        warnings.warn(
+            f"triton cannot compile here, so the loss runs through plain torch, which is slower: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _tile_rows(logits_CV: Tensor) -> int:
