@@ -124,7 +124,9 @@ def prepare(store: Store, size: Size) -> Bench:
     overrides = [f"traces.held_out={HELD_OUT}", f"pruned.layers={size.layers}"]
     recipe = load_recipe("quickstart", overrides)
     for step in ("traces", "pruned"):
-        made = run_graph(recipe.graph, recipe.seed, store, Reporter("plain"), RunOptions(only=step))
+        made = run_graph(
+            recipe.graph, recipe.seed, store, Reporter("plain"), RunOptions(only=frozenset({step}))
+        )
     student = load(TransformersModel(path=str(made["pruned"].folder)))
     teacher = OnlineTeacher(load(TransformersModel(path="smollm2-135m-instruct")), student)
     records = list(read_records(made["traces"].folder / RECORDS_FILE))

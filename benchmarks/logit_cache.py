@@ -42,7 +42,7 @@ Kept = list[tuple[CachedRow, dict[str, torch.Tensor]]]
 def capture(store: Store) -> tuple[int, dict[str, Kept]]:
     """The vocabulary's size, and what each codec keeps of every row, from one pass of the teacher."""
     recipe = load_recipe("quickstart")
-    options = RunOptions(only="traces")
+    options = RunOptions(only=frozenset({"traces"}))
     made = run_graph(recipe.graph, recipe.seed, store, Reporter("plain"), options)
     teacher = load(TransformersModel(path="smollm2-135m-instruct"))
     renderer = Renderer(teacher.tokenizer)

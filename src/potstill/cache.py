@@ -115,7 +115,7 @@ def run(settings: CacheSettings, context: StepContext) -> StepResult:
     from potstill.logits.shards import LogitCache, ShardWriter, write_index
 
     with _open_scorer(settings, context) as scorer:
-        rows, too_long = _rows(settings, context, scorer)
+        rows, too_long, conversations = _rows(settings, context, scorer)
         codec = _codec(settings, context, scorer.vocabulary_size)
         writer = ShardWriter(
             context.folder, codec, tokenizer=scorer.renderer.tokenizer_hash, model=scorer.identity
@@ -142,7 +142,7 @@ def run(settings: CacheSettings, context: StepContext) -> StepResult:
     return StepResult(
         counts={**cache.counts(), "distinct_rows": len(first), "too_long": too_long},
         metrics=cache.figures(),
-        extra=cache.description,
+        extra=cache.description | (scorer.renderer.described() if conversations else {}),
         tokenizer=cache.tokenizer,
         model_identity=cache.model,
         tokens=total,
@@ -168,7 +168,7 @@ class _Scorer(Protocol):
 def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Scorer]":
     model = context.model(settings.model)
     if isinstance(model, TransformersModel):
-        yield _LocalScorer(load(model))
+        yield _LocalScorer(load(model, say=context.say))
     elif isinstance(model, OpenAIModel) and model.tokenizer is not None:
         if settings.codec != "topk" or settings.temperatures != [1.0]:
             raise ModelError(
@@ -366,13 +366,18 @@ def _codec(settings: CacheSettings, context: StepContext, vocabulary_size: int) 
     return Draws(settings.draws, vocabulary_size, temperatures, context.derive_seed("draws"))
 
 
-def _rows(settings: CacheSettings, context: StepContext, scorer: _Scorer) -> "tuple[list[CachedRow], int]":
-    """Every row that fits, in order and in four bytes a token, and how many do not; texts come in windows."""
+def _rows(
+    settings: CacheSettings, context: StepContext, scorer: _Scorer
+) -> "tuple[list[CachedRow], int, bool]":
+    """Every row that fits, in order and in four bytes a token; texts come in windows.
+
+    And how many do not fit, and whether some are conversations.
+    """
     from potstill.logits.shards import CachedRow
 
     renderer, stated = scorer.renderer, (settings.max_length, scorer.context_tokens)
     limit = min((one for one in stated if one is not None), default=None)
-    rows, too_long = [], 0
+    rows, too_long, conversations = [], 0, False
     for number, record in enumerate(read(settings.data, context), start=1):
         if record.response_token_ids is not None and record.tokenizer != renderer.tokenizer_hash:
             raise DataError(
@@ -382,6 +387,7 @@ def _rows(settings: CacheSettings, context: StepContext, scorer: _Scorer) -> "tu
                 mend="cache the model that wrote these rows, or another of its family",
             )
         rendered = renderer.render(record, mask_prefix=settings.mask_prefix, row_number=number)
+        conversations = conversations or bool(record.messages)
         windows = [rendered]
         if limit is not None and len(rendered.ids) > limit:
             windows = [] if record.messages else _windows(rendered, limit)
@@ -397,7 +403,7 @@ def _rows(settings: CacheSettings, context: StepContext, scorer: _Scorer) -> "tu
             expected="rows that fit into `max_length` and the model's context",
             mend="raise max_length, or shorten the rows",
         )
-    return rows, too_long
+    return rows, too_long, conversations
 
 
 def _windows(text: Rendered, length: int) -> list[Rendered]:

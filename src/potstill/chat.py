@@ -54,8 +54,8 @@ class Speaker:
             check_prompt_length(len(prompt_ids), length)
             room = min(room, length - len(prompt_ids))
         text = self._generate(prompt_ids, room, temperature, on_text)
-        opened = "<think>" if self.renderer.opens_reasoning(asked) else ""
-        self.messages = [*asked, {"role": "assistant", "content": split_reasoning(opened + text)[1]}]
+        answer = split_reasoning(self.renderer.read_response(asked, text))[1]
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
         return text
 
     def _generate(

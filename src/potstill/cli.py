@@ -69,7 +69,10 @@ StoreOption = Annotated[
 ForceOption = Annotated[
     list[str] | None, typer.Option("--force", metavar="STEP", help="Make this step again.")
 ]
-OnlyOption = Annotated[str | None, typer.Option("--only", metavar="STEP", help="Make only this step.")]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="STEP", help="Make only this step; several times for several."),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print events and results as JSON, a line each.")]
 StrictOption = Annotated[
@@ -97,10 +100,10 @@ def _store(root: Path | None) -> "Store":
     return Store((root or default_store_root()).expanduser().resolve())
 
 
-def _options(force: list[str] | None, only: str | None) -> "RunOptions":
+def _options(force: list[str] | None, only: list[str] | None) -> "RunOptions":
     from potstill.pipeline.runner import RunOptions
 
-    return RunOptions(frozenset(force or ()), only, _STOP)
+    return RunOptions(frozenset(force or ()), frozenset(only or ()), _STOP)
 
 
 def _run(
@@ -120,6 +123,8 @@ def _run(
         if table := terminal_table(view):
             print(table, end="\n\n")
         print(f"report:  {folder / REPORT_FILE}")
+        if written := [one.name for one in recipe.outputs if (folder / one.name).exists()]:
+            print(f"beside:  {', '.join(written)}")
         if suggestion := _next_command(recipe, folder):
             print(f"next:    {suggestion}")
 
@@ -210,6 +215,7 @@ for _kind, _summary in {
     "select": "Keep the traces that teach a student most.",
     "init": "Make a smaller student out of a model.",
     "train": "Train a student on traces or cached logits.",
+    "merge": "Put an adapter's weights into its base's: a plain model.",
     "evaluate": "Compare models on held-out traces and tasks.",
 }.items():
     _step_command(_kind, _summary)
@@ -296,23 +302,62 @@ def report(
 
 
 @app.command()
+def rate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="STEP", help="An evaluate step's folder, such as runs/a/evaluation.")
+    ],
+    sheets: Annotated[
+        list[Path], typer.Argument(metavar="SHEET...", help="Copies of its rating_sheet.csv, one a rater.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Read back the rating sheets that people filled in: scores by model, differences, agreement."""
+    from potstill.evaluate.rating import rate as read_sheets
+    from potstill.report import rating_table
+
+    ratings = read_sheets(folder, sheets)
+    print(json.dumps([one.as_dict() for one in ratings]) if as_json else rating_table(ratings))
+
+
+@app.command()
 def export(
     place: Annotated[
         Path,
         typer.Argument(metavar="RUN_OR_STEP", help="A run folder, or a step in it: runs/a, runs/a/stage2."),
     ],
-    to: Annotated[Literal["llamafactory"], typer.Option("--to", help="The trainer to write files for.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    to: Annotated[
+        Literal["llamafactory", "huggingface", "jsonl"],
+        typer.Option(
+            "--to",
+            help="The trainer to write files for; huggingface: a plain model; jsonl: a step's traces.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder; of jsonl a new file.")],
+    shape: Annotated[
+        Literal["question_answer", "openthoughts", "messages"],
+        typer.Option(help="Of jsonl: which columns the rows have."),
+    ] = "question_answer",
     template: Annotated[
         str | None,
         typer.Option(help="LLaMA-Factory's name of a chat template.  [default: the tokenizer's own]"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write data and settings of a run's training for another trainer, one YAML a stage."""
-    from potstill.export import export_llamafactory
+    """Write a run's training for another trainer, its model, merged and with a card, or a step's traces."""
+    from potstill.export import export_huggingface, export_llamafactory, export_rows
 
-    assert to == "llamafactory"
+    if to == "huggingface":
+        step = export_huggingface(place, output)
+        print(
+            json.dumps({"output": str(output), "step": step}) if as_json else f"{output}: the model of {step}"
+        )
+        return
+    if to == "jsonl":
+        written = export_rows(place, output, shape)
+        notes = [f"note: {count:,} rows left out: {reason}" for reason, count in written.left_out.items()]
+        found = {"output": str(output), "rows": written.rows, "left_out": written.left_out}
+        print(json.dumps(found) if as_json else "\n".join([f"{output}: {written.rows:,} rows", *notes]))
+        return
     exported = export_llamafactory(place, output, template=template)
     if as_json:
         print(json.dumps({"output": str(output), **vars(exported)}))

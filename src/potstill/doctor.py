@@ -37,7 +37,7 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Look this machine over, without the network; all that is written is a link in a temporary folder."""
+    """Look this machine over, without the network; all that is written is in temporary folders."""
     return [
         _python(),
         *_torch(),
@@ -49,6 +49,7 @@ def examine() -> list[Check]:
         *_extras(),
         _terminal(),
         _links(),
+        _sandbox(),
     ]
 
 
@@ -192,6 +193,18 @@ def _terminal() -> Check:
     ok = encoding.replace("-", "") == "utf8"
     hint = "set PYTHONUTF8=1, or text beyond this encoding is shown with replacement signs"
     return Check("terminal", ok, encoding, None if ok else hint)
+
+
+def _sandbox() -> Check:
+    from potstill.verifiers.sandbox import confinement
+
+    use = "programs that models wrote (verifier: {allow_code: true})"
+    if sys.platform == "win32":
+        return Check("sandbox", ok=False, finding=f"none here for {use}", hint="use Linux, or WSL")
+    found = confinement()
+    whole = {"files", "processes and network"} <= set(found)
+    hint = None if whole else "run code of models that you do not trust in a virtual machine or container"
+    return Check("sandbox", ok=whole, finding=f"{use} have: {', '.join(found)}", hint=hint)
 
 
 def _links() -> Check:

@@ -16,7 +16,7 @@ from potstill.core.hashing import derive_seed, hash_json
 from potstill.core.records import RECORDS_FILE, Record, count_records, read_records, write_records
 from potstill.core.settings import ModelRef, Settings, execution
 from potstill.core.step import StepContext, StepResult
-from potstill.data.chat import THINK_OPEN, Renderer, split_reasoning
+from potstill.data.chat import Renderer, split_reasoning
 from potstill.data.responses import bytes_of_tokens
 from potstill.data.sources import Data, prompts, read
 from potstill.teachers import Answer, Request, Teacher, open_teacher
@@ -24,8 +24,9 @@ from potstill.teachers.asking import FAILURES_FILE, Asking
 from potstill.teachers.budget import Budget
 from potstill.teachers.continuation import ContinueSettings, beginnings, check_continues
 from potstill.teachers.request_store import RequestStore, open_request_store
+from potstill.verifiers import Verifier, judge
 
-__all__ = ["FAILURES_FILE", "GenerateSettings", "check_budget", "run"]
+__all__ = ["FAILURES_FILE", "GenerateSettings", "PlannedAnswer", "PromptPlan", "check_budget", "run"]
 
 _PROMPTS_FILE = "prompts.parquet"
 
@@ -61,6 +62,10 @@ class GenerateSettings(Settings):
         ge=0,
         lt=1,
         description="share of the prompts kept from training, chosen by the prompt's hash",
+    )
+    verifier: Verifier | None = Field(
+        default=None,
+        description="judges each response; traces keep its verdicts, for `verified` to select by",
     )
     max_failed_share: float = Field(default=0.0, ge=0, le=1, description="share of requests that may fail")
     concurrency: int | None = execution(
@@ -115,7 +120,12 @@ def _write_prompts(found: Iterator[Record], settings: GenerateSettings, context:
 
     if not path.exists():
         write_records(path, wanted())
-    if count_records(path):
+    if count := count_records(path):
+        if settings.held_out and not any(record.held_out for record in read_records(path)):
+            context.say(
+                f"none of the {count:,} prompts is held out (held_out: {settings.held_out:g}): what reads "
+                f"{context.name}:held_out will find nothing; a higher share holds some out"
+            )
         return path
     if settings.continue_ is not None:
         raise DataError(
@@ -149,7 +159,7 @@ async def _generate(
             )
         known_as = [getattr(model, "engine", None), teacher.identity]
         with open_request_store(context.cache_folder, known_as) as store:
-            plan = _Plan(settings, context, teacher, prompts_path)
+            plan = PromptPlan(settings, context, teacher, prompts_path)
             budget = Budget(
                 store.bought(context.folder.name),
                 price=getattr(model, "price", None),
@@ -165,7 +175,7 @@ async def _generate(
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
+class PlannedAnswer:
     """One request of the plan: which prompt, which sample of it, and the key its answer is kept under."""
 
     prompt: Record
@@ -174,7 +184,7 @@ class _Planned:
     key: str
 
 
-class _Plan:
+class PromptPlan:
     """Every request of the step in order; read anew each time, so that nothing of it stays in memory."""
 
     def __init__(
@@ -185,14 +195,15 @@ class _Plan:
         self.prompts = count_records(prompts_path)
         self.total = self.prompts * settings.samples
 
-    def __iter__(self) -> Iterator[_Planned]:
+    def __iter__(self) -> Iterator[PlannedAnswer]:
+        """The requests, in order."""
         for prompt in read_records(self.prompts_path):
             for sample in range(self.settings.samples):
                 # Of several rollouts of a prompt each has samples of its own.
                 sample += prompt.sample * self.settings.samples
                 self.context.check_stop()
                 sampling = self._sampling(prompt, sample)
-                yield _Planned(prompt, sample, sampling, self._key(prompt, sample, sampling))
+                yield PlannedAnswer(prompt, sample, sampling, self._key(prompt, sample, sampling))
 
     def _sampling(self, prompt: Record, sample: int) -> dict[str, Any]:
         """All that shapes an answer beside the prompt; the record carries it."""
@@ -230,7 +241,7 @@ class _Plan:
             content["problem"] = [prompt.reference, prompt.task, prompt.meta]
         return hash_json(content)
 
-    def request(self, planned: _Planned) -> Request:
+    def request(self, planned: PlannedAnswer) -> Request:
         """What the engine is asked. Raises DataError when the chat template refuses the prompt."""
         settings, teacher, prompt = self.settings, self.teacher, planned.prompt
         renderer, prompt_ids = teacher.renderer, None
@@ -252,7 +263,11 @@ class _Plan:
 
 
 def _seal(
-    plan: _Plan, context: StepContext, teacher: Teacher, store: RequestStore, asking: Asking[_Planned]
+    plan: PromptPlan,
+    context: StepContext,
+    teacher: Teacher,
+    store: RequestStore,
+    asking: Asking[PlannedAnswer],
 ) -> StepResult:
     """Write the traces from the request store, in the plan's order."""
     figures = _Figures()
@@ -262,6 +277,8 @@ def _seal(
             answer = store.get(planned.key)
             if answer is not None:
                 trace = _trace(planned, answer, teacher)
+                if plan.settings.verifier is not None:
+                    _judge(trace, plan.settings.verifier, teacher)
                 figures.count(trace, answer)
                 yield trace
 
@@ -282,7 +299,7 @@ def _seal(
     )
 
 
-def _trace(planned: _Planned, answer: Answer, teacher: Teacher) -> Record:
+def _trace(planned: PlannedAnswer, answer: Answer, teacher: Teacher) -> Record:
     prompt, renderer = planned.prompt, teacher.renderer
     prompt_ids, ids, logprobs = answer.prompt_token_ids, answer.response_token_ids, answer.logprobs
     prefix, prefix_tokens = prompt.response or "", 0
@@ -295,8 +312,8 @@ def _trace(planned: _Planned, answer: Answer, teacher: Teacher) -> Record:
         if logprobs is not None:
             logprobs = [math.nan] * max(1, prefix_tokens) + logprobs
     response = text = prefix + answer.response
-    if renderer is not None and renderer.opens_reasoning(prompt.messages):
-        text = f"{THINK_OPEN}{text}"
+    if renderer is not None:
+        text = renderer.read_response(prompt.messages, response)
     reasoning, final = split_reasoning(text)
     return Record(
         prompt_id=prompt.prompt_id,
@@ -320,6 +337,15 @@ def _trace(planned: _Planned, answer: Answer, teacher: Teacher) -> Record:
         sampling={**planned.sampling, **({"prefix_model": prompt.model} if prefix else {})},
         meta=prompt.meta,
     )
+
+
+def _judge(trace: Record, verifier: Verifier, teacher: Teacher) -> None:
+    assert trace.response is not None
+    text, renderer = trace.response, teacher.renderer
+    if renderer is not None:
+        text = renderer.read_response(trace.messages, text)
+    found = judge(trace, text, verifier)
+    trace.verdicts, trace.scores = found.verdicts, found.scores
 
 
 def _token_bytes(
@@ -352,6 +378,7 @@ class _Figures:
     reasoned: int = 0
     tokenizer: str | None = None
     finish_reasons: Counter[str] = field(default_factory=Counter)
+    verdicts: Counter[str] = field(default_factory=Counter)
 
     def count(self, trace: Record, answer: Answer) -> None:
         """Take one trace in."""
@@ -359,6 +386,7 @@ class _Figures:
         self.held_out += trace.held_out
         self.reasoned += trace.reasoning is not None
         self.finish_reasons[answer.finish_reason] += 1
+        self.verdicts.update({name: int(verdict) for name, verdict in trace.verdicts.items()})
         self.tokenizer = answer.tokenizer
         if (tokens := _tokens(answer)) is not None:
             self.tokens, self.counted = self.tokens + tokens, self.counted + 1
@@ -373,6 +401,8 @@ class _Figures:
             "finish_reasons": dict(sorted(self.finish_reasons.items())),
             "reasoning_share": self.reasoned / self.records,
         }
+        if self.verdicts:
+            metrics["verdicts"] = {name: count / self.records for name, count in self.verdicts.items()}
         if self.counted:
             metrics["mean_response_tokens"] = self.tokens / self.counted
         if self.logprobs:

@@ -17,11 +17,12 @@ from potstill.core.yaml_lines import KeyPath, Origin, dump_yaml, parse_value, re
 from potstill.models import EMBEDDED, TransformersModel
 from potstill.pipeline.graph import Graph, Node, nearest
 from potstill.pipeline.kinds import STEP_KINDS, settings_class
+from potstill.pipeline.outputs import Output, check_output
 from potstill.teachers import AnyModel
 
 __all__ = ["Recipe", "json_schema", "load_recipe", "one_step_recipe", "shipped_recipes", "sweep_variants"]
 
-_TOP_KEYS = ("name", "description", "seed", "extends", "models", "steps", "variants")
+_TOP_KEYS = ("name", "description", "seed", "extends", "models", "steps", "outputs", "variants")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _COMMAND_LINE = "command line"
 # What a stage inherits in every case: what kind of step it is, and whom the first stage trains.
@@ -39,6 +40,7 @@ class Recipe:
     graph: Graph
     resolved: Mapping[str, Any]
     description: str = ""
+    outputs: Sequence[Output] = ()
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; running it makes the same artifacts."""
@@ -452,8 +454,26 @@ def _build(raw: _Raw) -> Recipe:
         {key: mapping[key] for key in _TOP_KEYS if key in mapping}, {"models": models, "steps": plain}
     )
     return Recipe(
-        name, seed, graph, {"name": name, "seed": seed, **resolved}, str(mapping.get("description", ""))
+        name,
+        seed,
+        graph,
+        {"name": name, "seed": seed, **resolved},
+        str(mapping.get("description", "")),
+        _outputs(raw, graph),
     )
+
+
+def _outputs(raw: _Raw, graph: Graph) -> list[Output]:
+    declared = raw.mapping.get("outputs") or {}
+    if not isinstance(declared, dict):
+        raise RecipeError(
+            "outputs: is not a mapping",
+            where=raw.where(["outputs"]),
+            expected="outputs: {final_model: student}",
+        )
+    return [
+        check_output(name, source, graph, raw.where(["outputs", name])) for name, source in declared.items()
+    ]
 
 
 def _made_strict(value: Any) -> Any:
@@ -582,6 +602,7 @@ def json_schema() -> dict[str, Any]:
         "extends": {"type": "string"},
         "models": {"type": "object", "additionalProperties": schema(AnyModel)},
         "steps": {"type": "object", "additionalProperties": {"oneOf": steps}},
+        "outputs": {"type": "object", "additionalProperties": {"type": "string"}},
         "variants": {"type": "object", "additionalProperties": {"type": "object"}},
     }
     return {

@@ -55,7 +55,7 @@ def test_commands_run(page: str, line: str, tmp_path: Path, monkeypatch: pytest.
     if command == "run":
         check_run(arguments)
         return
-    if command in ("chat", "report", "plan"):
+    if command in ("chat", "rate", "report", "plan"):
         arguments = ["--help"]
     monkeypatch.chdir(tmp_path)
     from typer.testing import CliRunner

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from potstill.data.sources import read_file
+
 from ..servers import running_server
 from .conftest import Command, write_recipe
 
@@ -110,6 +112,64 @@ def test_force_makes_a_step_again_and_only_makes_one(
     forced = potstill("run", recipe, "--store", store, "--only", "logits", "--force", "logits")
     assert "traces: generate already made" in forced.err
     assert "logits: done in" in forced.err
+
+
+def test_only_several_steps_are_made_and_what_they_need_is_named(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    recipe, store = write_recipe(tmp_path / "recipe.yaml", without_exam(small)), tmp_path / "store"
+    lacking = potstill("run", recipe, "--store", store, "--only", "student", "--only", "traces")
+    assert lacking.code == 1
+    assert "'student' needs 'logits'" in lacking.err
+    assert "--only logits" in lacking.err
+    several = ("--only", "student", "--only", "pruned", "--only", "logits")
+    outcome = potstill("run", recipe, "--store", store, *several)
+    assert outcome.code == 0, outcome.err
+    assert "traces: generate already made" in outcome.err
+    assert "student: done in" in outcome.err
+    unknown = potstill("run", recipe, "--store", store, "--only", "studnet")
+    assert "did you mean 'student'" in unknown.err
+
+
+def test_what_the_recipe_names_is_handed_out_and_the_log_tells_how_it_ended(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    small["outputs"] = {"final_model": "student", "results.json": "exam:metrics", "pipeline.log": "run:log"}
+    sums = small["steps"]["exam"]["tasks"]["sums"]
+    recipe, store, folder = tmp_path / "recipe.yaml", tmp_path / "store", tmp_path / "runs" / "small"
+    sums["parameters"] = {"min_terms": 9, "max_terms": 3}
+    assert potstill("run", write_recipe(recipe, small), "--store", store).code == 1
+    sums.pop("parameters")
+    outcome = potstill("run", write_recipe(recipe, small), "--store", store)
+    assert outcome.code == 0, outcome.err
+    assert "beside:  final_model, results.json, pipeline.log" in outcome.out
+    assert {"model.safetensors", "README.md"} <= {path.name for path in (folder / "final_model").iterdir()}
+    assert "models" in json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    log = (folder / "pipeline.log").read_text(encoding="utf-8")
+    assert "student: done in" in log
+    assert "min_terms" in log, "what stopped an earlier run"
+
+
+def test_traces_are_exported_as_rows_that_are_read_again(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    small["models"]["solver"] = {"engine": "solver", "function": "potstill.teachers.solvers:chain_sum"}
+    small["steps"] = {"traces": {**small["steps"]["traces"], "model": "solver"}}
+    assert potstill("run", write_recipe(tmp_path / "recipe.yaml", small), "--store", tmp_path / "s").code == 0
+    asked = ("export", "runs/small/traces", "--to", "jsonl", "--output", "rows.jsonl")
+    outcome = potstill(*asked)
+    assert outcome.code == 0, outcome.err
+    assert "rows.jsonl: 24 rows" in outcome.out
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [one.response for one in read_file(tmp_path / "rows.jsonl")] == [row["answer"] for row in rows]
+    assert list(rows[0]) == ["question", "answer", "reference", "task"]
+    assert "is there already" in potstill(*asked).err
+    tagged = potstill(*asked[:-1], "tagged.jsonl", "--shape", "openthoughts", "--json")
+    assert json.loads(tagged.out) == {"output": "tagged.jsonl", "rows": 24, "left_out": {}}
+    assert (
+        "not a finished artifact"
+        in potstill("export", "runs/small", "--to", "jsonl", "--output", "x.jsonl").err
+    )
 
 
 def test_a_sweep_runs_once_a_value_and_compares(potstill: Command, small: Recipe, tmp_path: Path) -> None:

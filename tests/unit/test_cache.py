@@ -177,6 +177,8 @@ def test_the_cached_signal_is_the_teachers_softmax_within_the_codecs_error(
             # Rounding, and as much again for the sum that is put right.
             limit_NK = 2 * (1 + logits_TV[predicted].log_softmax(-1).topk(8, -1).values.abs()) / 512
             assert ((signal.log_probs_NK - wanted_NK).abs() <= limit_NK / temperature + 2**-10).all()
+    rendering = result.extra.pop("rendering")
+    assert rendering["chat_template"] == teacher.tokenizer.chat_template
     assert result.extra == {
         "codec": "topk",
         "codec_version": 2,

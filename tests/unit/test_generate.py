@@ -107,6 +107,24 @@ def test_reasoning_and_answer_are_kept_apart_and_together(kitchen, server):
     assert trace.verdicts == {}
 
 
+def test_a_verifier_judges_each_response_and_traces_keep_its_verdicts(kitchen, server, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def right(answer, row):\n    assert 'thought' not in answer\n    return answer.endswith(' 1')\n",
+        encoding="utf-8",
+    )
+    server.always = lambda body: Reply(
+        body=completion(f"<think>thought</think>It is {body['messages'][0]['content']}")
+    )
+    verifier = {"function": f"{tmp_path}/mine.py:right"}
+    result = kitchen.run(limit=4, verifier=verifier)
+    assert [trace.verdicts["correct"] for trace in kitchen.traces()] == [False, True, False, False]
+    assert result.metrics["verdicts"] == {"well_formed": 1.0, "correct": 0.25, "judged": 1.0}
+    asked = len(server.requests)
+    kitchen.run(folder="again", limit=4)
+    assert len(server.requests) == asked, "with another verifier, or none, nothing is bought anew"
+    assert kitchen.traces()[0].verdicts == {}
+
+
 def test_the_window_is_full_and_never_fuller(kitchen, server):
     server.hold = full = threading.Event()
 
@@ -306,6 +324,18 @@ def test_failures_that_do_not_end_break_the_circuit_and_lose_nothing(kitchen, se
     assert kitchen.run().counts["reused"] == 5
 
 
+def test_prompts_that_the_server_always_breaks_down_on_do_not_use_up_the_patience_for_it(
+    kitchen, server, monkeypatch
+):
+    monkeypatch.setattr("potstill.teachers.OpenAITeacher", partial(OpenAITeacher, backoff_s=0.001))
+    kitchen.model = kitchen.model.model_copy(update={"max_retries": 9, "patience_s": 10.0})
+    fail_for(server, *range(4), status=500)
+    result = kitchen.run(concurrency=4, max_failed_share=0.2)
+    assert (result.counts["records"], result.counts["failed"]) == (26, 4)
+    reporter: Any = kitchen.context.reporter
+    assert "20 requests in a row failed" in "".join(reporter.said), "the circuit was broken"
+
+
 def test_prompts_that_are_refused_one_after_the_other_do_not_break_it(kitchen, server):
     fail_for(server, *range(2, 30), status=400)
     result = kitchen.run(concurrency=2, max_failed_share=0.95)
@@ -471,6 +501,16 @@ def test_the_key_is_in_no_file_event_or_message(kitchen, server, monkeypatch, tm
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
+def test_a_share_that_holds_no_prompt_out_is_said_before_anything_is_asked(kitchen, server):
+    kitchen.run(held_out=0.0001)
+    said = kitchen.context.reporter.said
+    warned = next(number for number, line in enumerate(said) if "none of the 30 prompts is held out" in line)
+    asked = next(number for number, line in enumerate(said) if "30 requests to big" in line)
+    assert warned < asked
+    kitchen.run(folder="other", held_out=0.4)
+    assert not any("is held out" in line for line in kitchen.context.reporter.said)
+
+
 def test_held_out_prompts_are_those_that_a_source_would_hold_out(kitchen, server):
     result = kitchen.run(held_out=0.4)
     by_step = [trace.held_out for trace in kitchen.traces()]
@@ -546,18 +586,18 @@ class TestLocalEngine:
 
     def test_a_template_that_refuses_a_row_fails_that_row(self, kitchen, tmp_path):
         template = tmp_path / "strict.jinja"
-        refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        refusal = "{% if messages[-1]['content'] == 'c' %}{{ raise_exception('no such text') }}{% endif %}"
         template.write_text(refusal + "{{ messages[-1]['content'] }}", encoding="utf-8")
         kitchen.model = kitchen.model.model_copy(update={"chat_template": str(template)})
         rows = [
             [{"role": "user", "content": "a"}],
-            [{"role": "system", "content": "b"}, {"role": "user", "content": "c"}],
+            [{"role": "user", "content": "c"}],
         ]
         path = tmp_path / "chats.jsonl"
         path.write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
         result = kitchen.run(data={"path": str(path)}, max_new_tokens=3, max_failed_share=0.5)
         assert result.counts["records"] == 1
-        assert "no system role" in kitchen.failures()[0]["reason"]
+        assert "no such text" in kitchen.failures()[0]["reason"]
 
     def test_a_response_that_starts_inside_the_think_block_is_split(self, kitchen, tmp_path):
         template = tmp_path / "thinking.jinja"

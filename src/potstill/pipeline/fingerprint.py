@@ -42,8 +42,21 @@ class Inputs:
             return TransformersModel(path=str(reference))
         if reference.target in self.graph.models:
             return self.graph.models[reference.target]
-        artifact = self._made(self.graph.steps_named(reference, self.node)[0].name)
-        return TransformersModel(path=str(artifact.folder), quantize=artifact.manifest.extra.get("quantize"))
+        artifact = self._made_model(reference)
+        folder = artifact.folder if reference.view is None else artifact.folder / reference.view
+        return TransformersModel(path=str(folder), quantize=artifact.manifest.extra.get("quantize"))
+
+    def _made_model(self, reference: ModelRef) -> Artifact:
+        step = self.graph.steps_named(reference, self.node)[0].name
+        artifact = self._made(step)
+        if reference.view is not None and reference.view not in artifact.views:
+            raise RecipeError(
+                f"{self.node.name} wants {str(reference)!r}, and {step} kept no such epoch",
+                where=f"step {self.node.name}",
+                expected=", ".join(artifact.views) or "an epoch that training came to",
+                mend=f"name another, or {step} itself",
+            )
+        return artifact
 
     def _made(self, step: str) -> Artifact:
         if step not in self.made:
@@ -54,15 +67,24 @@ class Inputs:
         """What stands for a reference in a fingerprint: the content it leads to."""
         if isinstance(reference, ModelRef):
             if not reference.is_path and reference.target not in self.graph.models:
-                manifest = self._made(self.graph.steps_named(reference, self.node)[0].name).manifest
-                quantized = {key: manifest.extra[key] for key in ("quantize",) if key in manifest.extra}
-                return {"content": manifest.content, "identity": manifest.model_identity, **quantized}
+                artifact = self._made_model(reference)
+                extra = artifact.manifest.extra
+                quantized = {key: extra[key] for key in ("quantize",) if key in extra}
+                content = artifact.content_of(reference.view)
+                if reference.view is not None:
+                    # By its base and not by the artifact's identity, which is that of the last weights.
+                    return {"content": content, "base": extra.get("base_identity"), **quantized}
+                return {"content": content, "identity": artifact.manifest.model_identity, **quantized}
             return meaning(self.model(reference))
         if reference.is_path and not (Path(reference) / MANIFEST_FILE).is_file():
             from potstill.data.sources import source_of_path
 
             return meaning(source_of_path(reference))
-        return [[artifact.manifest.content, view] for artifact, view in self.artifacts(reference)]
+        return [
+            # A student of cached logits takes their chat template, which their files do not hold.
+            [artifact.manifest.content, view, *_rendering(artifact)]
+            for artifact, view in self.artifacts(reference)
+        ]
 
     def described(self) -> dict[str, Any]:
         """Each reference and the artifacts behind it, for the manifest."""
@@ -83,3 +105,8 @@ class Inputs:
         if version is None:
             raise RecipeError(f"steps of kind {self.node.kind} state no schema_version")
         return hash_json([self.node.kind, version, seed, meaning(settings, self.identify)])
+
+
+def _rendering(artifact: Artifact) -> list[str]:
+    rendering = artifact.manifest.extra.get("rendering")
+    return [] if rendering is None else [rendering["hash"]]

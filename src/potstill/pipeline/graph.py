@@ -12,8 +12,9 @@ from potstill.core.settings import DataRef, ModelRef, Reference, Settings, refer
 __all__ = ["VIEWS", "Graph", "Node", "nearest"]
 
 VIEWS = ("prompts", "held_out")
-_MODEL_MAKERS = frozenset({"init", "train"})
+_MODEL_MAKERS = frozenset({"init", "train", "merge"})
 _DATA_MAKERS = frozenset({"generate", "select", "cache"})
+_EPOCH = re.compile(r"epoch[1-9]\d*")
 _INSTANCE = re.compile(r"(?P<base>[^\[\]]+)\[(?P<values>[^\[\]]*)\]")
 
 
@@ -86,7 +87,9 @@ class Graph:
         if reference.is_path:
             return []
         where = f"{node.origin or 'recipe'} ({node.name}.{key})"
-        if reference.view is not None and reference.view not in VIEWS:
+        if isinstance(reference, ModelRef):
+            self._check_epoch(node, reference, where)
+        elif reference.view is not None and reference.view not in VIEWS:
             raise RecipeError(
                 f"{str(reference)!r} asks for the view {reference.view!r}",
                 where=where,
@@ -114,6 +117,22 @@ class Graph:
                 mend=f"name one, such as {found[0].name!r}, or give this step the same each:",
             )
         return found
+
+    def _check_epoch(self, node: Node, reference: ModelRef, where: str) -> None:
+        """Refuse a view of a model that is not one epoch of a train step that keeps it."""
+        if reference.view is None:
+            return
+        asked = f"{str(reference)!r} asks for the view {reference.view!r}"
+        expected = "student:epoch1, say, of a train step with keep_epochs"
+        if not _EPOCH.fullmatch(reference.view):
+            raise RecipeError(f"{asked} of a model", where=where, expected=expected)
+        if reference.target in self.models:
+            raise RecipeError(f"{asked}, and a declared model has none", where=where, expected=expected)
+        for step in self.steps_named(reference, node):
+            refuses = getattr(step.settings, "refuses_view", None)
+            reason = f"a step of kind {step.kind} has none" if refuses is None else refuses(reference.view)
+            if reason is not None:
+                raise RecipeError(f"{asked} of {step.name!r}, and {reason}", where=where, expected=expected)
 
     @cached_property
     def needs(self) -> dict[str, list[str]]:

@@ -15,6 +15,7 @@ STEP_KINDS: dict[str, tuple[str, str]] = {
     "cache": ("potstill.cache", "CacheSettings"),
     "init": ("potstill.student", "InitSettings"),
     "train": ("potstill.train", "TrainSettings"),
+    "merge": ("potstill.merge", "MergeSettings"),
     "evaluate": ("potstill.evaluate", "EvaluateSettings"),
 }
 

@@ -24,6 +24,7 @@ from potstill.models import (
     find_source,
     frozen_weight_bytes,
     parameter_count,
+    stored_quantization,
     supports_bf16,
 )
 from potstill.pipeline.fingerprint import Inputs, MissingInput
@@ -322,7 +323,7 @@ def _guessed_seconds(planner: _Planner, node: Node, planned: PlannedStep) -> flo
     settings: Any = node.settings
     if node.kind == "train":
         # Forward, to the inputs, and to the weights where they are trained; once more forward to recompute.
-        passes = 3 - _trains_adapter(planner, node) + bool(settings.trainer.get("activation_checkpointing"))
+        passes = 3 - _trains_adapter(planner, node) + settings.activation_checkpointing
 
         def seconds(model: TransformersModel) -> float | None:
             import torch
@@ -452,6 +453,7 @@ def _plan_train(planner: _Planner, node: Node, planned: PlannedStep) -> None:
         planned.tokens = int(tokens * epochs)
     if settings.top_k is not None:
         _check_top_k(planner, node)
+    _check_temperature(planner, node)
     if settings.feature is not None:
         _check_feature(planner, node)
     adapter = _trains_adapter(planner, node)
@@ -467,8 +469,13 @@ def _plan_train(planner: _Planner, node: Node, planned: PlannedStep) -> None:
         )
         max_tokens = settings.max_tokens or default_max_tokens("cpu" if device is None else device.type)
         planned.memory_gb += _activation_bytes(settings, parameters, max_tokens) / _GB
+        if settings.base_kl and not adapter:
+            planned.memory_gb += parameters * _STORED_BYTES / _GB
         # A checkpoint holds the weights and both moments while the next one is written.
         planned.disk_gb = parameters * (0.1 if adapter else 2 * 12 + _STORED_BYTES) / _GB
+        if settings.keep_epochs is not None:
+            kept = math.floor(epochs) if settings.keep_epochs == "all" else settings.keep_epochs
+            planned.disk_gb += kept * parameters * _STORED_BYTES * (0.01 if adapter else 1) / _GB
         if settings.teacher is not None:
             teacher = planner.frozen_bytes(node, settings.teacher, settings.device)
             planned.memory_gb += (teacher or 0.0) / _GB
@@ -477,14 +484,14 @@ def _plan_train(planner: _Planner, node: Node, planned: PlannedStep) -> None:
 def _check_student(planner: _Planner, node: Node, *, adapter: bool) -> None:
     """Problems where the student cannot be trained as the step asks."""
     settings: Any = node.settings
-    if settings.base_kl and not adapter:
-        planner.problem(f"step {node.name}: base_kl is for adapters, and all weights are trained; add lora")
-    if settings.lora is not None and _is_adapter(planner, node):
+    if settings.lora is not None and _is_adapter(planner, node, settings.student):
         planner.problem(
             f"step {node.name}: {settings.student} is an adapter, and lora asks for another one on top of "
             "it; leave lora out to train the adapter on"
         )
-    quantised = planner.of_model(node, settings.student, lambda model: model.quantize)
+    quantised = planner.of_model(
+        node, settings.student, lambda model: model.quantize or stored_quantization(model)
+    )
     if quantised and not adapter:
         planner.problem(
             f"step {node.name}: {settings.student} is quantised to {quantised}, and quantised weights cannot "
@@ -495,6 +502,14 @@ def _check_student(planner: _Planner, node: Node, *, adapter: bool) -> None:
             f"step {node.name}: {settings.data} holds a teacher's logits, which have their own mask; set "
             "mask_prefix in the cache step"
         )
+    elif settings.mask_prefix and not planner.reads_files(settings.data):
+        writers = planner.writers(node)
+        if writers and all(getattr(one.settings, "continue_", None) is None for one in writers):
+            names = ", ".join(one.name for one in writers)
+            planner.problem(
+                f"step {node.name}: mask_prefix leaves nothing out, as {names} continues no response; leave "
+                "it out, or set continue: there"
+            )
 
 
 def _activation_bytes(settings: Any, parameters: int, max_tokens: int) -> float:
@@ -505,7 +520,7 @@ def _activation_bytes(settings: Any, parameters: int, max_tokens: int) -> float:
     """
     hidden = (parameters * _WIDTH_TO_DEPTH / 12) ** (1 / 3)
     blocks = hidden / _WIDTH_TO_DEPTH
-    if settings.trainer.get("activation_checkpointing"):
+    if settings.activation_checkpointing:
         token_bytes = 2 * hidden * blocks + 34 * hidden
     else:
         token_bytes = 34 * hidden * blocks
@@ -524,6 +539,27 @@ def _check_top_k(planner: _Planner, node: Node) -> None:
             planner.problem(f"{asked} {name} keeps drawn ids, not the most probable ones")
         elif k < settings.top_k:
             planner.problem(f"{asked} {name} keeps {k}")
+
+
+def _check_temperature(planner: _Planner, node: Node) -> None:
+    """A problem where a train step asks for a temperature that its data, cached logits, are not kept for."""
+    settings: Any = node.settings
+    data = settings.data
+    if not isinstance(data, DataRef):
+        return
+    if data.is_path:
+        found = Artifact.open(Path(data)) if (Path(data) / MANIFEST_FILE).is_file() else None
+        kept = {str(data): found.manifest.settings.get("temperatures")} if found is not None else {}
+    else:
+        makers: dict[str, Any] = {one.name: one.settings for one in planner.graph.steps_named(data, node)}
+        kept = {name: getattr(maker, "temperatures", None) for name, maker in makers.items()}
+    for name, temperatures in kept.items():
+        if temperatures and settings.temperature not in temperatures:
+            stated = ", ".join(f"{one:g}" for one in temperatures)
+            planner.problem(
+                f"step {node.name}: temperature is {settings.temperature:g}, and {name} keeps {stated}: "
+                "cache it with this one, or train at one of those"
+            )
 
 
 def _check_feature(planner: _Planner, node: Node) -> None:
@@ -561,17 +597,28 @@ def _kept_ids(planner: _Planner, node: Node) -> dict[str, int | None]:
 def _trains_adapter(planner: _Planner, node: Node) -> bool:
     """Whether a train step trains an adapter: its own, or that of its student."""
     settings: Any = node.settings
-    return settings.lora is not None or _is_adapter(planner, node)
+    return settings.lora is not None or _is_adapter(planner, node, settings.student)
 
 
-def _is_adapter(planner: _Planner, node: Node) -> bool:
-    """Whether a train step's student is an adapter, or will be one."""
-    settings: Any = node.settings
-    student = settings.student
-    if student.is_path or student.target in planner.graph.models:
-        return bool(planner.of_model(node, student, lambda model: find_source(model.path).kind == "adapter"))
-    maker = planner.graph.steps_named(student, node)[0]
+def _is_adapter(planner: _Planner, node: Node, model: ModelRef) -> bool:
+    """Whether the model behind a step's reference is an adapter, or will be one."""
+    if model.is_path or model.target in planner.graph.models:
+        return bool(planner.of_model(node, model, lambda found: find_source(found.path).kind == "adapter"))
+    maker = planner.graph.steps_named(model, node)[0]
     return maker.kind == "train" and _trains_adapter(planner, maker)
+
+
+def _plan_merge(planner: _Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    if not _is_adapter(planner, node, settings.model):
+        planner.problem(f"step {node.name}: {settings.model} is no adapter: there is nothing to merge")
+    if settings.data is not None:
+        planned.rows = planner.rows_of(node, settings.data)
+        planned.rows = None if planned.rows is None else min(planned.rows, settings.limit)
+    if parameters := planner.parameters(node, settings.model):
+        # Full weights to merge, and what was saved to compare them with.
+        planned.memory_gb = 2 * parameters * _STORED_BYTES / _GB
+        planned.disk_gb = parameters * _STORED_BYTES / _GB
 
 
 def _plan_evaluate(planner: _Planner, node: Node, planned: PlannedStep) -> None:
@@ -582,9 +629,25 @@ def _plan_evaluate(planner: _Planner, node: Node, planned: PlannedStep) -> None:
         # Models take turns; their teacher stays.
         teacher = settings.teacher and planner.frozen_bytes(node, settings.teacher, settings.device)
         planned.memory_gb = (max(needed) + (teacher or 0.0)) / _GB
-    counts = [planner.rows_of(node, data) for data in settings.tasks.values()]
-    if counts and None not in counts:
-        planned.rows = sum(one or 0 for one in counts) * len(names)
+    compared = None if settings.teacher is None else planner.graph.models.get(settings.teacher.target)
+    if compared is not None and not isinstance(compared, TransformersModel):
+        planner.problem(
+            f"step {node.name}: the teacher {settings.teacher} is of another engine, and KL needs whole "
+            "distributions; name the same weights by a path, or leave teacher out"
+        )
+    answers, tokens = [], 0
+    for task in settings.all_tasks.values():
+        decoding, limit = settings.decoding(task), task.limit or settings.limit
+        rows = planner.rows_of(node, task.data)
+        answers.append(None if rows is None else min(rows, limit or rows) * decoding.samples)
+        tokens += (answers[-1] or 0) * decoding.max_new_tokens * task.generates
+    if answers and None not in answers:
+        planned.rows = sum(one or 0 for one in answers) * len(names)
+        served = [planner.graph.models.get(one.target) for one in names]
+        prices = [price for one in served if (price := getattr(one, "price", None))]
+        if prices:
+            planned.cost_usd = sum(price.cost(0, tokens) for price in prices)
+            planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
 
 
 def _upstream_tokens(planner: _Planner, node: Node) -> int | None:
@@ -612,6 +675,7 @@ _ESTIMATES: dict[str, Callable[[_Planner, Node, PlannedStep], None]] = {
     "cache": _plan_cache,
     "init": _plan_init,
     "train": _plan_train,
+    "merge": _plan_merge,
     "evaluate": _plan_evaluate,
 }
 

@@ -1,15 +1,23 @@
 """One run of a recipe from start to report, and sweeps of several."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from potstill.core.errors import Interrupted
+from potstill.core.errors import Interrupted, StoreError
 from potstill.core.events import Display, Reporter
-from potstill.core.store import MODEL_CARD_FILE, Store, write_atomically
+from potstill.core.store import MODEL_CARD_FILE, Artifact, Store, write_atomically
 from potstill.pipeline.graph import Graph
-from potstill.pipeline.run_folder import EVENTS_FILE, REPORT_FILE, link_artifact, load_run, open_run_folder
+from potstill.pipeline.outputs import Output, write_outputs
+from potstill.pipeline.run_folder import (
+    EVENTS_FILE,
+    LOG_FILE,
+    REPORT_FILE,
+    link_artifact,
+    load_run,
+    open_run_folder,
+)
 from potstill.pipeline.runner import RunOptions, run_graph
 from potstill.report import RunView, model_card, write_comparison, write_report
 
@@ -31,8 +39,16 @@ class Runnable(Protocol):
     def graph(self) -> Graph:
         """Steps and models."""
 
-    def to_yaml(self) -> str:
+    @property
+    def outputs(self) -> Sequence[Output]:
+        """What the run hands out beside its own files."""
+
+    @property
+    def resolved(self) -> Mapping[str, Any]:
         """The resolved recipe."""
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML."""
 
 
 def _steps(graph: Graph) -> list[tuple[str, str, list[str]]]:
@@ -46,18 +62,24 @@ def run_recipe(
     display: Display = "plain",
     options: RunOptions | None = None,
 ) -> RunView:
-    """Run a recipe into a folder: artifacts linked as they are made, report and model cards at the end.
+    """Run a recipe into a folder: artifacts linked when made; report, model cards and outputs at the end.
 
-    The report is written as well when a step fails or the run is interrupted, as far as the run came.
+    They are written as well when a step fails or the run is interrupted, as far as the run came.
     """
     options = options or RunOptions()
     open_run_folder(folder, recipe.to_yaml())
-    reporter = Reporter(display, folder / EVENTS_FILE)
+    reporter = Reporter(display, folder / EVENTS_FILE, log_path=folder / LOG_FILE)
     steps = _steps(recipe.graph)
     described: list[dict[str, Any]] = [
         {"name": name, "kind": kind, "needs": needs} for name, kind, needs in steps
     ]
     outcome = "failed"
+    made: dict[str, Artifact] = {}
+
+    def on_made(step: str, artifact: Artifact) -> None:
+        link_artifact(folder, step, artifact)
+        made[step] = artifact
+
     try:
         reporter.event("run_started", recipe=recipe.name, seed=recipe.seed, steps=described)
         run_graph(
@@ -66,11 +88,15 @@ def run_recipe(
             store,
             reporter,
             options,
-            on_made=lambda step, artifact: link_artifact(folder, step, artifact),
+            on_made=on_made,
         )
         outcome = "finished"
     except (Interrupted, KeyboardInterrupt):
         outcome = "interrupted"
+        raise
+    except Exception as error:
+        with suppress(OSError):
+            reporter.log(str(error))
         raise
     finally:
         try:
@@ -78,12 +104,13 @@ def run_recipe(
         finally:
             reporter.close()
         view = load_run(folder, steps)
-        # What stopped the run is the news; a report that cannot be written then is not.
-        with nullcontext() if outcome == "finished" else suppress(OSError):
+        # What stopped the run is the news; what cannot be written then is not.
+        with nullcontext() if outcome == "finished" else suppress(OSError, StoreError):
             write_report(view, folder / REPORT_FILE)
-    for step in view.steps:
-        if step.kind in ("train", "init") and step.folder is not None:
-            write_atomically(step.folder / MODEL_CARD_FILE, model_card(view, step))
+            for step in view.steps:
+                if step.kind in ("train", "init", "merge") and step.folder is not None:
+                    write_atomically(step.folder / MODEL_CARD_FILE, model_card(view, step))
+            write_outputs(folder, recipe.outputs, made, recipe.resolved)
     return view
 
 

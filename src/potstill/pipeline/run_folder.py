@@ -1,4 +1,4 @@
-"""A run's folder: the resolved recipe, links to the artifacts, the events and the report."""
+"""A run's folder: the resolved recipe, links to the artifacts, the events, the log and the report."""
 
 import os
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from potstill.report import RunView, StepView
 
 __all__ = [
     "EVENTS_FILE",
+    "LOG_FILE",
     "RECIPE_FILE",
     "REPORT_FILE",
     "link_artifact",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 EVENTS_FILE = "events.jsonl"
+LOG_FILE = "run.log"
 RECIPE_FILE = "recipe.yaml"
 REPORT_FILE = "report.html"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from potstill.core.errors import Interrupted, PotstillError, RecipeError
 from potstill.core.events import Reporter, format_seconds
+from potstill.core.memory import PeakMemory
 from potstill.core.settings import ModelRef, meaning, references
 from potstill.core.step import StepContext
 from potstill.core.store import Artifact, Store
@@ -19,10 +20,10 @@ __all__ = ["RunOptions", "StepFailed", "run_graph"]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Which steps to make again (`force`), and the only step to make, if any (`only`)."""
+    """Which steps to make again (`force`), and the only ones to make, if any are named (`only`)."""
 
     force: frozenset[str] = frozenset()
-    only: str | None = None
+    only: frozenset[str] = frozenset()
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -31,7 +32,7 @@ class StepFailed(PotstillError):
 
 
 def _check_names(graph: Graph, options: RunOptions) -> None:
-    for name in (*options.force, *([options.only] if options.only else [])):
+    for name in sorted(options.force | options.only):
         if name not in graph.nodes:
             raise RecipeError(
                 f"there is no step {name!r}", where="command line", mend=nearest(name, graph.nodes)
@@ -61,11 +62,10 @@ def run_graph(
     Raises Interrupted when `options.stop` is set between or inside steps, StepFailed when a step fails.
     """
     _check_names(graph, options)
-    wanted = (
-        graph.order
-        if options.only is None
-        else [name for name in graph.order if name in graph.ancestors(options.only) | {options.only}]
-    )
+    wanted = graph.order
+    if options.only:
+        reached = options.only.union(*map(graph.ancestors, options.only))
+        wanted = [name for name in graph.order if name in reached]
     _check_inputs(graph, wanted)
     made: dict[str, Artifact] = {}
     for position, name in enumerate(wanted, start=1):
@@ -76,11 +76,12 @@ def run_graph(
         fingerprint = inputs.fingerprint(seed)
         label = f"[{position}/{len(wanted)}] {name}"
         found = None if name in options.force else store.find(node.kind, fingerprint)
-        if found is None and options.only is not None and name != options.only:
+        if found is None and options.only and name not in options.only:
+            needing = next(one for one in wanted if one in options.only and name in graph.ancestors(one))
             raise RecipeError(
-                f"{options.only!r} needs {name!r}, which has not been made",
+                f"{needing!r} needs {name!r}, which has not been made",
                 where="--only",
-                mend="run without --only once",
+                mend=f"add --only {name}, or run without --only once",
             )
         if found is None:
             with store.lock(fingerprint, on_wait=_waiter(reporter, label)):
@@ -143,7 +144,7 @@ def _make(
         resolve_data=inputs.artifacts,
         stop=options.stop,
     )
-    started = time.monotonic()
+    memory, started = PeakMemory(), time.monotonic()
     try:
         result = step_function(node.kind)(node.settings, context)
     except Interrupted:
@@ -168,6 +169,7 @@ def _make(
         inputs=inputs.described(),
         seed=seed,
         seconds=round(seconds, 3),
+        **memory.read(),
         **vars(result),
     )
     reporter.say(f"{label}: done in {format_seconds(seconds)} ({_counts(artifact)})")

@@ -1,12 +1,16 @@
 """What a step means when its inputs are other steps' artifacts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from potstill.cache import CacheSettings
+from potstill.core.errors import RecipeError
 from potstill.core.settings import ModelRef
 from potstill.core.store import Artifact, Store
+from potstill.merge import MergeSettings
 from potstill.models import TransformersModel
 from potstill.pipeline.fingerprint import Inputs
 from potstill.pipeline.graph import Graph, Node
@@ -41,3 +45,68 @@ def test_a_student_in_four_bits_is_loaded_so_and_means_something_else(graph: Gra
     assert found["plain"][0] is None
     assert found["packed"][0] == "nf4"
     assert found["plain"][1] != found["packed"][1]
+
+
+@pytest.fixture
+def epochs(tmp_path: Path) -> dict[str, Artifact]:
+    """A trained model without and with its epochs."""
+    artifacts = {}
+    for name, views in (("without", []), ("with", ["epoch1", "epoch2"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        for view in views:
+            (folder / view).mkdir()
+            (folder / view / "model.safetensors").write_bytes(view.encode())
+        extra = {"views": views} if views else {}
+        artifacts[name] = Store(tmp_path).seal(
+            folder, kind="train", fingerprint=name, settings={}, seed=1, seconds=0.0, extra=extra
+        )
+    return artifacts
+
+
+def exam(graph: Graph, model: str, made: Artifact) -> Inputs:
+    merge = MergeSettings.model_validate({"do": "merge", "model": model})
+    student = graph.nodes["student"]
+    kept = student.settings.model_copy(update={"keep_epochs": "all", "epochs": 9.0})
+    steps = {**graph.nodes, "student": replace(student, settings=kept)}
+    node = Node("exam", "exam", "merge", merge)
+    return Inputs(Graph({**steps, "exam": node}, graph.models), node, {"student": made})
+
+
+def test_epochs_that_are_kept_besides_leave_what_a_model_means_as_it_is(
+    graph: Graph, epochs: dict[str, Artifact]
+) -> None:
+    plain, kept = (exam(graph, "student", epochs[name]).fingerprint(1) for name in ("without", "with"))
+    assert plain == kept
+    assert epochs["without"].manifest.content != epochs["with"].manifest.content
+
+
+def test_an_epoch_is_a_model_of_its_own(graph: Graph, epochs: dict[str, Artifact]) -> None:
+    found = {}
+    for view in ("epoch1", "epoch2"):
+        inputs = exam(graph, f"student:{view}", epochs["with"])
+        model = inputs.model(ModelRef(f"student:{view}"))
+        assert isinstance(model, TransformersModel)
+        assert Path(model.path) == epochs["with"].folder / view
+        found[view] = inputs.fingerprint(1)
+    assert len({*found.values(), exam(graph, "student", epochs["with"]).fingerprint(1)}) == 3
+
+
+def test_an_epoch_that_training_did_not_come_to_is_told(graph: Graph, epochs: dict[str, Artifact]) -> None:
+    with pytest.raises(RecipeError, match="student kept no such epoch") as caught:
+        exam(graph, "student:epoch7", epochs["with"]).fingerprint(1)
+    assert caught.value.expected == "epoch1, epoch2"
+
+
+def test_cached_logits_mean_their_chat_template_too(graph: Graph, tmp_path: Path) -> None:
+    data = {"do": "train", "student": "big", "data": "logits"}
+    cache = CacheSettings.model_validate({"do": "cache", "model": "big", "data": "a/b", "top_k": 2})
+    node = Node("student", "student", "train", TrainSettings.model_validate(data))
+    nodes = {"logits": Node("logits", "logits", "cache", cache), "student": node}
+    found = []
+    for name in ("chatml", "chatml-again", "plain"):
+        extra = {"rendering": {"hash": name.removesuffix("-again")}}
+        logits = made(tmp_path / name, extra)
+        found.append(Inputs(Graph(nodes, graph.models), node, {"logits": logits}).fingerprint(1))
+    assert found[0] == found[1] != found[2]

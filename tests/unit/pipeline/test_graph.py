@@ -79,3 +79,31 @@ def test_one_model_is_wanted_where_a_reference_means_several() -> None:
             node("expert[b]", "train", {"k": "b"}),
             node("x", "train", model="expert"),
         )
+
+
+class Trains(Makes):
+    """Settings of a made-up step that keeps two epochs' models."""
+
+    def refuses_view(self, view: str) -> str | None:
+        return None if view in ("epoch1", "epoch2") else "the step trains 2 epochs"
+
+
+def test_an_epoch_of_a_model_needs_the_step_that_keeps_it() -> None:
+    trained = Node("student", "student", "train", Trains())
+    assert graph(trained, node("exam", "evaluate", model="student:epoch2")).needs["exam"] == ["student"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("student:epoch3", "'student', and the step trains 2 epochs"),
+        ("student:held_out", "asks for the view 'held_out' of a model"),
+        ("student:epoch0", "asks for the view 'epoch0' of a model"),
+        ("pruned:epoch1", "'pruned', and a step of kind init has none"),
+        ("big:epoch1", "a declared model has none"),
+    ],
+)
+def test_an_epoch_that_no_step_will_keep_is_refused(reference: str, message: str) -> None:
+    steps = Node("student", "student", "train", Trains()), node("pruned", "init")
+    with pytest.raises(RecipeError, match=message):
+        graph(*steps, node("exam", "evaluate", model=reference), models=("big",))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from potstill.core.errors import RecipeError
 from potstill.core.store import Store
 from potstill.models import parameter_count
 from potstill.models.source import TransformersModel
@@ -112,10 +113,15 @@ def test_ids_of_a_cache_are_a_problem_where_the_data_are_none(plan_of: PlanOf, t
     assert any("top_k is 8, but its data are no cached logits" in problem for problem in plan.problems)
 
 
-def test_a_base_that_is_itself_trained_is_a_problem(plan_of: PlanOf) -> None:
-    assert plan_of("base_kl: 0.1, lora: {rank: 2}").problems == []
-    (problem,) = plan_of("base_kl: 0.1").problems
-    assert "base_kl is for adapters" in problem
+def test_a_copy_of_what_is_trained_takes_memory_and_an_adapters_base_none(plan_of: PlanOf) -> None:
+    def memory_gb(train: str) -> float:
+        plan = plan_of(train)
+        assert plan.problems == []
+        assert plan.steps[-1].memory_gb is not None
+        return plan.steps[-1].memory_gb
+
+    assert memory_gb("base_kl: 0.1") > memory_gb("base_kl: 0.0")
+    assert memory_gb("base_kl: 0.1, lora: {rank: 2}") == memory_gb("base_kl: 0.0, lora: {rank: 2}")
 
 
 def test_features_of_a_cache_or_of_no_teacher_are_a_problem(
@@ -205,7 +211,7 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(tex
 
     one, two, three = (planned(f"max_tokens={tokens}") for tokens in (1000, 2000, 3000))
     assert three - two == pytest.approx(two - one)
-    assert planned("max_tokens=2000", "trainer.activation_checkpointing=true") < two
+    assert planned("max_tokens=2000", "activation_checkpointing=true") < two
 
 
 def test_the_size_of_a_hub_model_that_is_not_here_is_what_its_name_says(texts: Path) -> None:
@@ -370,3 +376,117 @@ def test_a_limit_bounds_what_cannot_be_counted_beforehand(tmp_path: Path, where:
     assert (calm.rows, calm.tokens) == (14, 1400)
     assert calm.cost_usd == pytest.approx(1400 * 10 / 1e6)
     assert "step calm: its cost is without that of the prompts" in plan.notes
+
+
+# --- what a step would find only when it runs
+
+
+def test_a_temperature_that_a_cache_will_not_keep_is_a_problem(plan_of: PlanOf) -> None:
+    assert plan_of("temperature: 2.0", "top_k: 8, temperatures: [2.0]").problems == []
+    (problem,) = plan_of("temperature: 2.0").problems
+    assert "step student: temperature is 2, and logits keeps 1" in problem
+    (problem,) = plan_of("temperature: 1.0", "codec: sampled, temperatures: [2.0]").problems
+    assert "step student: temperature is 1, and logits keeps 2" in problem
+
+
+@pytest.fixture
+def two_steps(tmp_path: Path, texts: Path, shared_model_folder: Path) -> Callable[[str], list[str]]:
+    """`two_steps(second)`: the problems of a recipe with a train step `student` and another one behind it."""
+
+    def make(second: str, train: str = "", generate: str = "") -> list[str]:
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}', encoding="utf-8")
+        path = tmp_path / "recipe.yaml"
+        path.write_text(
+            f"""
+name: planned
+models:
+  base: {{path: {shared_model_folder}}}
+steps:
+  begun: {{do: generate, model: base, data: {{path: {prompts}}}}}
+  traces: {{do: generate, model: base, data: begun{generate}}}
+  student: {{do: train, student: base, data: traces, epochs: 2{train}}}
+  {second}
+""",
+            encoding="utf-8",
+        )
+        return make_plan(load_recipe(str(path)), Store(tmp_path / "store")).problems
+
+    return make
+
+
+def test_a_mask_for_beginnings_that_nobody_wrote_is_a_problem(two_steps: Any) -> None:
+    (problem,) = two_steps("", ", mask_prefix: true")
+    assert "step student: mask_prefix leaves nothing out, as traces continues no response" in problem
+    assert two_steps("", ", mask_prefix: true", ", continue: {}") == []
+
+
+def test_merging_what_will_be_no_adapter_is_a_problem(two_steps: Any) -> None:
+    merge = "merged: {do: merge, model: student}"
+    (problem,) = two_steps(merge)
+    assert "step merged: student is no adapter" in problem
+    assert two_steps(merge, ", lora: {rank: 2}") == []
+
+
+def test_epochs_are_planned_for_and_named_before_they_are_there(two_steps: Any) -> None:
+    merge = "merged: {do: merge, model: student:epoch1}"
+    assert two_steps(merge, ", lora: {rank: 2}, keep_epochs: all") == []
+    with pytest.raises(RecipeError, match="keeps no models of single epochs"):
+        two_steps(merge, ", lora: {rank: 2}")
+    with pytest.raises(RecipeError, match="from epoch2 on"):
+        two_steps(merge, ", lora: {rank: 2}, keep_epochs: 1")
+    with pytest.raises(RecipeError, match="the step trains 2 epochs"):
+        two_steps(merge.replace("epoch1", "epoch3"), ", keep_epochs: all")
+
+
+def evaluation_plan(tmp_path: Path, folder: Path, **step: Any) -> Plan:
+    """The plan of an evaluation of a local model and a priced server on five questions."""
+    questions = [json.dumps({"question": f"What is {n} + 1?", "answer": str(n + 1)}) for n in range(5)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(questions), encoding="utf-8")
+    recipe = {
+        "name": "exam",
+        "models": {
+            "base": {"path": str(folder)},
+            "served": {
+                "engine": "openai",
+                "base_url": "http://127.0.0.1:1/v1",
+                "model": "big",
+                "price": {"input": 1.0, "output": 10.0},
+            },
+        },
+        "steps": {
+            "exam": {
+                "do": "evaluate",
+                "models": ["base", "served"],
+                "tasks": {"sums": {"path": str(tmp_path / "sums.jsonl")}},
+                **step,
+            }
+        },
+    }
+    path = tmp_path / "exam.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return make_plan(load_recipe(str(path)), Store(tmp_path / "store"))
+
+
+def test_answers_to_every_task_of_every_model_are_planned_and_those_of_servers_priced(
+    tmp_path: Path, shared_model_folder: Path
+) -> None:
+    data = {"path": str(tmp_path / "sums.jsonl")}
+    (exam,) = evaluation_plan(tmp_path, shared_model_folder, max_new_tokens=100).steps
+    assert exam.rows == 2 * 5
+    assert exam.cost_usd == pytest.approx(5 * 100 * 10.0 / 1e6)
+    own = {"data": data, "samples": 4, "temperature": 1.0, "limit": 3, "max_new_tokens": 50}
+    (exam,) = evaluation_plan(
+        tmp_path, shared_model_folder, max_new_tokens=100, tasks={"sums": own}, forgetting={"old": data}
+    ).steps
+    assert exam.rows == 2 * (3 * 4 + 5)
+    assert exam.cost_usd == pytest.approx((3 * 4 * 50 + 5 * 100) * 10.0 / 1e6)
+
+
+def test_a_served_teacher_of_an_evaluation_is_a_problem_before_anything_is_made(
+    tmp_path: Path, shared_model_folder: Path
+) -> None:
+    plan = evaluation_plan(tmp_path, shared_model_folder, teacher="served")
+    assert any(
+        "the teacher served is of another engine, and KL needs whole" in problem for problem in plan.problems
+    )

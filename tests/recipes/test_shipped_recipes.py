@@ -1,0 +1,258 @@
+"""Shipped recipes run whole, on tiny models and a few rows, and hand out what they promise."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from potstill.core.records import RECORDS_FILE, Record, read_records
+from potstill.data.sources import read_file
+from potstill.models import TransformersModel, load
+from potstill.recipe import load_recipe, sweep_variants
+
+from .conftest import Command, Outcome, write_recipe
+
+EVIDENCE = Path(__file__).parents[2] / "benchmarks" / "evidence"
+THOUGHT = "<|begin_of_thought|>\n\nten and {n}\n\n<|end_of_thought|>"
+SOLUTION = "<|begin_of_solution|>\n\nIt is {n}.\n\n<|end_of_solution|>"
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def gsm8k_rows(path: Path, count: int) -> dict[str, Any]:
+    """Rows as GSM8K has them, in the place of the hub's."""
+    rows = [
+        {"question": f"What is 10 + {n}?", "answer": f"It is <<10+{n}={10 + n}>>{10 + n}.\n#### {10 + n}"}
+        for n in range(count)
+    ]
+    return {"path": write_rows(path, rows), "dataset": None, "config": None, "split": None, "limit": None}
+
+
+def open_thoughts_rows(path: Path, count: int) -> dict[str, Any]:
+    """Rows as OpenThoughts-114k has them, in the place of the hub's; one of them has no thought."""
+    rows = []
+    for n in range(count):
+        told = f"{THOUGHT}\n\n{SOLUTION}".format(n=n) if n else "No thought at all."
+        turns = [{"from": "user", "value": f"What is {n}?"}, {"from": "assistant", "value": told}]
+        rows.append({"system": "Use <|begin_of_thought|> and so on.", "conversations": turns})
+    return {"path": write_rows(path, rows), "dataset": None, "held_out": 0.3}
+
+
+def run(potstill: Command, name: str, *arguments: object, **changes: Any) -> Outcome:
+    """Run a shipped recipe with changes laid on it, into runs/<name>."""
+    recipe = write_recipe(Path("recipe.yaml"), {"extends": name, **changes})
+    outcome = potstill("run", recipe, "--output", f"runs/{name}", *arguments)
+    assert outcome.code == 0, outcome.err
+    return outcome
+
+
+def records(folder: Path) -> list[Record]:
+    return list(read_records(folder / RECORDS_FILE))
+
+
+def said(record: Record) -> tuple[str, str | None, str | None]:
+    return record.messages[-1]["content"], record.reasoning, record.answer
+
+
+@pytest.fixture
+def tiny(tiny_model_folder: Path) -> dict[str, Any]:
+    """A tiny model in the place of a declared one, whatever its engine was."""
+    return {"path": str(tiny_model_folder), "engine": "transformers", "model": None, "quantize": None}
+
+
+@pytest.mark.slow
+def test_r1_sft_small_hands_out_what_its_users_expect(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    sums = {"data": {"size": 12, "held_out": 0.3}}
+    exam = {"tasks": {"sums": {"size": 3}}, "max_new_tokens": 8}
+    steps = {"traces": sums, "student": {"epochs": 2, "lora": {"rank": 2}}, "exam": exam}
+    run(potstill, "r1-sft-small", models={"base": tiny}, steps=steps)
+    folder = tmp_path / "runs" / "r1-sft-small"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["base_kl"], config["lora"]["rank"], config["early_stopping"]["patience"]) == (0.1, 2, 3)
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (folder / "final_model").iterdir()
+    }
+    merged = {path.name for path in (folder / "merged_model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= merged
+    assert "adapter_config.json" not in merged
+    results = json.loads((folder / "evaluation_results.json").read_text(encoding="utf-8"))
+    assert list(results["models"]) == ["base", "student"]
+    log = (folder / "distillation_pipeline.log").read_text(encoding="utf-8")
+    assert "student: train" in log
+    assert "exam: done in" in log
+    for name in ("final_model", "merged_model"):
+        assert load(TransformersModel(path=str(folder / name))).model is not None
+
+
+@pytest.mark.slow
+def test_rows_in_openthoughts_shape_are_the_rows_that_are_trained_on(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    run(
+        potstill,
+        "r1-sft-small",
+        "--only",
+        "traces",
+        models={"base": tiny},
+        steps={"traces": {"data": {"size": 12}}},
+    )
+    folder = tmp_path / "runs" / "r1-sft-small"
+    rows = [
+        json.loads(line) for line in (folder / "open_thoughts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert {tuple(row) for row in rows} == {("system", "conversations")}
+    assert all("<|begin_of_thought|>" in row["conversations"][1]["value"] for row in rows)
+    traces = records(folder / "traces")
+    read = list(read_file(folder / "open_thoughts.jsonl"))
+    assert [said(one) for one in read] == [said(one) for one in traces]
+    assert [one.prompt_id for one in read] == [one.prompt_id for one in traces]
+
+
+@pytest.mark.slow
+def test_r1_sft_trains_and_evaluates_apart(potstill: Command, tiny: dict[str, Any], tmp_path: Path) -> None:
+    exam = {
+        "tasks": {
+            "open_thoughts": {"limit": 2},
+            "gsm8k": {"data": gsm8k_rows(tmp_path / "gsm8k.jsonl", 3)},
+        },
+        "max_new_tokens": 8,
+    }
+    changes = {
+        "models": {"base": tiny},
+        "steps": {
+            "traces": {"data": open_thoughts_rows(tmp_path / "rows.jsonl", 16)},
+            "student": {"epochs": 1, "lora": {"rank": 2}, "max_length": 256},
+            "exam": exam,
+        },
+    }
+    trained = ("--only", "traces", "--only", "student", "--only", "merged")
+    run(potstill, "r1-sft", *trained, **changes)
+    folder = tmp_path / "runs" / "r1-sft"
+    assert (folder / "merged_model" / "model.safetensors").is_file()
+    assert not (folder / "evaluation_results.json").exists()
+    told = records(folder / "traces")
+    assert "<think>\nten and 5\n</think>\n\nIt is 5." in [one.response for one in told]
+    assert {one.messages[0]["role"] for one in told} == {"system"}
+    outcome = run(potstill, "r1-sft", "--only", "exam", **changes)
+    assert "student: train already made" in outcome.err
+    results = json.loads((folder / "evaluation_results.json").read_text(encoding="utf-8"))
+    assert set(results["models"]["student"]["tasks"]) == {"open_thoughts", "gsm8k"}
+    assert "correct" in results["models"]["student"]["tasks"]["gsm8k"]["verdicts"]
+    # The model that was handed out is evaluated as another one would be.
+    changes["steps"]["exam"] = {**exam, "models": {"student": str(folder / "final_model")}}
+    again = run(potstill, "r1-sft", "--only", "exam", "--only", "traces", **changes)
+    assert "student" not in again.err.partition("exam: evaluate")[0].split()
+
+
+@pytest.mark.slow
+def test_gsm8k_response_keeps_the_answers_and_an_adapter_an_epoch(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    task = {"data": gsm8k_rows(tmp_path / "test.jsonl", 3), "max_new_tokens": 8}
+    exam = {"tasks": {"gsm8k": task}, "max_new_tokens": 8}
+    run(
+        potstill,
+        "gsm8k-response",
+        models={"teacher": tiny, "base": tiny},
+        steps={
+            "answers": {
+                "data": gsm8k_rows(tmp_path / "train.jsonl", 16),
+                "max_new_tokens": 24,
+                "held_out": 0.3,
+            },
+            "student": {"lora": {"rank": 2}, "batch": 4},
+            "exam": exam,
+        },
+    )
+    _check_gsm8k(tmp_path / "runs" / "gsm8k-response", "What is 10 + ")
+
+
+@pytest.mark.slow
+def test_gsm8k_response_small_keeps_the_answers_and_an_adapter_an_epoch(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    run(
+        potstill,
+        "gsm8k-response-small",
+        models={"writer": tiny, "teacher": tiny},
+        steps={
+            # Word problems are longer than a tiny model's context.
+            "answers": {"data": {"task": "chain_sum", "size": 12}, "max_new_tokens": 24, "held_out": 0.3},
+            "pruned": {"layers": 1, "samples": 4, "quantize": None},
+            "student": {"lora": {"rank": 2}, "batch": 4},
+            "exam": {"max_new_tokens": 8},
+        },
+    )
+    _check_gsm8k(tmp_path / "runs" / "gsm8k-response-small", "")
+
+
+def _check_gsm8k(folder: Path, question: str) -> None:
+    text = (folder / "questions-and-answers.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    ended = [one for one in records(folder / "answers") if one.finish_reason == "stop"]
+    assert [(row["question"], row["answer"], row["reference"]) for row in rows] == [
+        (one.messages[-1]["content"], one.response, one.reference) for one in ended
+    ]
+    assert all(row["question"].startswith(question) for row in rows)
+    weights = {
+        (folder / place / "adapter_model.safetensors").read_bytes()
+        for place in ("epochs/1", "epochs/2", "epochs/3", "epochs/4")
+    }
+    assert len(weights) == 4, "an adapter an epoch"
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() in weights
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "epoch1" in page
+
+
+@pytest.mark.slow
+def test_three_kinds_train_one_student_on_as_many_tokens(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    traces = {"data": {"task": "chain_sum", "size": 16}, "max_new_tokens": 12, "held_out": 0.3}
+    run(
+        potstill,
+        "three-kinds",
+        models={"writer": tiny, "teacher": tiny},
+        steps={"traces": traces, "logits": {"top_k": 8}, "pruned": {"layers": 1, "samples": 4}},
+    )
+    folder = tmp_path / "runs" / "three-kinds"
+    kinds = ("response", "logit", "feature")
+    manifests = {name: json.loads((folder / name / "manifest.json").read_text("utf-8")) for name in kinds}
+    assert len({one["tokens"] for one in manifests.values()}) == 1
+    assert len({one["counts"]["steps"] for one in manifests.values()}) == 1
+    for name, manifest in manifests.items():
+        assert manifest["peak_memory_bytes"] > 1e6, name
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for head in ("tokens/s", "memory"):
+        assert f'<th scope="col">{head}</th>' in page
+    exam = json.loads((folder / "exam" / "manifest.json").read_text("utf-8"))["metrics"]
+    assert set(exam["differences"]) >= set(kinds)
+    assert all("feature" in one for one in manifests["feature"]["metrics"]["history"] if "loss" in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "variants"),
+    [
+        ("three-kinds.yaml", "response,logit,feature,both"),
+        ("forgetting.yaml", "free,held,tight"),
+        ("features.yaml", "logits,cosine,mse,cka,relations"),
+        ("dasd.yaml", "rule,random,length,calm-only,lively-only,one-stage"),
+    ],
+)
+def test_evidence_is_a_sweep_of_its_variants(name: str, variants: str) -> None:
+    recipes = sweep_variants(str(EVIDENCE / name), [variants, "seed=1,2"], [])
+    assert len(recipes) == 2 * len(variants.split(","))
+    declared = yaml.safe_load((EVIDENCE / name).read_text(encoding="utf-8"))["variants"]
+    assert set(variants.split(",")) == set(declared)
+
+
+@pytest.mark.parametrize("variant", ["served", "right-only"])
+def test_variants_of_gsm8k_response_load(variant: str) -> None:
+    assert load_recipe("gsm8k-response", variant=variant).graph.order[0] == "answers"
