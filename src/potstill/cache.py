@@ -284,7 +284,13 @@ class _ServerScorer:
                 [likeliest for likeliest, supervised in zip(found, row.mask[1:], strict=True) if supervised]
             )
 
-        return await asyncio.gather(*map(one, batch))
+        asked = [asyncio.create_task(one(row)) for row in batch]
+        try:
+            return await asyncio.gather(*asked)
+        finally:  # where one failed, the others still hold connections
+            for request in asked:
+                request.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
 
 class _BatchSize:

@@ -161,6 +161,7 @@ class OpenAITeacher:
         self.sampling = dict(settings.extra_body)
         self.renderer = None
         # A pool goes through all of its connections twice a request, so each client is to hold one alone.
+        self._clients: list[httpx2.AsyncClient] = []
         self._idle: list[httpx2.AsyncClient] = []
         self._tls = httpx2.create_ssl_context(trust_env=_trusts_environment(settings))
         # Put together once: to join a path to the base costs as much as to build the rest of a request.
@@ -273,16 +274,19 @@ class OpenAITeacher:
     def _connect(self) -> "httpx2.AsyncClient":
         import httpx2
 
-        return httpx2.AsyncClient(
+        client = httpx2.AsyncClient(
             **_connection(self._settings, self._errors.key),
             verify=self._tls,
             timeout=httpx2.Timeout(None, connect=_CONNECT_TIMEOUT_S),
         )
+        self._clients.append(client)
+        return client
 
     async def close(self) -> None:
         """Close the connections; requests under way are given up."""
-        for client in self._idle:
+        for client in self._clients:
             await client.aclose()
+        self._clients.clear()
         self._idle.clear()
 
 
