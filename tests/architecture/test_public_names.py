@@ -20,6 +20,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_lists_its_public_names(name):
+    if name.endswith("_triton"):
+        pytest.importorskip("triton", reason="triton, which only `make check` installs, is not there")
     module = importlib.import_module(name)
     listed = getattr(module, "__all__", [])
     assert len(set(listed)) == len(listed)
