@@ -50,7 +50,7 @@ class CountedByRank(DistillationTrainer):
 
 @dataclass(frozen=True)
 class Case:
-    """One training: its student (all weights, an adapter, an adapter on NF4), its teacher, its arguments."""
+    """One training: its student (all weights, an adapter, one on NF4, a mixture), teacher, arguments."""
 
     student: str = "all"
     teacher: str | None = None
@@ -80,6 +80,7 @@ CASES = {
     "adapter": Case(student="adapter", arguments={"save_strategy": "steps", "save_steps": SAVED_STEP}),
     "near its base": Case(student="adapter", arguments={"base_kl": 0.5}),
     "nf4": Case(student="nf4"),
+    "mixture": Case(student="mixture", arguments={"router_aux_loss_coef": 0.1}),
     "stopped": Case(
         held_out=1,
         arguments={
@@ -100,7 +101,9 @@ def _student(kind: str, folder: Path) -> LoadedModel:
         base = TransformersModel(path=str(folder / "base"), quantize="nf4", device="cpu")
         model = load(base, dtype=torch.float32).model
         return LoadedModel(add_adapter(model, LoraSettings(rank=4), seed=3), VOCABULARY_OF_IDS, kind)
-    model = _build()
+    model = _build("mixtral" if kind == "mixture" else "llama")
+    if kind == "mixture":
+        model.set_experts_implementation("eager")  # transformers' grouped products know no float64
     if kind == "adapter":
         model = add_adapter(model, LoraSettings(rank=4), seed=3)
     return LoadedModel(model.double(), VOCABULARY_OF_IDS, kind)

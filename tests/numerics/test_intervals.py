@@ -223,6 +223,24 @@ def _rows(count: int, seed: int = 1) -> tuple[list[float], list[int], list[str]]
     return sums, tokens, [f"prompt {number}" for number in range(count)]
 
 
+@pytest.mark.parametrize(("prompts", "most"), [(2, 0.12), (3, 0.1), (5, 0.08), (10, 0.08), (30, 0.08)])
+def test_a_bootstrap_over_few_prompts_seldom_calls_noise_a_difference(prompts: int, most: float) -> None:
+    clear = 0
+    for trial in range(200):
+        chance = random.Random(trial)
+        values = [chance.gauss(0, 1) for _ in range(prompts)]
+        found = bootstrap_ratio(values, [1] * prompts, [str(one) for one in range(prompts)], seed=0)
+        clear += not found.low <= 0 <= found.high
+    assert clear / 200 <= most
+
+
+def test_one_prompt_has_no_interval_and_a_bounded_ratio_stays_within_its_bounds() -> None:
+    alone = bootstrap_ratio([3.0, 1.0], [1, 1], ["p", "p"], seed=0)
+    assert (alone.low, alone.high, alone.as_dict()) == (-math.inf, math.inf, {"value": 2.0})
+    found = bootstrap_ratio([0.0, 1.0, 1.0], [1] * 3, list("abc"), seed=0, within=(0, 1))
+    assert (found.low, found.high) == (0.0, 1.0)
+
+
 def test_the_bootstrap_of_a_ratio_agrees_with_the_delta_method() -> None:
     sums, tokens, prompts = _rows(300)
     found = bootstrap_ratio(sums, tokens, prompts, seed=7)

@@ -114,6 +114,17 @@ def test_two_ranks_train_as_one_process(trainings: Trainings, name: str) -> None
         assert_same_weights(trainings.weights(name, 2, rank), trainings.weights(name, 1), 10 * tolerance)
 
 
+def test_all_ranks_count_the_experts_of_one_process(trainings: Trainings) -> None:
+    def counts(training: dict[str, Any]) -> list[Any]:
+        return [entry["expert_counts"] for entry in training["log"] if "expert_counts" in entry]
+
+    expected = counts(trainings.one["mixture"])
+    assert sum(expected[0]["model.layers.0.mlp.gate"]) == 2 * sum(
+        len(ROWS[number].ids) for number in (7, 0, 1)
+    )
+    assert [counts(trainings.two[rank]["mixture"]) for rank in range(2)] == [expected, expected]
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_exchange_would_be_seen(trainings: Trainings, name: str) -> None:
     with pytest.raises(AssertionError):

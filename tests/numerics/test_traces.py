@@ -11,8 +11,8 @@ from potstill.data.chat import Rendered
 from .rows import rendered_rows
 
 if TYPE_CHECKING:
-    from potstill.evaluate.traces import TraceFigures
     from potstill.models import LoadedModel
+    from potstill.scoring import TraceFigures
 
 CHUNK_TOKENS = 5
 
@@ -27,7 +27,7 @@ def _oracle(model: Any, teacher: Any, row: Rendered, vocabulary: int) -> "TraceF
     """From each model's own whole logits of one unpadded row; no function of ours takes part."""
     import torch
 
-    from potstill.evaluate.traces import TraceFigures
+    from potstill.scoring import TraceFigures
 
     ids = torch.tensor([row.ids])
 
@@ -55,7 +55,7 @@ def test_one_chunked_pass_gives_what_whole_logits_give(
     tiny_tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from potstill.evaluate import traces
+    from potstill import scoring
     from potstill.losses import head
 
     chunks: list[int] = []
@@ -70,7 +70,7 @@ def test_one_chunked_pass_gives_what_whole_logits_give(
     rows = rendered_rows(7, vocabulary=len(tiny_tokenizer))
 
     batches: list[int] = []
-    found = traces.compare_on_traces(
+    found = scoring.compare_on_traces(
         _loaded(student, tiny_tokenizer),
         _loaded(teacher, tiny_tokenizer),
         rows,
@@ -96,7 +96,7 @@ def test_a_padded_vocabulary_does_not_reach_the_normaliser(
 ) -> None:
     import torch
 
-    from potstill.evaluate.traces import compare_on_traces
+    from potstill.scoring import compare_on_traces
 
     student = build_tiny_model("qwen2", seed=1)
     padded = student.get_output_embeddings().weight
@@ -109,7 +109,7 @@ def test_a_padded_vocabulary_does_not_reach_the_normaliser(
 
 
 def test_a_model_is_at_no_distance_from_itself(tiny_llama: Any, tiny_tokenizer: Any) -> None:
-    from potstill.evaluate.traces import compare_on_traces
+    from potstill.scoring import compare_on_traces
 
     model = _loaded(tiny_llama, tiny_tokenizer)
     for one in compare_on_traces(model, model, rendered_rows(3, vocabulary=300), max_tokens=100):
@@ -118,7 +118,7 @@ def test_a_model_is_at_no_distance_from_itself(tiny_llama: Any, tiny_tokenizer: 
 
 
 def test_how_rows_are_split_changes_nothing_but_rounding(tiny_llama: Any, tiny_tokenizer: Any) -> None:
-    from potstill.evaluate.traces import compare_on_traces
+    from potstill.scoring import compare_on_traces
 
     model, rows = _loaded(tiny_llama, tiny_tokenizer), rendered_rows(6, vocabulary=300)
     one_by_one = compare_on_traces(model, None, rows, max_tokens=1, chunk_tokens=1)

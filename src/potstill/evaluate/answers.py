@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 
-from potstill.core.errors import DataError
 from potstill.core.records import Record
 from potstill.data.chat import split_reasoning
 from potstill.evaluate.reasoning import read_reasoning
@@ -11,27 +10,10 @@ from potstill.evaluate.rouge import rouge
 from potstill.evaluate.rows import FAILED, AnswerRow
 from potstill.teachers import Answer
 from potstill.verifiers import Verifier, judge
-from potstill.verifiers.settings import FunctionVerifier
 
-__all__ = ["check_verifiable", "judge_answers"]
+__all__ = ["judge_answers"]
 
 _NO_ANSWER = Answer(response="", finish_reason="length")
-
-
-def check_verifiable(records: Sequence[Record], verifier: Verifier | None, *, where: str) -> None:
-    """Raise DataError for a row that no verifier can judge, before anything is decoded or bought.
-
-    The user's own function is tried on the first row alone.
-    """
-    if isinstance(verifier, FunctionVerifier):
-        records = records[:1]
-    for number, record in enumerate(records, start=1):
-        try:
-            judge(record, "", verifier)
-        except DataError as error:
-            raise DataError(
-                error.what, where=f"{where}, prompt {number}, {error.where}", expected=error.expected
-            ) from error
 
 
 def judge_answers(

@@ -10,15 +10,13 @@ from potstill.core.errors import DataError
 from potstill.core.records import Record
 from potstill.data.batches import micro_batches
 from potstill.data.chat import THINK_CLOSE, Rendered, Renderer, check_prompt_length
-from potstill.data.shapes import choice_listing
+from potstill.data.multiple_choice import answer_announcement, choice_listing, is_russian
 from potstill.evaluate.rows import SCORED, AnswerRow
 from potstill.models import LoadedModel
 from potstill.scoring import token_logprobs
 from potstill.teachers.transformers import context_tokens
 
 __all__ = ["check_choices", "score_choices"]
-
-_ANNOUNCEMENT = "Answer: "
 
 Normalise = Literal["none", "token", "byte"]
 
@@ -48,11 +46,11 @@ def score_choices(
 ) -> list[AnswerRow]:
     """The likeliest option of each row, with its verdict and the probability of the right one.
 
-    By letter, each option's letter is scored behind the row's prompt and "Answer: "; by text, each option's
-    text behind the question without its list of options. Log-probabilities are summed over the option's own
-    tokens, the end of the turn left out. `normalise` divides those of texts by their tokens or bytes. A think
-    block that the chat template opens is closed first, empty. Of equal options the first is taken. Raises
-    DataError for a row that does not fit the model's context.
+    By letter, each option's letter is scored behind the row's prompt and "Answer: " (in Russian "Ответ: ");
+    by text, each option's text behind the question without its list of options. Log-probabilities are summed
+    over the option's own tokens, the end of the turn left out. `normalise` divides those of texts by their
+    tokens or bytes. A think block that the chat template opens is closed first, empty. Of equal options the
+    first is taken. Raises DataError for a row that does not fit the model's context.
     """
     options = [[str(choice) for choice in record.meta["choices"]] for record in records]
     rows: list[Rendered] = []
@@ -85,10 +83,11 @@ def _option(
     record: Record, texts: list[str], place: int, by: Literal["letter", "text"], renderer: Renderer
 ) -> Record:
     """The row's prompt with one option as its response, cut off before the end of the turn."""
-    messages, announcement = record.messages, _ANNOUNCEMENT
+    messages, russian = record.messages, is_russian(record.messages[-1]["content"])
+    announcement = answer_announcement(russian=russian)
     text = string.ascii_uppercase[place]
     if by == "text":
-        asked = messages[-1]["content"].removesuffix(choice_listing(texts))
+        asked = messages[-1]["content"].removesuffix(choice_listing(texts, russian=russian))
         messages = [*messages[:-1], {**messages[-1], "content": asked}]
         text, announcement = texts[place], ""
     if renderer.opens_reasoning(messages):

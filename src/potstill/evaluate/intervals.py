@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % point
+_STUDENT_95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706)
 RESAMPLES = 4000
 _RESAMPLE_CELLS = (
     4_000_000  # counts drawn at once, so that memory stays bounded however many prompts there are
@@ -38,7 +39,9 @@ class Estimate:
     high: float
 
     def as_dict(self) -> dict[str, float]:
-        """The JSON form used in metrics: value, low, high."""
+        """The JSON form used in metrics: value, low, high; without the ends where they are not bounded."""
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            return {"value": self.value}
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
@@ -157,16 +160,25 @@ def _pairs(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, int
 
 
 def bootstrap_ratio(
-    numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[str], *, seed: int
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    clusters: Sequence[str],
+    *,
+    seed: int,
+    within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Estimate:
     """sum(numerators) / sum(denominators) with a percentile bootstrap interval over clusters.
 
     One entry a row; rows of one cluster (the samples of one prompt) are drawn together, since they are not
-    independent. A mean per token is nats over tokens; a plain mean of rows has ones below.
+    independent. A mean per token is nats over tokens; a plain mean of rows has ones below. The ends are moved
+    out by what they are too near with few clusters (Hesterberg 2015, sec. 4.1): sqrt(n / (n - 1)) times the
+    97.5 % points of Student's t and the normal distribution, one by the other. Of one cluster, unbounded.
+    `within` are the values that the ratio can have.
     """
     tops, bottoms = _by_cluster(clusters, numerators, denominators)
     draws = _resampled_sums(seed, tops, bottoms)
-    return _percentiles(sum(numerators) / sum(denominators), draws[:, 0] / draws[:, 1])
+    found = _percentiles(sum(numerators) / sum(denominators), draws[:, 0] / draws[:, 1], len(tops))
+    return Estimate(found.value, max(found.low, within[0]), min(found.high, within[1]))
 
 
 def bootstrap_ratio_difference(
@@ -180,7 +192,7 @@ def bootstrap_ratio_difference(
     columns = _by_cluster(clusters, *first, *second)
     draws = _resampled_sums(seed, *columns)
     value = sum(second[0]) / sum(second[1]) - sum(first[0]) / sum(first[1])
-    return _percentiles(value, draws[:, 2] / draws[:, 3] - draws[:, 0] / draws[:, 1])
+    return _percentiles(value, draws[:, 2] / draws[:, 3] - draws[:, 0] / draws[:, 1], len(columns[0]))
 
 
 def _by_cluster(clusters: Sequence[str], *columns: Sequence[float]) -> list["NDArray[np.float64]"]:
@@ -207,8 +219,24 @@ def _resampled_sums(seed: int, *columns: "NDArray[np.float64]") -> "NDArray[np.f
     return np.concatenate(sums)
 
 
-def _percentiles(value: float, draws: "NDArray[np.float64]") -> Estimate:
+def _percentiles(value: float, draws: "NDArray[np.float64]", clusters: int) -> Estimate:
     import numpy as np
 
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Estimate(value, float(low), float(high))
+    if clusters == 1:
+        return Estimate(value, -math.inf, math.inf)
+    wider = math.sqrt(clusters / (clusters - 1)) * _student_95(clusters - 1) / Z_95
+    low, high = (value + wider * (float(end) - value) for end in np.quantile(draws, [0.025, 0.975]))
+    return Estimate(value, low, high)
+
+
+def _student_95(freedom: int) -> float:
+    """The 97.5 % point of Student's t: looked up where the expansion in 1 / freedom is not yet exact."""
+    if freedom <= len(_STUDENT_95):
+        return _STUDENT_95[freedom - 1]
+    z = Z_95
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / float(freedom) ** power for power, term in enumerate(terms, start=1))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from potstill.core.hashing import hash_json
 from potstill.core.records import Record
 from potstill.data.chat import split_reasoning
-from potstill.evaluate.intervals import bootstrap_ratio, wilson_interval
+from potstill.evaluate.intervals import bootstrap_ratio, clustered_share, wilson_interval
 from potstill.evaluate.rows import AnswerRow
 
 __all__ = ["DEFAULT_RUBRIC", "Judged", "compare_by_judge", "judge_figures", "read_verdict"]
@@ -178,6 +178,7 @@ def _choice(response: str | None, *, model_first: bool) -> Choice | None:
     return "model" if (verdict == "A") == model_first else "baseline"
 
 
+_ORDERS = 2
 _WORTH: dict[Choice, float] = {"model": 1.0, "tie": 0.5, "baseline": 0.0}
 
 
@@ -218,7 +219,8 @@ def _figures(rows: Sequence[Judged], seed: int) -> dict[str, Any]:
     if not whole:
         return found
     worth = [sum(_WORTH[choice] for choice in pair) / len(pair) for pair in whole.values()]
-    found["win_rate"] = bootstrap_ratio(worth, [1] * len(worth), [*whole], seed=seed).as_dict()
+    # A bootstrap would be sure of itself where one answer is preferred every time, if only on one prompt.
+    found["win_rate"] = clustered_share(worth, samples=_ORDERS).as_dict()
     for name, holds in (
         ("wins", [one > 0.5 for one in worth]),
         ("ties", [one == 0.5 for one in worth]),
@@ -233,5 +235,7 @@ def _figures(rows: Sequence[Judged], seed: int) -> dict[str, Any]:
     if preferring:
         first = [float((row.choice == "model") == row.model_first) for row in preferring]
         clusters = [row.prompt_id for row in preferring]
-        found["first_preferred"] = bootstrap_ratio(first, [1] * len(first), clusters, seed=seed).as_dict()
+        found["first_preferred"] = bootstrap_ratio(
+            first, [1] * len(first), clusters, seed=seed, within=(0, 1)
+        ).as_dict()
     return found

@@ -36,9 +36,14 @@ def paired_arms(runs: Iterable[tuple[str, int, MeasuredRows]]) -> list[PairedArm
     A run is its arm, its seed and its rows. A prompt is a cluster: its samples of all seeds are drawn
     together, and for both arms at once, so that more seeds do not pass for more prompts. Intervals tell of
     the prompts; how much other seeds would change is seen in `by_seed`. Arms without rows are left out.
+    Raises ValueError for two runs of one arm and seed.
     """
     arms: dict[str, _Rows] = {}
+    known: set[tuple[str, int]] = set()
     for arm, seed, measured in runs:
+        if (arm, seed) in known:
+            raise ValueError(f"two runs of the arm {arm!r} have the seed {seed}; expected one a seed")
+        known.add((arm, seed))
         arms.setdefault(arm, {}).update({(seed, key): row for key, row in measured.items()})
     arms = {arm: rows for arm, rows in arms.items() if rows}
     found: list[PairedArm] = []

@@ -14,7 +14,12 @@ from potstill.core.hashing import hash_json
 from potstill.core.records import Record
 from potstill.core.store import write_atomically
 from potstill.evaluate.agreement import krippendorff_alpha
-from potstill.evaluate.intervals import Estimate, bootstrap_ratio, bootstrap_ratio_difference
+from potstill.evaluate.intervals import (
+    Estimate,
+    bootstrap_ratio,
+    bootstrap_ratio_difference,
+    clustered_share,
+)
 from potstill.evaluate.rows import AnswerRow
 
 __all__ = ["RATING_KEY_FILE", "RATING_SHEET_FILE", "Rating", "rate", "write_sheet"]
@@ -168,7 +173,9 @@ def _rating(
     for model in sorted({model for _, model in places}, key=lambda one: (one != baseline, one)):
         having = [item for item in items if (item, model) in means]
         ours = [means[item, model] for item in having]
-        found.scores[model] = bootstrap_ratio(ours, [1] * len(ours), having, seed=0)
+        found.scores[model] = bootstrap_ratio(
+            ours, [1] * len(ours), having, seed=0, within=(_LOWEST, _HIGHEST)
+        )
         both = [item for item in having if (item, baseline) in means]
         if model == baseline or not both:
             continue
@@ -176,7 +183,8 @@ def _rating(
         ones = [1.0] * len(both)
         found.differences[model] = bootstrap_ratio_difference((theirs, ones), (ours, ones), both, seed=0)
         worth = [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
-        found.preferred[model] = bootstrap_ratio(worth, ones, both, seed=0)
+        # Two votes a prompt, so that a tie is one for each.
+        found.preferred[model] = clustered_share(worth, samples=2)
     return found
 
 

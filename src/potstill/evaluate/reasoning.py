@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from potstill.data.chat import THINK_CLOSE, THINK_OPEN, split_reasoning, tag_reasoning
+from potstill.data.words import words
 from potstill.select.repetition import repeated_share
 from potstill.select.sentences import sentences
-from potstill.select.words import words
 from potstill.verifiers import is_well_formed
 
 __all__ = ["REPETITION_NGRAM", "Reasoning", "read_reasoning"]

@@ -154,7 +154,7 @@ class Scorers:
             self._check_fitting(len(different) - len(fitting), len(different))
             found = judge.decode(fitting, decoding, description=f"judge: {settings.model}").answers
             said = {
-                record.id: None if one is None else one.response
+                record.id: None if one is None else judge.read_response(record, one.response)
                 for record, one in zip(fitting, found, strict=True)
             }
             return [said.get(record.id) for record in records]

@@ -86,7 +86,7 @@ class EvaluateSettings(Settings):
     """
 
     kind: ClassVar[str] = "evaluate"
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
 
     do: Literal["evaluate"]
     models: dict[str, ModelRef] | list[ModelRef] = Field(
@@ -106,6 +106,12 @@ class EvaluateSettings(Settings):
     )
     forgetting: dict[str, Task] = Field(
         {}, description="prompts or traces that training did not touch, as under tasks"
+    )
+    by: str | None = Field(
+        None,
+        min_length=1,
+        description="a column or label of the tasks' rows, such as category: right answers for each of its "
+        "values beside those for all",
     )
     rouge: bool = Field(
         False, description="compare answers with the responses that the rows of tasks come with, by ROUGE"

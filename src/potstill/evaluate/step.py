@@ -37,9 +37,8 @@ from potstill.evaluate.settings import Decoding, EvaluateSettings
 from potstill.evaluate.subjects import LocalSubject, ServedSubject, Subject, open_subject
 from potstill.evaluate.summary import ModelRows, TaskRows, differences, figures
 from potstill.evaluate.tasks import TaskData, read_tasks, read_traces
-from potstill.evaluate.traces import compare_on_traces
 from potstill.models import check_same_vocabulary
-from potstill.scoring import micro_batch_tokens
+from potstill.scoring import compare_on_traces, micro_batch_tokens
 from potstill.teachers.transformers import context_tokens
 
 __all__ = ["evaluate"]
@@ -129,7 +128,8 @@ def _teacher(
     """The model that distributions are compared with; the same weights are not loaded twice."""
     if reference is None:
         return None
-    named = open_subject("teacher", reference, settings, context)
+    named = next((one for one in subjects if one.reference == reference), None)
+    named = named or open_subject("teacher", reference, settings, context)
     if isinstance(named, ServedSubject):
         raise ModelError(
             f"{reference} is a model of engine {named.engine}",
@@ -197,7 +197,7 @@ def _measure(subject: Subject, work: _Evaluation) -> ModelRows:
 
 
 def _measure_task(subject: Subject, work: _Evaluation, task: TaskData) -> TaskRows:
-    found = TaskRows()
+    found = TaskRows(groups=task.groups(work.settings.by))
     if task.settings.generates:
         found.answers, found.seconds = _answers(subject, work, task, task.prompts)
     elif isinstance(subject, LocalSubject):

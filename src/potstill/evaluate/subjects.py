@@ -46,7 +46,7 @@ class LocalSubject:
         context: StepContext,
     ) -> None:
         self.name, self.reference, self.settings = name, reference, model
-        self.tokenizer = load_tokenizer(model)
+        self.tokenizer = load_tokenizer(model, say=context.say)
         self.renderer = Renderer(self.tokenizer)
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
         self.identity = identity(model)

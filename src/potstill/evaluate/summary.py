@@ -26,12 +26,23 @@ __all__ = ["ModelRows", "TaskRows", "differences", "figures"]
 class TaskRows:
     """One model on one task, its samples of a prompt one after the other; traces on a set for forgetting.
 
-    `seconds` is what decoding the answers took, where all of them were decoded for this evaluation.
+    `seconds` is what decoding the answers took, where all of them were decoded for this evaluation. `groups`
+    are values by prompt id, such as categories.
     """
 
     answers: list[AnswerRow] = field(default_factory=list)
     traces: list[TraceRow] = field(default_factory=list)
     seconds: float | None = None
+    groups: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def by_group(self) -> "dict[str, TaskRows]":
+        """The answers of each group that has verdicts on right and wrong, by its value."""
+        found = {value: TaskRows() for value in sorted(set(self.groups.values()))}
+        for answer in self.answers:
+            if answer.prompt_id in self.groups:
+                found[self.groups[answer.prompt_id]].answers.append(answer)
+        return {value: rows for value, rows in found.items() if rows.answers and "correct" in _verdicts(rows)}
 
     @property
     def by_prompt(self) -> list[list[AnswerRow]]:
@@ -82,13 +93,13 @@ def _trace_figures(traces: Sequence[TraceRow], seed: int) -> dict[str, Any]:
     columns = _columns(traces)
     tokens = columns["supervised_tokens"]
 
-    def ratio(name: str) -> Estimate:
-        return bootstrap_ratio(columns[name], tokens, clusters, seed=seed)
+    def ratio(name: str, highest: float = math.inf) -> Estimate:
+        return bootstrap_ratio(columns[name], tokens, clusters, seed=seed, within=(0.0, highest))
 
     found: dict[str, Any] = {"rows": len(traces), "supervised_tokens": int(sum(tokens))}
     if "kl_nats" in columns:
         found["kl_nats_per_token"] = ratio("kl_nats").as_dict()
-        found["top1_agreement"] = ratio("agreed_tokens").as_dict()
+        found["top1_agreement"] = ratio("agreed_tokens", 1.0).as_dict()
     # The exponential keeps order, so the ends of the interval are the exponentials of the mean's.
     found["perplexity"] = _exp(ratio("cross_entropy_nats")).as_dict()
     return found
@@ -101,7 +112,8 @@ def _columns(traces: Sequence[TraceRow]) -> dict[str, list[float]]:
 
 
 def _exp(estimate: Estimate) -> Estimate:
-    return Estimate(*(math.exp(min(end, 700.0)) for end in (estimate.value, estimate.low, estimate.high)))
+    ends = (estimate.value, estimate.low, estimate.high)
+    return Estimate(*(end if end == math.inf else math.exp(min(end, 700.0)) for end in ends))
 
 
 def _task_figures(task: TaskRows, pass_at: Sequence[int] | None, seed: int) -> dict[str, Any]:
@@ -123,15 +135,24 @@ def _task_figures(task: TaskRows, pass_at: Sequence[int] | None, seed: int) -> d
             for k, values in _passes(task, pass_at).items()
         },
         "scores": {
-            name: bootstrap_ratio(values, [1] * len(values), clusters, seed=seed).as_dict()
+            name: bootstrap_ratio(values, [1] * len(values), clusters, seed=seed, within=(0, 1)).as_dict()
             for name, (values, clusters) in _scores(task).items()
         },
     }
+    if groups := task.by_group:
+        found["groups"] = {
+            value: {
+                "prompts": len(rows.by_prompt),
+                "correct": clustered_share(_verdicts(rows)["correct"], samples=samples).as_dict(),
+            }
+            for value, rows in groups.items()
+        }
     if (given_form := _right_if_well_formed(task)) is not None:
         found["right_if_well_formed"] = given_form.as_dict()
     for name, values in _counts(task).items():
         clusters = [answer.prompt_id for answer in answers]
-        found[f"mean_{name}"] = bootstrap_ratio(values, [1] * len(values), clusters, seed=seed).as_dict()
+        mean = bootstrap_ratio(values, [1] * len(values), clusters, seed=seed, within=(0, math.inf))
+        found[f"mean_{name}"] = mean.as_dict()
     if any(answer.finish_reason != SCORED for answer in answers):
         found["finish_reasons"] = dict(sorted(Counter(answer.finish_reason for answer in answers).items()))
     if task.seconds:
@@ -270,6 +291,16 @@ def _task_differences(
         for name, first in firsts.items()
         if name in seconds
     }
+    groups, others_groups = base.by_group, model.by_group
+    if both := [value for value in groups if value in others_groups]:
+        found["groups"] = {
+            value: {
+                "correct": _share_difference(
+                    _verdicts(groups[value])["correct"], _verdicts(others_groups[value])["correct"], samples
+                )
+            }
+            for value in both
+        }
     passes, others = _passes(base, pass_at), _passes(model, pass_at)
     found["pass_at"] = {
         str(k): clustered_share_difference(first, others[k], samples=samples).as_dict()

@@ -10,11 +10,11 @@ from potstill.core.records import Record
 from potstill.core.step import StepContext
 from potstill.data.chat import split_reasoning
 from potstill.data.sources import Data, prompts, read
-from potstill.evaluate.answers import check_verifiable
 from potstill.evaluate.choices import check_choices
 from potstill.evaluate.harness import check_harness
 from potstill.evaluate.rouge import check_rouge
 from potstill.evaluate.settings import EvaluateSettings, TaskSettings
+from potstill.verifiers import check_verifiable
 
 __all__ = ["TaskData", "read_tasks", "read_traces"]
 
@@ -34,6 +34,12 @@ class TaskData:
     traces: list[Record] = field(default_factory=list)
     references: dict[str, list[str]] = field(default_factory=dict)
     reasons: bool = False
+
+    def groups(self, by: str | None) -> dict[str, str]:
+        """The value of a column by prompt id, for the prompts that have it."""
+        return (
+            {} if by is None else {one.prompt_id: str(one.meta[by]) for one in self.prompts if by in one.meta}
+        )
 
     @property
     def described(self) -> dict[str, Any]:
@@ -87,6 +93,14 @@ def read_tasks(settings: EvaluateSettings, context: StepContext) -> dict[str, Ta
         else:
             check_choices(task.prompts, where=where)
         tasks[name] = task
+    if settings.by is not None and not any(task.groups(settings.by) for task in tasks.values()):
+        columns = {name for task in tasks.values() for one in task.prompts for name in one.meta}
+        raise DataError(
+            f"no prompt has the column {settings.by!r}",
+            where=f"step {context.name}, by",
+            expected=f"one of {', '.join(sorted(columns)) or 'no columns at all'}",
+            mend="name one of these, or give the tasks' sources `labels`",
+        )
     if settings.compares and not any(task.references for task in tasks.values()):
         raise DataError(
             "the rows of no task have responses that answers could be compared with",

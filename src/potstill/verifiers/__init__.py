@@ -1,6 +1,7 @@
 """Verdicts on a response's text: is the final answer right, is the reasoning well formed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 
 from potstill.core.errors import DataError
 from potstill.core.records import Record
@@ -13,7 +14,7 @@ from potstill.verifiers.math import is_right_number
 from potstill.verifiers.reasoning_gym import is_right_task_answer
 from potstill.verifiers.settings import CodeVerifier, FieldsVerifier, FunctionVerifier, Verifier
 
-__all__ = ["Judgement", "Verifier", "is_well_formed", "judge", "verify"]
+__all__ = ["Judgement", "Verifier", "check_verifiable", "is_well_formed", "judge", "verify"]
 
 _JUDGES: dict[str, Callable[[Record, str], bool]] = {"math": is_right_number, "choice": is_right_choice}
 
@@ -35,6 +36,21 @@ def judge(record: Record, response_text: str, verifier: Verifier | None = None) 
 def verify(record: Record, response_text: str, verifier: Verifier | None = None) -> dict[str, bool]:
     """The verdicts of `judge`."""
     return judge(record, response_text, verifier).verdicts
+
+
+def check_verifiable(records: Iterable[Record], verifier: Verifier | None, *, where: str) -> None:
+    """Raise DataError for a row that no verifier can judge, before anything is decoded or bought.
+
+    The user's own function is tried on the first row alone.
+    """
+    if isinstance(verifier, FunctionVerifier):
+        records = islice(records, 1)
+    for number, record in enumerate(records, start=1):
+        try:
+            judge(record, "", verifier)
+        except DataError as error:
+            place = f"{where}, prompt {number}, {error.where}"
+            raise DataError(error.what, where=place, expected=error.expected, mend=error.mend) from error
 
 
 def _judgement(record: Record, answer: str, verifier: Verifier | None) -> Judgement:

@@ -1,12 +1,14 @@
-"""The child process of `bounded`: answers requests on standard input, one JSON line each."""
+"""The child process of `bounded`: answers requests on what was standard input, one JSON line each."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from potstill.core.errors import PotstillError
+from potstill.verifiers.sandbox_child import shut_in
 
 __all__ = ["serve"]
 
@@ -42,19 +44,28 @@ def _described(error: Exception) -> dict[str, str | None]:
     return {"what": f"the libraries that check answers cannot be used: {error}"}
 
 
-def serve(memory_mb: int) -> None:
-    """Answer until standard input ends: an empty object once the libraries are there, then the result."""
+def serve(memory_mb: int, *, own_code: bool) -> None:
+    """Answer until the requests end: an empty object once the libraries are there, then the result.
+
+    `own_code` says that the user's functions are called, which may do what they like; the libraries are kept
+    from files, other processes and the network, since some evaluate what they are given.
+    """
     if sys.platform != "win32":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
-    # Whatever the libraries print must not get between the answers.
-    answers, sys.stdout = sys.stdout, sys.stderr
+    # What is printed here, or by a process that a function starts, must not get between the answers, and
+    # nobody else may read the requests.
+    requests, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    if not own_code:
+        shut_in(sys.path)
 
     def tell(value: Any) -> None:
         print(json.dumps(value), file=answers, flush=True)
 
-    for line in sys.stdin:
+    for line in requests:
         call, arguments = json.loads(line)
         try:
             function = _function(call)
@@ -77,4 +88,4 @@ def serve(memory_mb: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), own_code=sys.argv[2] == "own-code")

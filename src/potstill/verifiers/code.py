@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from potstill.core.errors import DataError
@@ -13,9 +13,11 @@ from potstill.verifiers.settings import CodeVerifier
 
 __all__ = ["found_code", "judge_code"]
 
-_FENCE = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[ \t]*+(\w*+)[^`\n]*+\n(.*?)(?:```|\Z)", re.DOTALL)
 _PYTHON = frozenset({"", "python", "python3", "py"})
 _NAME = re.compile(r"[A-Za-z_]\w*")
+_TOP_LEVEL = re.compile(r"(?:async[ \t]+def|def|class|import|from|if __name__)\b|@|print\(")
+_END_OF_BODY = re.compile(r"\n(?=\S)")
 _DEFINED = re.compile(r"^(?:async[ \t]+)?(?:def|class)[ \t]+([A-Za-z_]\w*)", re.MULTILINE)
 
 
@@ -66,17 +68,33 @@ def _failure(code: str, problem: Mapping[str, Any], verifier: CodeVerifier) -> s
 
 
 def _whole(beginning: str, code: str) -> str:
-    """A function's beginning (its imports, head and description) and the code that goes on from there."""
-    if not beginning or _DEFINED.search(code):
-        # Code that has the function once more: the beginning is a function whose body is its description.
-        return f"{beginning}\n\n{code}"
+    """A function's beginning (its imports, head and description) and the code that goes on from there.
+
+    What a model wrote behind the function's end is cut off there, as a base model goes on until it is stopped
+    (Chen et al. 2021, sec. 2.3).
+    """
+    lines = [line for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     last = beginning.rstrip().rpartition("\n")[2]
     indent = last[: len(last) - len(last.lstrip())]
-    lines = [line for line in code.splitlines() if line.strip()]
-    if all(line[0].isspace() for line in lines[1:]):
-        # Only the first line may have lost its indent, with the space around the answer.
-        return beginning + ("" if lines[0][0].isspace() else indent) + code
+    if not beginning or not lines or _TOP_LEVEL.match(lines[0]):
+        # Code that has the function once more: the beginning is a function whose body is its description.
+        return f"{beginning}\n\n{code}"
+    if lines[0][0].isspace() or _lost_indent(lines, indent):
+        body = code.strip("\n") if lines[0][0].isspace() else indent + code.strip()
+        return beginning + _END_OF_BODY.split(body, maxsplit=1)[0]
+    if _DEFINED.search(code):
+        return f"{beginning}\n\n{code}"
     return beginning + textwrap.indent(code, indent)
+
+
+def _lost_indent(lines: Sequence[str], indent: str) -> bool:
+    """Whether a body's first line lost its indent, with the space around the answer, and no other did."""
+    if len(lines) == 1:
+        return True
+    width = len(lines[1]) - len(lines[1].lstrip())
+    if width == 0:
+        return _TOP_LEVEL.match(lines[1]) is not None
+    return width > len(indent) or not lines[0].rstrip().endswith((":", "(", "[", "{", ",", "\\"))
 
 
 def _same_output(ran: Ran, expected: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 from potstill.core.errors import DataError
@@ -14,7 +15,7 @@ from potstill.verifiers.settings import FieldRule, FieldsVerifier, Tolerance
 
 __all__ = ["found_object", "judge_fields"]
 
-_FENCE = re.compile(r"```[ \t]*(?:json)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```[ \t]*+(?:json)?[ \t]*+\n(.*?)```", re.DOTALL | re.IGNORECASE)
 # Bounds what a text of nothing but opened braces costs.
 _LONGEST_TEXT, _TRIED_OBJECTS = 100_000, 1000
 _EXACT = 1e-9
@@ -34,7 +35,7 @@ def judge_fields(record: Record, answer: str, verifier: FieldsVerifier) -> Judge
     )
     given = found_object(answer)
     right = {
-        name: given is not None and _equal(_value(reference, name), _value(given, name), rule)
+        name: given is not None and _is_right(_value(reference, name), _value(given, name), rule)
         for name, rule in rules.items()
     }
     verdicts = {"correct": given is not None and all(right.values()), "has_object": given is not None}
@@ -93,6 +94,13 @@ def _value(fields: Mapping[str, Any], name: str) -> Any:
     return _value(inside, inner) if dot and isinstance(inside, dict) else _ABSENT
 
 
+def _is_right(reference: Any, given: Any, rule: FieldRule) -> bool:
+    try:
+        return _equal(reference, given, rule)
+    except RecursionError:  # lists in lists by the hundred
+        return False
+
+
 def _equal(reference: Any, given: Any, rule: FieldRule) -> bool:
     if reference is _ABSENT or given is _ABSENT:
         return reference is given
@@ -111,10 +119,14 @@ def _equal(reference: Any, given: Any, rule: FieldRule) -> bool:
 def _number(value: Any) -> float | None:
     if isinstance(value, bool):
         return None
-    if isinstance(value, str):
-        exact = parse_number(value)
-        value = None if exact is None else float(exact)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    exact = parse_number(value) if isinstance(value, str) else value
+    if not isinstance(exact, int | float | Fraction):
+        return None
+    try:
+        number = float(exact)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _canonical(value: Any) -> str:

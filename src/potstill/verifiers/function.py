@@ -37,7 +37,7 @@ def judge_by_function(record: Record, answer: str, verifier: FunctionVerifier) -
         timeout_s=verifier.timeout_s,
         memory_mb=verifier.memory_mb,
     )
-    if found is None:
+    if not isinstance(found, dict):
         found = {"note": f"the verifier did not end within {verifier.timeout_s:g} s, or broke its process"}
     if "note" in found:
         return Judgement({"correct": False, "judged": False}, note=found["note"])

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +24,8 @@ _OPTIONS = ("-s", "-P", "-B", "-X", "utf8")
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _LONGEST_OUTPUT, _LONGEST_NOTE = 1 << 20, 300
 _STARTING_S = 10.0
+_FOLDER_BYTES, _FOLDER_ENTRIES = 256 << 20, 10_000
+_LOOK_S = 0.2  # between two looks at how full the folder is
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ def run_program(
         "timeout_s": timeout_s,
         "memory_mb": memory_mb,
     }
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
+    with _working_folder() as folder, contextlib.ExitStack() as files:
         asked, stdin, stdout, stderr, result = (
             files.enter_context(tempfile.TemporaryFile()) for _ in range(5)
         )
@@ -74,17 +78,15 @@ def run_program(
             stdout=stdout,
             stderr=stderr,
             cwd=folder,
-            env=_environment(folder),
+            env=_environment(str(folder)),
             pass_fds=(asked.fileno(), result.fileno()),
             start_new_session=True,
         )
-        late = _wait(process, timeout_s)
+        ended_for = _wait(process, folder, timeout_s)
         put_on, _, told = _read(result).partition("\n")
-        finished = told.strip() == token and process.returncode == 0 and not late
-        note = None
-        if not finished:
-            note = f"no end within {timeout_s:g} s" if late else _reason(process.returncode, _read(stderr))
-        return Ran(finished, _read(stdout), note, tuple(json.loads(put_on)) if put_on else ())
+        finished = told.strip() == token and process.returncode == 0 and ended_for is None
+        note = None if finished else ended_for or _reason(process.returncode, _read(stderr))
+        return Ran(finished, _read(stdout), note, _names(put_on))
 
 
 @functools.cache
@@ -99,18 +101,67 @@ def _environment(folder: str) -> dict[str, str]:
     return {"HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", **threads}
 
 
-def _wait(process: "subprocess.Popen[Any]", timeout_s: float) -> bool:
-    """Wait for the end; whether it had to be brought about, with all that the process had started."""
+@contextlib.contextmanager
+def _working_folder() -> Iterator[Path]:
+    """An empty folder, gone afterwards whatever a program has made of it."""
+    folder = Path(tempfile.mkdtemp())
     try:
-        process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        return True
+        yield folder
     finally:
-        if process.poll() is None:  # too slow, or this wait was interrupted
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return False
+        # What lies deep is moved up, so that there is no depth at which this would fail.
+        while folders := _only_folders(folder):
+            for outer in folders:
+                for inner in _only_folders(outer):
+                    inner.rename(folder / secrets.token_hex(16))
+                outer.rmdir()
+        folder.rmdir()
+
+
+def _only_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, opened up as it is; all else in it is removed."""
+    folder.chmod(0o700)
+    folders = []
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o700)  # to be moved as well
+            folders.append(path)
+        else:
+            path.unlink()
+    return folders
+
+
+def _wait(process: "subprocess.Popen[Any]", folder: Path, timeout_s: float) -> str | None:
+    """Wait for the end; why it had to be brought about, with all that the process had started, if it had."""
+    end = time.monotonic() + timeout_s
+    try:
+        while (left := end - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(left, _LOOK_S))
+                return None
+            if _is_overfull(folder):
+                return f"it wrote more than {_FOLDER_BYTES >> 20} MB, or {_FOLDER_ENTRIES:,} files"
+        return f"no end within {timeout_s:g} s"
+    finally:
+        # Too slow, or this wait was interrupted, or it left others behind where it can start any.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _is_overfull(folder: Path) -> bool:
+    """Whether there is more in a folder than a program needs; what vanishes meanwhile does not count."""
+    folders, size, count = [str(folder)], 0, 0
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                count += 1
+                if count > _FOLDER_ENTRIES:
+                    return True
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                else:
+                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+    return size > _FOLDER_BYTES
 
 
 def _read(file: IO[bytes]) -> str:
@@ -118,9 +169,22 @@ def _read(file: IO[bytes]) -> str:
     return file.read(_LONGEST_OUTPUT).decode("utf-8", "replace")
 
 
+def _names(line: str) -> tuple[str, ...]:
+    """What shuts the program in, as it says itself; nothing where it has written over that."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(map(str, found)) if isinstance(found, list) else ()
+
+
 def _reason(code: int | None, errors: str) -> str:
     if code is not None and code < 0:
         names = {signal.SIGXCPU: "its CPU time was used up", signal.SIGXFSZ: "it wrote too large a file"}
-        return names.get(signal.Signals(-code), f"ended by {signal.Signals(-code).name}")
+        try:
+            ended_by = signal.Signals(-code)
+        except ValueError:  # most of the real-time signals have no name
+            return f"ended by signal {-code}"
+        return names.get(ended_by, f"ended by {ended_by.name}")
     lines = errors.strip().splitlines()
     return (lines[-1] if lines else f"ended with code {code} before it came to its end")[:_LONGEST_NOTE]

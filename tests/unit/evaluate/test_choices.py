@@ -99,6 +99,20 @@ def test_texts_are_compared_by_their_whole_probability_or_by_that_a_token_or_byt
         assert row.scores["reference_probability"] == pytest.approx(math.exp(scores[right]) / total, abs=1e-4)
 
 
+def test_a_russian_prompt_is_scored_behind_its_own_form_of_the_answer(model: LoadedModel) -> None:
+    example = parse_row(
+        {"question": "Что длиннее?", "choices": ["Волга", "Дон"], "answer": 0}, "multiple_choice"
+    )
+    record = Record("p", example.messages, reference="A", task="choice", meta=example.meta)
+    asked = example.messages[0]["content"]
+    [letters] = _score(model, [record], by="letter")
+    for letter, found in zip("AB", letters.choice_logprobs, strict=True):
+        assert found == pytest.approx(_naive(model, asked, "Ответ: ", letter)[0], abs=1e-3)
+    [texts] = _score(model, [record], by="text")
+    for text, found in zip(("Волга", "Дон"), texts.choice_logprobs, strict=True):
+        assert found == pytest.approx(_naive(model, "Что длиннее?", "", text)[0], abs=1e-3)
+
+
 def test_normalisation_decides_which_option_is_taken(model: LoadedModel, records: list[Record]) -> None:
     whole, each = (_score(model, records, normalise=one) for one in ("none", "byte"))
     assert [row.choice_logprobs for row in whole] == [row.choice_logprobs for row in each]

@@ -103,6 +103,14 @@ def test_every_model_is_measured_on_the_same_traces_and_prompts(evaluate: Evalua
         assert 1 <= row["response_tokens"] <= 6
 
 
+def test_a_model_that_takes_the_plain_template_is_told_once(evaluate: Evaluate, tmp_path: Path) -> None:
+    for name in ("base", "big"):
+        (tmp_path / name / "chat_template.jinja").unlink()
+    context, _ = evaluate(tasks={})
+    said = [line for line in context.reporter.said if "takes the one called plain" in line]  # type: ignore[attr-defined]
+    assert [line.split()[0] for line in said] == [str(tmp_path / "base"), str(tmp_path / "big")]
+
+
 def test_figures_come_with_intervals_and_differences_to_the_baseline(evaluate: Evaluate) -> None:
     _, result = evaluate()
 
@@ -709,3 +717,19 @@ def test_a_prompt_that_a_models_context_does_not_hold_is_named(evaluate: Evaluat
     with pytest.raises(DataError, match="the context holds 512") as caught:
         evaluate(tasks={"long": task}, data=None, teacher=None)
     assert caught.value.where == "base, long, row 2"
+
+
+def test_right_answers_are_given_by_a_column_of_the_rows(evaluate: Evaluate, tmp_path: Path) -> None:
+    rows = [{**one, "category": "even" if n % 2 == 0 else "odd"} for n, one in enumerate(QUESTIONS)]
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    _, result = evaluate(tasks={"sums": {"path": str(path)}}, by="category")
+    groups = result.metrics["models"]["student"]["tasks"]["sums"]["groups"]
+    assert {value: one["prompts"] for value, one in groups.items()} == {"even": 3, "odd": 2}
+    assert set(result.metrics["differences"]["student"]["tasks"]["sums"]["groups"]) == {"even", "odd"}
+
+
+def test_a_column_that_no_row_has_is_refused_with_those_that_there_are(evaluate: Evaluate) -> None:
+    with pytest.raises(DataError, match="no prompt has the column 'topic'") as caught:
+        evaluate(by="topic")
+    assert "one of" in str(caught.value)

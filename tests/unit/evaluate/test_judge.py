@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potstill.core.records import Record
+from potstill.evaluate.intervals import wilson_interval
 from potstill.evaluate.judge import Judged, compare_by_judge, judge_figures, read_verdict
 from potstill.evaluate.rows import AnswerRow
 
@@ -161,6 +162,14 @@ class TestFigures:
         assert figures["ties"]["value"] == 1
         assert figures["order_agreement"]["value"] == 0
         assert figures["first_preferred"]["value"] == 1
+
+    @pytest.mark.parametrize("prompts", [1, 3, 10])
+    def test_to_be_preferred_every_time_is_not_certain(self, prompts: int) -> None:
+        found = compared(prefers("good"), ["good"] * prompts, [f"bad {n}" for n in range(prompts)])
+        rate = judge_figures(found, seed=0)["student"]["task"]["win_rate"]
+        assert rate["value"] == rate["high"] == 1
+        assert rate["low"] == pytest.approx(wilson_interval(prompts, prompts).low)
+        assert (rate["low"] > 0.5) is (prompts > 3)
 
     def test_only_whole_pairs_count(self) -> None:
         found = compared(

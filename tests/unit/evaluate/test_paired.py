@@ -85,3 +85,9 @@ def test_the_same_rows_give_the_same_interval() -> None:
 
 def test_arms_without_rows_are_left_out() -> None:
     assert paired_arms([("blind", 0, {})]) == []
+
+
+def test_two_runs_of_one_arm_and_seed_are_not_taken_for_one() -> None:
+    run = ("rule", 1, rows("rule", 0.0, seed=1))
+    with pytest.raises(ValueError, match="two runs of the arm 'rule' have the seed 1"):
+        paired_arms([run, run])

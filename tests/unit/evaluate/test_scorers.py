@@ -16,7 +16,7 @@ from potstill.core.step import StepContext, StepResult
 from potstill.evaluate import EvaluateSettings, run
 from potstill.evaluate.rating import rate
 from potstill.models import TransformersModel
-from potstill.teachers import OpenAIModel
+from potstill.teachers import Answer, OpenAIModel
 
 from ...servers import Reply, ScriptedServer, completion, error, running_server
 
@@ -122,7 +122,7 @@ class TestVerifier:
         row = {"text": "Add 2 and 3 as add().", "test_list": ["assert add(2, 3) == 5"]}
         (tmp_path / "code.jsonl").write_text(json.dumps(row), encoding="utf-8")
         data = {"data": {"path": str(tmp_path / "code.jsonl")}}
-        with pytest.raises(DataError, match="not run unless the recipe says so"):
+        with pytest.raises(DataError, match=r"(?s)not run unless the recipe says so.*to mend"):
             evaluate(tasks={"code": data})
         assert server.requests == []
         server.always = lambda body: Reply(
@@ -247,6 +247,32 @@ class TestJudge:
         build_tiny_model("llama", max_position_embeddings=4096).save_pretrained(tmp_path / "tiny")
         _, result = evaluate("local", models={"tiny": tiny}, judge=settings)
         assert result.metrics["judge"]["verdicts"] == 2
+
+    def test_what_a_local_judge_thinks_in_an_open_block_is_no_verdict(
+        self,
+        evaluate: Evaluate,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        build_tiny_model: Callable[..., Any],
+        tiny_tokenizer: Any,
+    ) -> None:
+        build_tiny_model("llama", max_position_embeddings=4096).save_pretrained(tmp_path / "tiny")
+        tiny_tokenizer.save_pretrained(tmp_path / "tiny")
+        template = tmp_path / "tiny" / "chat_template.jinja"
+        text = template.read_text(encoding="utf-8")
+        opened = text.replace("assistant\\n'", "assistant\\n<think>\\n'").replace(
+            "assistant\n'", "assistant\n<think>\n'"
+        )
+        assert opened != text
+        template.write_text(opened, encoding="utf-8")
+        written = Answer(response="Verdict: A would be my first guess, but", finish_reason="length")
+        monkeypatch.setattr(
+            "potstill.evaluate.subjects.generate_batch",
+            lambda model, renderer, ids, **_: [written] * len(ids),
+        )
+        tiny = TransformersModel(path=str(tmp_path / "tiny"), device="cpu")
+        _, result = evaluate(models={"tiny": tiny}, judge={"model": "tiny", "limit": 1})
+        assert result.metrics["judge"]["unread"] == result.metrics["judge"]["asked"] == 2
 
     def test_a_rubric_may_be_a_file_whose_content_counts(self, evaluate: Evaluate, tmp_path: Path) -> None:
         from potstill.core.settings import meaning

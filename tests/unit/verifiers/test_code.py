@@ -3,6 +3,9 @@
 import os
 import platform
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,12 @@ class TestTheCode:
     def test_a_block_that_was_cut_off_counts_as_far_as_it_goes(self) -> None:
         assert found_code("```python\nx = 1\ny =") == "x = 1\ny ="
 
+    @pytest.mark.parametrize("text", ["```" + "a" * 300_000, "```" + " " * 300_000 + "a", "```" * 100_000])
+    def test_no_text_takes_long(self, text: str) -> None:
+        started = time.monotonic()
+        found_code(text)
+        assert time.monotonic() - started < 2
+
     def test_without_a_fence_all_of_the_text_is_code(self) -> None:
         assert found_code("    return 1") == "    return 1"
 
@@ -85,14 +94,62 @@ class TestRows:
             "    found = []\n    for v in values:\n        found.append(2 * v)\n    return found\n",
             fenced("found = [2 * v for v in values]\nreturn found"),
             fenced("    if values:\n        return [2 * v for v in values]\n    return []"),
+            fenced("found = []\nfor v in values:\n    found.append(2 * v)\nreturn found"),
+            "    # twice\n    return [2 * v for v in values]",
         ],
     )
     def test_a_body_goes_on_from_the_functions_beginning(self, body: str) -> None:
         assert judge(problem(HUMAN_EVAL), body, ALLOWED).verdicts["correct"]
 
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "    return [2 * v for v in values]",
+            "    found = []\n    for v in values:\n        found.append(2 * v)\n    return found",
+            "    for v in values:\n        pass\n    return [2 * v for v in values]",
+        ],
+    )
+    @pytest.mark.parametrize(
+        "more",
+        [
+            "def double(values):\n    return values\n",
+            'def triple(values: List[int]) -> List[int]:\n    """Three times',
+            "print(double([1, 2]))\nprint(double(",
+            "if __name__ == '__main__':\n    import doc",
+        ],
+        ids=["again", "cut off", "calls", "main"],
+    )
+    def test_what_a_base_model_writes_behind_the_function_does_not_count(self, body: str, more: str) -> None:
+        found = judge(problem(HUMAN_EVAL), f"{body}\n\n\n{more}", ALLOWED)
+        assert found.verdicts["correct"], found.note
+
     def test_a_whole_function_needs_no_imports_that_the_beginning_has(self) -> None:
         code = "def double(values: List[int]) -> List[int]:\n    return [v + v for v in values]"
         assert judge(problem(HUMAN_EVAL), fenced(code), ALLOWED).verdicts["correct"]
+
+    def test_what_code_does_when_started_itself_is_no_part_of_the_tests(self) -> None:
+        demonstration = "if __name__ == '__main__':\n    print(add(int(input()), 1))"
+        code = f"def add(a, b):\n    return a + b\n\n{demonstration}"
+        assert judge(problem(MBPP), fenced(code), ALLOWED).verdicts["correct"]
+        alone = f"import sys\nadd = lambda a, b: len(sys.argv) + a\n{demonstration.replace('1))', '0))')}"
+        row = {"question": "One more.", "input_output": '{"inputs": ["1\\n"], "outputs": ["2\\n"]}'}
+        assert judge(problem(row), fenced(alone), ALLOWED).verdicts["correct"]
+
+    def test_tests_that_start_themselves_run(self) -> None:
+        tests = "if __name__ == '__main__':\n    assert add(1, 2) == 3"
+        row = {**MBPP, "test_list": [tests]}
+        assert judge(problem(row), fenced("def add(a, b): return a + b"), ALLOWED).verdicts["correct"]
+        assert not judge(problem(row), fenced("def add(a, b): return a - b"), ALLOWED).verdicts["correct"]
+
+    def test_names_of_classes_are_found_again(self) -> None:
+        code = (
+            "import dataclasses, pickle, typing\n\n"
+            "@dataclasses.dataclass\nclass Pair:\n    a: 'int'\n    other: 'Pair' = None\n\n"
+            "def add(a, b):\n    assert typing.get_type_hints(Pair)['other'] is Pair\n"
+            "    return pickle.loads(pickle.dumps(Pair(a + b))).a"
+        )
+        found = judge(problem(MBPP), fenced(code), ALLOWED)
+        assert found.verdicts["correct"], found.note
 
     def test_a_program_reads_its_input_and_prints(self) -> None:
         record = problem(APPS)
@@ -162,6 +219,52 @@ class TestTheSandbox:
         assert "own" in ran.output
         assert not Path(folder).exists()
 
+    def test_folders_in_folders_are_gone_however_deep(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        ran = run(
+            "import os\n"
+            "for name in ('shut', 'open'): os.mkdir(name, 0)\n"
+            "os.symlink('/', 'link')\n"
+            "for _ in range(1100):\n    open('file', 'w').close(); os.mkdir('a'); os.chdir('a')",
+            timeout_s=60,
+        )
+        assert ran.finished, ran.note
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "step",
+        ["open(str(n), 'wb').write(bytes(16 << 20))", "open(str(n), 'wb').close()"],
+        ids=["bytes", "files"],
+    )
+    def test_the_disk_is_not_filled_with_files(self, step: str) -> None:
+        ran = run(
+            f"import time\nn = 0\nwhile n < 20_000:\n    {step}\n    n += 1\ntime.sleep(5)", timeout_s=30
+        )
+        assert ran.note == "it wrote more than 256 MB, or 10,000 files"
+
+    @needs_calls
+    def test_an_end_by_a_signal_without_a_name_is_told(self) -> None:
+        ran = run(
+            "import ctypes, struct, time\n"
+            "c, timer = ctypes.CDLL(None), ctypes.create_string_buffer(8)\n"
+            "c.timer_create(1, struct.pack('=Qii', 0, 40, 0) + bytes(64), timer)\n"
+            "at = struct.pack('=4q', 0, 0, 0, 1_000_000)\n"
+            "c.timer_settime(ctypes.c_void_p(struct.unpack('P', timer.raw)[0]), 0, at, None)\n"
+            "time.sleep(5)"
+        )
+        assert ran.note == "ended by signal 40"
+
+    @pytest.mark.parametrize("written", ["garbage", "5", "[" * 9000])
+    def test_what_it_writes_over_the_result_breaks_nothing(self, written: str) -> None:
+        over = (
+            "import os\nfor place in range(3, 1024):\n"
+            "    try: os.pwrite(place, WRITTEN, 0)\n    except OSError: pass"
+        )
+        ran = run(over.replace("WRITTEN", repr(written.encode())), tests="assert False")
+        assert (ran.finished, ran.confinement) == (False, ())
+
     def test_endless_output_fills_no_memory(self) -> None:
         ran = run("while True: print('x' * 1_000_000)")
         assert not ran.finished
@@ -229,6 +332,40 @@ class TestTheSandbox:
             "print(done, set(found.raw))"
         )
         assert run(asked).output == "0 {0}\n"
+
+    @needs_calls
+    @pytest.mark.parametrize(
+        "attempt",
+        [
+            "import resource; resource.prlimit(VICTIM, resource.RLIMIT_CPU, (0, 0))",
+            "import os; os.sched_setaffinity(VICTIM, {0})",
+            "import os; os.setpriority(os.PRIO_PROCESS, VICTIM, 19)",
+            "import fcntl, os; fcntl.fcntl(os.pipe()[0], 8, VICTIM)",  # F_SETOWN: who is signalled
+            "import fcntl, os; fcntl.fcntl(os.pipe()[0], 10, 9)",  # F_SETSIG: by which signal
+        ],
+    )
+    def test_it_changes_nothing_of_other_processes(self, attempt: str) -> None:
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as victim:
+            note = run(attempt.replace("VICTIM", str(victim.pid))).note
+        assert "Operation not permitted" in str(note)
+        assert "PermissionError" in str(note)
+
+    @needs_calls
+    @pytest.mark.parametrize("attempt", ["os.chmod(FILE, 0)", "os.utime(FILE, (1, 1))", "os.fchmod(1, 0)"])
+    def test_it_changes_no_rights_and_no_times_of_files(self, attempt: str, tmp_path: Path) -> None:
+        victim = tmp_path / "victim"
+        victim.touch()
+        before = victim.stat()
+        assert "PermissionError" in str(run(f"import os; {attempt.replace('FILE', repr(str(victim)))}").note)
+        assert (victim.stat().st_mode, victim.stat().st_mtime) == (before.st_mode, before.st_mtime)
+
+    @needs_calls
+    @pytest.mark.parametrize("call", ["shmget(0, 4096, 0o1600)", "msgget(0, 0o1600)", "semget(0, 1, 0o1600)"])
+    def test_it_leaves_nothing_in_the_kernel(self, call: str) -> None:
+        ran = run(
+            f"import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nprint(c.{call}, ctypes.get_errno())"
+        )
+        assert ran.output == "-1 1\n"
 
     @needs_calls
     def test_threads_are_allowed(self) -> None:

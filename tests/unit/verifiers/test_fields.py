@@ -52,7 +52,9 @@ class TestTheObject:
         found = found_object(text)
         assert found is None or isinstance(found, dict)
 
-    @pytest.mark.parametrize("text", ["{" * 100_000, '{"a":' * 50_000, '{"a":[' * 30_000])
+    @pytest.mark.parametrize(
+        "text", ["{" * 100_000, '{"a":' * 50_000, '{"a":[' * 30_000, f"```{' ' * 99_000}x"]
+    )
     def test_no_text_takes_long_or_breaks_it(self, text: str) -> None:
         assert found_object(text) is None
 
@@ -95,6 +97,7 @@ class TestTheFields:
             ("twelve", {"absolute": 100}, False),
             (True, {"absolute": 100}, False),
             (None, {"absolute": 100}, False),
+            (10**400, {"absolute": 100}, False),
             (12.5, "exact", True),
             ("12.5", "exact", False),
         ],
@@ -121,6 +124,16 @@ class TestTheFields:
         assert not same(1, True)
         assert not same(None, "")
         assert not same([1, 2], [2, 1])
+
+    @pytest.mark.parametrize("rule", ["exact", "set"])
+    def test_lists_that_are_nested_beyond_reason_are_wrong(self, rule: str) -> None:
+        answer = '{"tags": ' + "[" * 700 + "]" * 700 + "}"
+        assert judged(answer, {"tags": rule}).verdicts == {
+            "well_formed": False,
+            "correct": False,
+            "has_object": True,
+            "field tags": False,
+        }
 
     def test_a_dotted_name_is_a_field_inside_another(self) -> None:
         found = judged('{"place": {"city": "Ulm"}}', {"place.city": "exact", "place.zip": "exact"})

@@ -1,5 +1,6 @@
 """The user's own verifier: what it is given, what it may give, and that it can stall or break nothing."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def test_numbers_of_numpy_count_as_numbers(written: Written) -> None:
         ("import sys; sys.exit(1)", "SystemExit: 1"),
         ("import os; os._exit(1)", "did not end within 10 s, or broke its process"),
         ("raise MemoryError", "MemoryError"),
+        ("return type('Odd', (), {'__repr__': None})()", "broke its process"),
+        ("return input()", "EOFError"),
     ],
 )
 def test_where_it_fails_the_row_says_so_and_the_next_row_is_judged(
@@ -106,6 +109,28 @@ def test_its_memory_is_bounded(written: Written) -> None:
 def test_what_it_prints_does_not_get_between_the_verdicts(written: Written) -> None:
     verifier = written("print('loaded')\ndef right(answer, row):\n    print('{}')\n    return True\n")
     assert judge(row(), "?", verifier).verdicts["correct"]
+
+
+def test_what_its_child_processes_print_and_read_does_not_either(written: Written) -> None:
+    source = "import subprocess\ndef right(answer, row):\n    return subprocess.run({}).returncode == 0\n"
+    for command in (["echo", "{}"], ["cat"]):
+        verifier = written(source.format(command))
+        assert [judge(row(), one, verifier).verdicts["correct"] for one in "ab"] == [True, True]
+
+
+def test_one_that_does_not_end_is_ended_with_what_it_started(written: Written, tmp_path: Path) -> None:
+    verifier = written(
+        "import os, time\ndef right(answer, row):\n    os.fork()\n    time.sleep(60)\n", timeout_s=0.3
+    )
+    started = time.monotonic()
+    assert not judge(row(), "?", verifier).verdicts["judged"]
+    assert time.monotonic() - started < 30
+
+
+def test_it_has_the_users_variables(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FRUIT", "plum")
+    verifier = written("import os\ndef right(answer, row):\n    return os.environ['FRUIT'] == answer\n")
+    assert judge(row(), "plum", verifier).verdicts["correct"]
 
 
 def test_what_stands_beside_its_file_can_be_imported(written: Written, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from potstill.verifiers.bounded import call_bounded
 from potstill.verifiers.choice import chosen_letter
 from potstill.verifiers.math import equal_answers, final_answer
 from potstill.verifiers.reasoning_gym import answer_candidates
+from potstill.verifiers.sandbox import confinement
 
 
 def gold(reference: str | None, task: str | None = "math", **meta: Any) -> Record:
@@ -176,6 +178,42 @@ class TestChoice:
     def test_the_letter_that_a_text_settles_on(self, text: str, letter: str | None) -> None:
         assert chosen_letter(text, list(self.CHOICES)) == letter
 
+    @pytest.mark.parametrize(
+        ("text", "letter"),
+        [
+            ("Ответ: B", "B"),
+            ("Правильный ответ — (C).", "C"),
+            ("**Ответ:** D", "D"),
+            ("Рассуждаю.\nВерный вариант: A", "A"),
+            ("Ответ: вариант B", "B"),
+            ("Сначала ответ: A, но нет.\nОтвет: C", "C"),
+            # Cyrillic letters that look Latin.
+            ("Ответ: В", "B"),
+            ("Ответ: (С)", "C"),
+            ("А", "A"),
+            ("с.", "C"),
+            # Such a letter is also a word, and the text of an option begins with it.
+            ("Ответ: В Москве", "D"),
+            ("Думаю, что в Москве", "D"),
+            ("Ответ: В Твери", None),
+            ("Ответ: Ж", None),
+        ],
+    )
+    def test_the_letter_that_a_russian_text_settles_on(self, text: str, letter: str | None) -> None:
+        assert chosen_letter(text, ["Волга", "Обь", "Дон", "В Москве"]) == letter
+
+    @pytest.mark.parametrize(
+        ("text", "letter"),
+        [
+            ("Answer: A dog\nSure.", "B"),
+            ("The answer is a dog.", "B"),
+            ("Answer: A", "A"),
+            ("Answer: A, since a dog barks", "A"),
+        ],
+    )
+    def test_an_announced_text_of_an_option_is_no_letter(self, text: str, letter: str) -> None:
+        assert chosen_letter(text, ["A cat", "A dog"]) == letter
+
     def test_the_verdict_compares_letters(self) -> None:
         record = gold("B", task="choice", choices=list(self.CHOICES))
         assert verify(record, "<think>Answer: A?</think>\nAnswer: B") == {
@@ -202,6 +240,31 @@ class TestReasoningGym:
     )
     def test_what_may_be_the_answer(self, text: str, candidates: list[str]) -> None:
         assert answer_candidates(text, numeric=True) == candidates
+
+    # This scorer evaluates the gold answer of a row, which may come from anywhere.
+    @staticmethod
+    def evaluates_to_nine(condition: str) -> bool:
+        task = "reasoning_gym:number_sorting"
+        record = gold(f"[9.0 * bool({condition})]", task=task, direction="ascending")
+        return verify(record, "['9']")["correct"]
+
+    def test_a_row_that_a_scorer_runs_sees_no_keys(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SOME_API_KEY", "sk-canary-4711")
+        monkeypatch.setenv("LANG", "C.UTF-8")
+        assert self.evaluates_to_nine("'LANG' in __import__('os').environ")
+        assert not self.evaluates_to_nine("'SOME_API_KEY' in __import__('os').environ")
+
+    @pytest.mark.skipif("files" not in confinement(), reason="the kernel has no Landlock")
+    def test_a_row_that_a_scorer_runs_reads_and_writes_no_files(self, tmp_path: Path) -> None:
+        (tmp_path / "secret").write_text("9", encoding="utf-8")
+        assert not self.evaluates_to_nine(f"open({str(tmp_path / 'secret')!r}).read()")
+        assert not self.evaluates_to_nine(f"open({str(tmp_path / 'new')!r}, 'w')")
+        assert [one.name for one in tmp_path.iterdir()] == ["secret"]
+
+    @pytest.mark.skipif("processes and network" not in confinement(), reason="there is no seccomp")
+    @pytest.mark.parametrize("run", ["__import__('os').system('true') == 0", "__import__('socket').socket()"])
+    def test_a_row_that_a_scorer_runs_starts_and_reaches_nothing(self, run: str) -> None:
+        assert not self.evaluates_to_nine(run)
 
     def test_the_librarys_scorer_decides(self) -> None:
         record = gold("-4", task=self.SUM)
@@ -237,6 +300,8 @@ class TestAdversarialText:
             "$" * 300_000,
             "A. " * 100_000,
             "answer" + " " * 300_000 + ":",
+            "answer is" + "\n" * 300_000 + "x",
+            "answer: option" + " " * 300_000 + "x",
             "-" * 300_000,
         ],
     )
