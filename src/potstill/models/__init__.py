@@ -3,12 +3,16 @@
 from potstill.models.chat_templates import DEFAULT_CHAT_TEMPLATE
 from potstill.models.embedded import (
     EMBEDDED,
+    EMBEDDED_ENCODERS,
     EmbeddedModel,
     convert_gguf,
+    converted_embedded,
     embedded_path,
     fetch_embedded,
     is_fetched,
 )
+from potstill.models.encoder_decoder import decoder_start_id, forward_inputs
+from potstill.models.encoders import encoder_identity, load_encoder
 from potstill.models.files import cached_file_hash
 from potstill.models.heads import (
     OutputHead,
@@ -18,6 +22,7 @@ from potstill.models.heads import (
     output_projection,
 )
 from potstill.models.loading import LoadedModel, choose_device, frozen_weight_bytes, load, supports_bf16
+from potstill.models.routers import Routed, dead_experts, find_routers, listen_to_routers, load_entropy
 from potstill.models.saving import save_model, writing
 from potstill.models.source import (
     Quantize,
@@ -25,9 +30,11 @@ from potstill.models.source import (
     adapter_base,
     find_source,
     identity,
+    is_encoder_decoder,
     original_model,
     parameter_count,
     recorded_base,
+    shares_experts,
     stored_dtype,
     stored_quantization,
     transformers_model,
@@ -36,6 +43,7 @@ from potstill.models.tokenizers import (
     THINK_CLOSE,
     THINK_OPEN,
     check_same_vocabulary,
+    decoder_start_token,
     load_tokenizer,
     reasoning_format,
     set_rendering,
@@ -48,27 +56,40 @@ from potstill.models.tokenizers import (
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "EMBEDDED",
+    "EMBEDDED_ENCODERS",
     "THINK_CLOSE",
     "THINK_OPEN",
     "EmbeddedModel",
     "LoadedModel",
     "OutputHead",
     "Quantize",
+    "Routed",
     "TransformersModel",
     "adapter_base",
     "cached_file_hash",
     "check_same_vocabulary",
     "choose_device",
     "convert_gguf",
+    "converted_embedded",
+    "dead_experts",
+    "decoder_start_id",
+    "decoder_start_token",
     "embedded_path",
+    "encoder_identity",
     "fetch_embedded",
+    "find_routers",
     "find_source",
+    "forward_inputs",
     "frozen_weight_bytes",
     "hidden_states",
     "identity",
+    "is_encoder_decoder",
     "is_fetched",
     "isolates_packed_rows",
+    "listen_to_routers",
     "load",
+    "load_encoder",
+    "load_entropy",
     "load_tokenizer",
     "original_model",
     "output_head",
@@ -78,6 +99,7 @@ __all__ = [
     "recorded_base",
     "save_model",
     "set_rendering",
+    "shares_experts",
     "stored_dtype",
     "stored_quantization",
     "supports_bf16",

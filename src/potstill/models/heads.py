@@ -1,4 +1,4 @@
-"""A causal language model in two halves: the trunk up to its final norm, and the head from there to logits.
+"""A language model in two halves: the trunk up to its final norm, and the head from there to logits.
 
 Shapes: B sequences, T positions, H hidden width, V vocabulary.
 """
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import ModelError
+from potstill.models.encoder_decoder import decoder_start_id, decoder_states
 
 if TYPE_CHECKING:
     import torch
@@ -77,8 +78,12 @@ def hidden_states(
     """The trunk's output after the final norm (and OPT's projection out), [B, T, H]: what the head is given.
 
     Adapters take part. Right padding only: positions count from the left. Position ids that begin again pack
-    several rows into one, without an attention mask, for a model of which `isolates_packed_rows` is true.
+    several rows into one, without an attention mask, for a model of which `isolates_packed_rows` is true. Of
+    an encoder-decoder's row, as `potstill.models.encoder_decoder` says, the states behind the source count.
     """
+    if decoder_start_id(plain_model(model).config) is not None:
+        assert position_ids_BT is None
+        return decoder_states(plain_model(model), input_ids_BT)
     positions = {} if position_ids_BT is None else {"position_ids": position_ids_BT}
     # Packed rows are kept apart by transformers only while there is no cache of keys and values.
     output = trunk(model)(
@@ -95,6 +100,8 @@ def isolates_packed_rows(model: Any) -> bool:
     """
     import torch
 
+    if decoder_start_id(plain_model(model).config) is not None:
+        return False
     rows = model.config.get_text_config().vocab_size // 2
     ids_BT = torch.arange(rows - 12, rows, device=model.device)[None]
     positions_BT = torch.cat([torch.arange(7), torch.arange(5)]).to(model.device)[None]
@@ -144,6 +151,8 @@ class OutputHead:
             getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
         )
         self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        if getattr(config, "scale_decoder_outputs", False):  # T5, but not its later versions
+            self.scale *= float(config.d_model**-0.5)
         self.parameters: list[torch.nn.Parameter] = list(self.projection.parameters())
         if self._tokens is not None:
             self.parameters += self._tokens.trainable_tokens_delta.values()

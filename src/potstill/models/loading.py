@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import ModelError
+from potstill.models.encoder_decoder import forward_inputs
 from potstill.models.heads import add_token_rows, hidden_states, output_head
 from potstill.models.hub import hub_commit
 from potstill.models.pretrained import quiet_transformers, read_adapter, read_pretrained, read_weights
@@ -261,9 +262,11 @@ def _check_halves(loaded: LoadedModel, where: str) -> None:
 
     model, size = loaded.model, loaded.vocabulary_size
     ids_BT = torch.tensor([[size // 2, size // 3]], device=model.device)
+    given = forward_inputs(model, ids_BT)
+    row_BT = torch.cat([*given.values()], dim=1)
     with torch.no_grad():
-        expected_BTV = model(input_ids=ids_BT, use_cache=False).logits[..., :size].float()
-        found_BTV = output_head(model, size)(hidden_states(model, ids_BT)).float()
+        expected_BTV = model(**given, use_cache=False).logits[..., :size].float()
+        found_BTV = output_head(model, size)(hidden_states(model, row_BT)[:, -2:]).float()
     apart, spread = (found_BTV - expected_BTV).abs().max(), expected_BTV.std()
     if not apart <= 0.05 * spread + 1e-6:
         raise ModelError(

@@ -47,14 +47,23 @@ def read_pretrained(read: Callable[..., Any], *arguments: Any, where: str, **opt
 
 
 def read_weights(name: str, *, where: str, **options: Any) -> Any:
-    """A causal language model with every weight taken from its files.
+    """A causal language model or an encoder-decoder with every weight taken from its files.
 
     `options` go to from_pretrained. Raises ModelError where transformers would fill in or drop some.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    read = AutoModelForCausalLM.from_pretrained
-    model, info = read_pretrained(read, name, where=where, output_loading_info=True, **options)
+    from potstill.models.shared_experts import register_shared_experts
+
+    register_shared_experts()
+    kind = AutoModelForCausalLM
+    if "gguf_file" not in options:  # what llama.cpp runs is decoder-only
+        place = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+        config = read_pretrained(AutoConfig.from_pretrained, name, where=where, **place)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model, info = read_pretrained(
+        kind.from_pretrained, name, where=where, output_loading_info=True, **options
+    )
     dropped = {key for key in info["unexpected_keys"] if _NUMBERED_LAYER.search(key)}
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     for what, names in (

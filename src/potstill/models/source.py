@@ -31,10 +31,12 @@ __all__ = [
     "adapter_base",
     "find_source",
     "identity",
+    "is_encoder_decoder",
     "original_model",
     "parameter_count",
     "quantization_scheme",
     "recorded_base",
+    "shares_experts",
     "stored_dtype",
     "stored_quantization",
     "transformers_model",
@@ -78,7 +80,7 @@ def _resolve_model_path(value: str, info: ValidationInfo) -> str:
 
 
 class TransformersModel(Settings):
-    """A causal language model run by transformers.
+    """A causal language model, or an encoder-decoder of the T5 family, run by transformers.
 
     `path` is an embedded model's name, a .gguf file, a model or adapter folder, or a hub id
     (`organisation/name`, with `@revision` where one is meant). `identity` states what the model is known by,
@@ -94,8 +96,8 @@ class TransformersModel(Settings):
     trust_remote_code: bool = False
     chat_template: InputPath | None = execution(
         None,
-        description="a Jinja file, or one that comes along: plain, chatml; by default the model's own, else "
-        "plain",
+        description="a Jinja file, or one that comes along: plain, chatml, or source, which is the messages "
+        "without roles; by default the model's own, else plain, and source for an encoder-decoder",
     )
     add_tokens: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_check_tokens)] = Field(
         [],
@@ -219,7 +221,7 @@ def _own_identity(settings: TransformersModel, base: TransformersModel | None) -
         return settings.identity
     source = find_source(settings.path)
     if source.kind == "embedded":
-        return hash_json({"gguf": EMBEDDED[source.name].gguf_sha256})
+        return hash_json({"gguf": EMBEDDED[source.name].sha256})
     if source.kind == "gguf":
         return hash_json({"gguf": cached_file_hash(Path(source.name))})
     if source.kind == "hub":
@@ -290,6 +292,20 @@ def stored_dtype(settings: TransformersModel) -> str:
     found = {} if folder is None else _read_json(folder / "config.json")
     stated = found.get("dtype") or found.get("torch_dtype") or found.get("text_config", {}).get("dtype")
     return stated if stated in ("bfloat16", "float16") else "float32"
+
+
+def shares_experts(folder: Path) -> bool:
+    """Whether a folder holds a model whose experts share a core, which transformers alone does not load."""
+    file = folder / "config.json"
+    return file.is_file() and _read_json(file).get("compression_config") is not None
+
+
+def is_encoder_decoder(folder: Path) -> bool:
+    """Whether a folder holds an encoder-decoder, or an adapter for one."""
+    adapter, model = folder / ADAPTER_FILE, folder / "config.json"
+    if adapter.is_file():
+        return _read_json(adapter).get("task_type") == "SEQ_2_SEQ_LM"
+    return model.is_file() and bool(_read_json(model).get("is_encoder_decoder"))
 
 
 def quantization_scheme(configuration: dict[str, Any]) -> str | None:

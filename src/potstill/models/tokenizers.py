@@ -6,6 +6,7 @@ from typing import Any
 from potstill.core.errors import ModelError
 from potstill.core.hashing import hash_bytes, hash_json
 from potstill.models.chat_templates import CHAT_TEMPLATES, chat_template_text, control_tokens
+from potstill.models.encoder_decoder import decoder_start_id
 from potstill.models.heads import output_projection
 from potstill.models.hub import hub_commit
 from potstill.models.pretrained import quiet_transformers, read_pretrained
@@ -15,6 +16,7 @@ __all__ = [
     "THINK_CLOSE",
     "THINK_OPEN",
     "check_same_vocabulary",
+    "decoder_start_token",
     "load_tokenizer",
     "new_token_ids",
     "reasoning_format",
@@ -27,6 +29,7 @@ __all__ = [
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _REASONING_KEY = "reasoning_format"
+_DECODER_START_KEY = "decoder_start_token"
 
 # Text on which tokenizers of one vocabulary may still differ: splits, merges, normalisation, white space,
 # bytes.
@@ -44,9 +47,10 @@ def load_tokenizer(settings: TransformersModel, *, say: Callable[[str], None] | 
     """A model's tokenizer with its added tokens, a chat template and how the model writes its reasoning.
 
     The template is the stated one, the model's own, or "plain". One that comes along begins with the BOS
-    token where the tokenizer itself begins a text with it. An adapter without a tokenizer of its own has its
-    base's. All of this is saved with the tokenizer; `say` hears what was not the model's own. Raises
-    ModelError where there is no tokenizer, and for a template that cannot be used.
+    token where the tokenizer itself begins a text with it. That of an encoder-decoder, by default "source",
+    ends a prompt with the end of its source and the token that the decoder starts with. An adapter without a
+    tokenizer of its own has its base's. All of this is saved with the tokenizer; `say` hears what was not the
+    model's own. Raises ModelError where there is no tokenizer, and for a template that cannot be used.
     """
     source = find_source(settings.path)
     if source.kind == "adapter" and settings.add_tokens:
@@ -64,7 +68,8 @@ def load_tokenizer(settings: TransformersModel, *, say: Callable[[str], None] | 
     tokenizer = _read_tokenizer(settings)
     say = say or (lambda message: None)
     own = tokenizer.get_vocab()
-    _set_template(tokenizer, settings, say)
+    start = _set_decoder_start(tokenizer, settings)
+    _set_template(tokenizer, settings, "plain" if start is None else "source", say)
     text = str(tokenizer.chat_template)
     for token in settings.add_tokens:
         # What the template writes controls the model and must not be read as text; think tags are read.
@@ -79,7 +84,48 @@ def load_tokenizer(settings: TransformersModel, *, say: Callable[[str], None] | 
         say(f"tokens with rows of their own: {', '.join(added)}")
     if settings.reasoning_format is not None:
         set_rendering(tokenizer, tokenizer.chat_template, settings.reasoning_format)
+    if start is not None:
+        starts = f"{{% if add_generation_prompt %}}{{{{ eos_token + {start!r} }}}}{{% endif %}}"
+        tokenizer.chat_template = str(tokenizer.chat_template).removesuffix(starts) + starts
     return tokenizer
+
+
+def _set_decoder_start(tokenizer: Any, settings: TransformersModel) -> str | None:
+    """Note the token that the model's decoder starts with in its tokenizer; None for other models."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    source = find_source(settings.path)
+    if source.kind not in ("folder", "hub"):  # an adapter's own tokenizer has it already
+        return decoder_start_token(tokenizer)
+    name, options = source.name, dict[str, Any](trust_remote_code=settings.trust_remote_code)
+    if source.kind == "hub":
+        options["revision"] = hub_commit(source.name, source.revision)
+    with quiet_transformers():
+        found, _ = read_pretrained(PretrainedConfig.get_config_dict, name, where=settings.path, **options)
+        if not found.get("is_encoder_decoder"):
+            return None
+        config = read_pretrained(AutoConfig.from_pretrained, name, where=settings.path, **options)
+    start_id = decoder_start_id(config)
+    if start_id is None:
+        return None
+    if isinstance(config.eos_token_id, int):  # some tokenizers have to be told
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    start = tokenizer.convert_ids_to_tokens(start_id)
+    if start is None or tokenizer(start, add_special_tokens=False).input_ids != [start_id]:
+        raise ModelError(
+            f"its decoder starts with id {start_id}, which is no special token of its tokenizer",
+            where=settings.path,
+            expected="a tokenizer and a model that belong together",
+            mend="set decoder_start_token_id in its config.json to the id of the padding token",
+        )
+    tokenizer.init_kwargs[_DECODER_START_KEY] = start
+    return str(start)
+
+
+def decoder_start_token(tokenizer: Any) -> str | None:
+    """The token that an encoder-decoder's decoder starts with; None for the tokenizer of another model."""
+    found: str | None = tokenizer.init_kwargs.get(_DECODER_START_KEY)
+    return found
 
 
 def _read_tokenizer(settings: TransformersModel) -> Any:
@@ -102,15 +148,17 @@ def _read_tokenizer(settings: TransformersModel) -> Any:
         return read_pretrained(AutoTokenizer.from_pretrained, name, where=settings.path, **options)
 
 
-def _set_template(tokenizer: Any, settings: TransformersModel, say: Callable[[str], None]) -> None:
+def _set_template(
+    tokenizer: Any, settings: TransformersModel, default: str, say: Callable[[str], None]
+) -> None:
     if settings.chat_template is None and tokenizer.chat_template is not None:
         return
     if settings.chat_template is None:
         say(
-            f"{settings.path} has no chat template: it takes the one called plain, which is saved with what "
-            "is trained (`chat_template` names another)"
+            f"{settings.path} has no chat template: it takes the one called {default}, which is saved with "
+            "what is trained (`chat_template` names another)"
         )
-    name = settings.chat_template or "plain"
+    name = settings.chat_template or default
     text = chat_template_text(name)
     if name in CHAT_TEMPLATES:
         begins_with_bos = (
@@ -230,12 +278,16 @@ def _probe_ids(tokenizer: Any) -> list[list[int]]:
 def tokenizer_hash(tokenizer: Any) -> str:
     """What a tokenizer is known by: the bytes behind every id, and the ids of probe texts.
 
-    Equal hashes mean that ids mean the same and text is split the same. The chat template is hashed apart.
+    Equal hashes mean that ids mean the same and text is split the same, into a row of one kind: that of an
+    encoder-decoder has two parts. The chat template is hashed apart.
     """
     vocabulary = hash_bytes(
         b"".join(len(token).to_bytes(4, "big") + token for token in token_bytes(tokenizer))
     )
-    return hash_json({"vocabulary": vocabulary, "probes": _probe_ids(tokenizer)})
+    parts = {"vocabulary": vocabulary, "probes": _probe_ids(tokenizer)}
+    if (start := decoder_start_token(tokenizer)) is not None:
+        parts["decoder_start"] = start
+    return hash_json(parts)
 
 
 def template_hash(tokenizer: Any) -> str:
@@ -249,6 +301,13 @@ def check_same_vocabulary(one: Any, other: Any, *, names: tuple[str, str] = ("te
     """Raise ModelError, with the first difference, unless two tokenizers agree on ids and splits."""
     if tokenizer_hash(one) == tokenizer_hash(other):
         return
+    if decoder_start_token(one) != decoder_start_token(other):
+        kinds = ("encoder-decoder" if decoder_start_token(each) else "decoder-only" for each in (one, other))
+        raise ModelError(
+            f"the {names[0]} is {next(kinds)}, the {names[1]} {next(kinds)}",
+            expected="models of one kind, because the loss compares their logits token by token",
+            mend="distil through responses alone (no cached logits)",
+        )
     ours, theirs = token_bytes(one), token_bytes(other)
     differing = [index for index, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]]
     if differing:

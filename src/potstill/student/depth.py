@@ -3,9 +3,9 @@
 Shapes: B rows, T tokens, H hidden size.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,9 @@ from transformers import PreTrainedModel
 
 from potstill.core.errors import ModelError
 from potstill.models import hidden_states
+from potstill.student.sizes import keep_block_fields
 
-__all__ = ["block_importance", "bypass", "decoder_blocks", "drop_blocks"]
-
-# Configuration fields that hold one entry a block.
-_PER_BLOCK_FIELDS = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+__all__ = ["block_importance", "bypass", "choose_blocks", "decoder_blocks", "drop_blocks"]
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -39,21 +37,28 @@ def _hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def block_importance(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
+def block_importance(
+    model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]], *, run: int = 1
+) -> list[float]:
     """1 - cos(block input, block output) of each block, the mean over real tokens (ShortGPT, Men 2024).
 
-    `batches` yields token ids [B, T], padded on the right, and a mask [B, T] that is true on real tokens.
+    With a `run` of more than one block it is 1 - cos of what goes into a run of neighbours and what comes
+    out, of each run, by its first block (Gromov 2024). `batches` yields token ids [B, T], padded on the
+    right, and a mask [B, T] that is true on real tokens.
     """
     blocks = decoder_blocks(model)
-    totals, tokens, real_BT = [0.0] * len(blocks), 0, torch.empty(0)
+    totals, tokens, real_BT = [0.0] * (len(blocks) - run + 1), 0, torch.empty(0)
+    inputs: dict[int, Tensor] = {}
 
     def measure(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs[index] = _hidden_in(args, kwargs)
+            first = index - run + 1
+            if first < 0:
+                return
             after_BTH = output[0] if isinstance(output, tuple) else output
-            cosine_BT = functional.cosine_similarity(
-                _hidden_in(args, kwargs).float(), after_BTH.float(), dim=-1
-            )
-            totals[index] += (1 - cosine_BT)[real_BT].sum(dtype=torch.float64).item()
+            cosine_BT = functional.cosine_similarity(inputs.pop(first).float(), after_BTH.float(), dim=-1)
+            totals[first] += (1 - cosine_BT)[real_BT].sum(dtype=torch.float64).item()
 
         return hook
 
@@ -71,6 +76,35 @@ def block_importance(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Ten
     if not tokens:
         raise ModelError("no tokens to measure block importance on")
     return [total / tokens for total in totals]
+
+
+def choose_blocks(
+    worth: Callable[[Sequence[int], int], Sequence[float]],
+    count: int,
+    layers: int,
+    choice: Literal["ranked", "greedy", "contiguous"],
+) -> list[int]:
+    """Which of `count` blocks stay, so that `layers` do: those whose loss would weigh most.
+
+    `worth(dropped, run)` says of each run of so many neighbours, by its first block, what leaving it out
+    costs when the blocks `dropped` are left out already. Ranked: by one measurement; greedy: the cheapest
+    block goes, and what is left is measured again; contiguous: the cheapest run goes. Of equals the last
+    goes.
+    """
+    if layers == count:
+        return [*range(count)]
+    if choice == "contiguous":
+        costs = worth([], count - layers)
+        first = min(range(len(costs)), key=lambda index: (costs[index], -index))
+        return [index for index in range(count) if not first <= index < first + count - layers]
+    dropped: list[int] = []
+    costs = worth([], 1)
+    while len(dropped) < count - layers:
+        if choice == "greedy" and dropped:
+            costs = worth(dropped, 1)
+        left = [index for index in range(count) if index not in dropped]
+        dropped.append(min(left, key=lambda index: (costs[index], -index)))
+    return [index for index in range(count) if index not in dropped]
 
 
 @contextmanager
@@ -93,7 +127,6 @@ def bypass(model: PreTrainedModel, indices: Iterable[int]) -> Iterator[None]:
 def drop_blocks(model: PreTrainedModel, kept: Sequence[int]) -> None:
     """Leave only the blocks at the indices `kept`, in place; configuration and cache indices follow."""
     blocks, config = decoder_blocks(model), model.config.get_text_config(decoder=True)
-    count = len(blocks)
     remaining = [blocks[index] for index in kept]
     for position, block in enumerate(remaining):
         for module in block.modules():
@@ -101,8 +134,4 @@ def drop_blocks(model: PreTrainedModel, kept: Sequence[int]) -> None:
                 setattr(module, "layer_idx", position)  # noqa: B010  # modules declare no such attribute
     del blocks[:]
     blocks.extend(remaining)
-    for name in _PER_BLOCK_FIELDS:
-        entries = getattr(config, name, None)
-        if isinstance(entries, list) and len(entries) == count:
-            setattr(config, name, [entries[index] for index in kept])
-    config.num_hidden_layers = len(remaining)
+    keep_block_fields(config, kept)

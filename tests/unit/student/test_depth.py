@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from potstill.core.errors import ModelError
-from potstill.student.depth import block_importance, bypass, decoder_blocks, drop_blocks
+from potstill.student.depth import block_importance, bypass, choose_blocks, decoder_blocks, drop_blocks
 
 BLOCKS = 6
 
@@ -118,3 +119,41 @@ def test_a_model_without_a_list_of_blocks_is_refused(build_tiny_model: Any) -> N
     model.config.num_hidden_layers = 4
     with pytest.raises(ModelError, match="no list of 4 decoder blocks"):
         decoder_blocks(model)
+
+
+def test_the_importance_of_a_run_is_what_goes_in_and_what_comes_out(build_tiny_model: Any) -> None:
+    model = build_tiny_model(num_hidden_layers=BLOCKS)
+    ids_BT, real_BT = padded_batch()
+    with torch.no_grad():
+        states = model(ids_BT, use_cache=False, output_hidden_states=True).hidden_states[:-1]
+    expected = [
+        (1 - functional.cosine_similarity(states[first], states[first + 3], dim=-1))[real_BT].mean().item()
+        for first in range(BLOCKS - 3)
+    ]
+    found = block_importance(model, [(ids_BT, real_BT)], run=3)
+    assert len(found) == BLOCKS - 2
+    assert found[:-1] == pytest.approx(expected, abs=1e-5)
+
+
+# What leaving out blocks costs: 1 and 3 are each nearly for nothing, but stand in for one another.
+COSTS = [9.0, 1.0, 5.0, 1.5, 4.0]
+
+
+def cost(dropped: Sequence[int], run: int) -> list[float]:
+    costs = [each + 8 * (index in {1, 3} and bool({1, 3} & {*dropped})) for index, each in enumerate(COSTS)]
+    return [sum(costs[first : first + run]) for first in range(len(costs) - run + 1)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "kept"), [("ranked", [0, 2, 4]), ("greedy", [0, 2, 3]), ("contiguous", [0, 1, 2])]
+)
+def test_blocks_are_chosen_by_one_measurement_again_and_again_or_as_a_run(
+    choice: Any, kept: list[int]
+) -> None:
+    assert choose_blocks(cost, len(COSTS), 3, choice) == kept
+    assert choose_blocks(cost, len(COSTS), 5, choice) == [0, 1, 2, 3, 4]
+
+
+def test_of_equal_blocks_the_last_goes() -> None:
+    assert choose_blocks(lambda dropped, run: [1.0] * 4, 4, 3, "ranked") == [0, 1, 2]
+    assert choose_blocks(lambda dropped, run: [1.0] * (5 - run), 4, 2, "contiguous") == [0, 1]

@@ -94,6 +94,15 @@ def test_calibration_takes_so_many_traces_by_seed_and_none_that_are_held_out(
     assert some.metrics["block_importance"] != every.metrics["block_importance"]
 
 
+def test_rows_whose_prompts_fill_max_length_are_not_measured_on(prune: Pruning, traces: Any) -> None:
+    # Prompts are sums of two to five terms, the shortest of 25 tokens.
+    result, context = prune(data=traces(30, name="long"), max_length=30, samples=99)
+    assert 0 < result.counts["calibration_rows"] < 24
+    assert any("fill max_length (30)" in line for line in context.reporter.said)
+    with pytest.raises(DataError, match="the context holds 3"):
+        prune("none", data=traces(6, name="longer"), max_length=3)
+
+
 def test_more_blocks_than_there_are_is_an_error(prune: Pruning) -> None:
     with pytest.raises(ModelError, match="7 blocks cannot be kept of 6"):
         prune(layers=7)
@@ -130,3 +139,171 @@ def test_a_student_to_be_loaded_in_four_bits_keeps_its_weights_in_full(prune: Pr
     assert (whole.folder / "model.safetensors").read_bytes() == (
         packed.folder / "model.safetensors"
     ).read_bytes()
+
+
+# --- width, targets and other methods
+
+
+def loaded_from(context: StepContext) -> Any:
+    """The student as anyone loads it, every tensor in its place."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(context.folder, output_loading_info=True)
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model
+
+
+def test_depth_and_width_are_cut_in_one_step(prune: Pruning) -> None:
+    result, context = prune(layers=5, hidden_size=24, attention_heads=2, intermediate_size=40)
+    config = loaded_from(context).config
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (5, 24, 40)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 1, 8)
+    assert {name: result.counts[name] for name in ("blocks", "hidden_size", "attention_heads")} == {
+        "blocks": 5,
+        "hidden_size": 24,
+        "attention_heads": 2,
+    }
+    width = result.metrics["width"]
+    importance = width["hidden_importance"]
+    assert min(importance[one] for one in width["kept_hidden"]) >= max(
+        importance[one] for one in range(32) if one not in width["kept_hidden"]
+    )
+    assert len(width["kept_groups"]) == len(width["kept_channel_importance"]) == 5
+    assert any("hidden size 24 of 32" in line for line in context.reporter.said)
+
+
+def test_the_quality_of_the_student_is_measured_at_once_on_held_out_traces(prune: Pruning) -> None:
+    from math import exp
+
+    whole, _ = prune("whole", layers=6)
+    pruned, context = prune("pruned", layers=2)
+    for result in (whole, pruned):
+        quality = result.metrics["quality"]
+        assert (quality["rows"], quality["measured_on"]) == (2, "held-out")
+    assert whole.metrics["quality"]["kl_nats_per_token"] == pytest.approx(0, abs=1e-6)
+    assert whole.metrics["quality"]["agreement"] == 1
+    assert pruned.metrics["quality"]["kl_nats_per_token"] > 0.01
+    assert pruned.metrics["quality"]["perplexity"] > exp(1)
+    assert any("before training: KL" in line for line in context.reporter.said)
+
+
+def test_without_held_out_traces_it_is_measured_on_those_of_the_calibration_and_said(
+    prune: Pruning, traces: Any
+) -> None:
+    result, context = prune(data=traces(6, name="all-train", held_out_every=100))
+    assert (result.metrics["quality"]["rows"], result.metrics["quality"]["measured_on"]) == (6, "calibration")
+    assert any("no traces are held out" in line for line in context.reporter.said)
+
+
+@pytest.mark.parametrize("choice", ["ranked", "greedy", "contiguous"])
+@pytest.mark.parametrize("by", ["block_importance", "drop_one"])
+def test_the_block_that_does_nothing_goes_whatever_blocks_are_chosen_by(
+    prune: Pruning, by: str, choice: str
+) -> None:
+    result, _ = prune(layers=5, depth_by=by, depth_choice=choice)
+    # Of a random model's blocks another one may even do harm; then the loss is lower without it.
+    if by == "block_importance":
+        assert result.metrics["kept_blocks"] == [0, 1, 3, 4, 5]
+    assert len(result.metrics["kept_blocks"]) == 5
+
+
+def test_listed_blocks_are_kept(prune: Pruning) -> None:
+    result, _ = prune(layers=None, depth_by=[0, 3, 5])
+    assert result.metrics["kept_blocks"] == [0, 3, 5]
+    with pytest.raises(ModelError, match="no block 6 of 6"):
+        prune("missing", layers=None, depth_by=[0, 6])
+
+
+def test_a_target_is_searched_and_its_candidates_are_kept(prune: Pruning) -> None:
+    result, context = prune(layers=None, target_ratio=0.6, candidates=5)
+    tried, chosen = result.metrics["candidates"], result.metrics["chosen_candidate"]
+    budget = 0.6 * result.metrics["parameters_before"]
+    assert 3 <= len(tried) <= 5
+    assert all(one["parameters"] <= budget for one in tried)
+    assert tried[chosen]["loss"] == min(one["loss"] for one in tried)
+    assert loaded_from(context).num_parameters() == tried[chosen]["parameters"] == result.counts["parameters"]
+    assert len({(one["blocks"], one["hidden_size"], one["intermediate_size"]) for one in tried}) == len(tried)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [("900", "too small for any student"), ("9M", "no smaller than the model itself")],
+)
+def test_a_target_that_cannot_be_met_is_refused(prune: Pruning, target: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        prune(layers=None, target_params=target)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention_heads": 3}, "2 share a key and value head"),
+        ({"hidden_size": 40}, "hidden_size 40 cannot be kept of 32"),
+        ({"intermediate_size": 49}, "intermediate_size 49 cannot be kept of 48"),
+        ({"attention_heads": 6}, "attention_heads 6 cannot be kept of 4"),
+        ({"hidden_size": 30}, "no llama model has these sizes"),
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_be_kept_are_refused(prune: Pruning, fields: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        prune(layers=None, **fields)
+
+
+def test_where_heads_make_up_the_hidden_size_either_says_the_other(
+    prune: Pruning, build_family_folder: Any
+) -> None:
+    model = TransformersModel(path=str(build_family_folder("gpt2")))
+    by_heads, by_size = (
+        prune(name, model=model, layers=None, **{name: size})[0].counts
+        for name, size in (("attention_heads", 3), ("hidden_size", 24))
+    )
+    assert by_heads == by_size
+    assert (by_heads["attention_heads"], by_heads["hidden_size"]) == (3, 24)
+    with pytest.raises(ModelError, match="3 heads of 8 are not a hidden size of 16"):
+        prune("both", model=model, layers=None, attention_heads=3, hidden_size=16)
+    with pytest.raises(ModelError, match="no whole number of heads of 8"):
+        prune("part", model=model, layers=None, hidden_size=20)
+
+
+def test_copied_blocks_are_evenly_spaced_from_the_first_to_the_last(prune: Pruning) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result, context = prune(method="copy", layers=3)
+    assert result.metrics["kept_blocks"] == [0, 2, 5]
+    whole = AutoModelForCausalLM.from_pretrained(context.model("base").path)
+    copied = loaded_from(context)
+    for place, block in enumerate((0, 2, 5)):
+        torch.testing.assert_close(
+            copied.model.layers[place].mlp.up_proj.weight, whole.model.layers[block].mlp.up_proj.weight
+        )
+
+
+def test_a_fresh_model_has_cut_out_or_random_weights_by_the_recipes_seed(prune: Pruning) -> None:
+    sizes = {"method": "fresh", "layers": 3, "hidden_size": 16, "intermediate_size": 32}
+    (sliced, first), (random, second), (again, third) = (
+        prune(name, **sizes, weights=weights)
+        for name, weights in (("sliced", "sliced"), ("random", "random"), ("again", "random"))
+    )
+    assert sliced.counts["parameters"] == random.counts["parameters"]
+    assert "block_importance" not in sliced.metrics
+    weights = [loaded_from(context).model.layers[0].mlp.up_proj.weight for context in (first, second, third)]
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+    assert random.model_identity == again.model_identity != sliced.model_identity
+
+
+def test_a_family_with_experts_is_refused_by_name(
+    prune: Pruning, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3}
+    config = Qwen3MoeConfig(vocab_size=304, num_experts_per_tok=2, **sizes, **heads)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "experts")
+    tiny_tokenizer.save_pretrained(tmp_path / "experts")
+    model = TransformersModel(path=str(tmp_path / "experts"))
+    with pytest.raises(ModelError, match="width of a qwen3_moe model cannot be cut"):
+        prune(model=model, layers=None, hidden_size=16)
+    assert prune("deep", model=model, layers=2)[0].counts["blocks"] == 2
