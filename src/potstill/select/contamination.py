@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import regex
 
 from potstill.core.records import Record
-from potstill.select.words import words
+from potstill.data.words import words
 
 __all__ = ["EvaluationText"]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from potstill.core.hashing import hash_json
 from potstill.core.records import Record
-from potstill.select.words import words
+from potstill.data.words import words
 
 if TYPE_CHECKING:
     from rensa import RMinHash

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from potstill.select.words import marked_words
+from potstill.data.words import marked_words
 
 __all__ = ["repeated_share"]
 

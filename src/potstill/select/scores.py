@@ -122,7 +122,7 @@ class ModelScores:
         self.settings, self.context = settings, context
         device = choose_device(settings)
         self.max_tokens = max_tokens or micro_batch_tokens(device)
-        self.renderer = Renderer(load_tokenizer(settings))
+        self.renderer = Renderer(load_tokenizer(settings, say=context.say))
         dtype = settings.dtype or ("bfloat16" if supports_bf16(device) else "float32")
         self._store = open_score_store(context.cache_folder, [identity(settings), settings.quantize, dtype])
 

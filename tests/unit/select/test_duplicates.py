@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from potstill.core.records import Record
+from potstill.data.words import words
 from potstill.select.duplicates import ExactDuplicates, NearDuplicates, _bands
-from potstill.select.words import words
 
 STORY = " ".join(f"part{number} of this story" for number in range(60))
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from potstill.data.words import marked_words
 from potstill.select.repetition import repeated_share
-from potstill.select.words import marked_words
 
 # No two of its 8-grams are equal.
 PROSE = " ".join(f"word{number}" for number in range(2000))

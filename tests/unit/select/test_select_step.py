@@ -62,6 +62,12 @@ def _probability(bench: Bench, role: str, record: Record, *, behind: int = 0) ->
     return math.exp(math.fsum(found) / len(found))
 
 
+def test_a_student_that_takes_the_plain_template_is_told_once(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "student" / "chat_template.jinja").unlink()
+    bench.run(rule="divergence", level="response")
+    assert bench.said.count("takes the one called plain") == 1
+
+
 def test_scores_are_the_two_models_probabilities_of_the_response(
     bench: Bench, records: list[Record], forward_passes: list[int]
 ) -> None:

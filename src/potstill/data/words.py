@@ -1,4 +1,4 @@
-"""Words of any language, as n-gram filters count them."""
+"""Words of any language, as filters count them and retrieval finds them."""
 
 import regex
 

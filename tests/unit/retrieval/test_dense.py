@@ -1,0 +1,155 @@
+"""Dense and hybrid retrieval: vectors, resuming, Qdrant against plain cosines, and fused rankings."""
+
+import socket
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from potstill.core.errors import EngineError, Interrupted
+from potstill.core.records import Record
+from potstill.models import load_encoder
+from potstill.retrieval import QdrantServer
+from potstill.retrieval.dense import VECTORS_FILE, Dense, Embedder, write_vectors
+from potstill.retrieval.index import fused
+from potstill.retrieval.passages import Passages, write_passages
+
+from .conftest import Bench, articles
+
+qdrant = pytest.importorskip("qdrant_client")
+
+
+@pytest.fixture
+def passages(tmp_path: Path, tiny_tokenizer: Any) -> Passages:
+    rows = [Record(f"a{n}", [], response=one["text"]) for n, one in enumerate(articles())]
+    write_passages(tmp_path / "p.arrow", rows, tiny_tokenizer, 50)
+    return Passages(tmp_path / "p.arrow")
+
+
+@pytest.fixture
+def embed(tiny_encoder: str, bench: Bench) -> Embedder:
+    return Embedder(tiny_encoder, bench.build("retrieve"), "cpu")
+
+
+def alone(name: str, text: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """A text's vector in float64, without padding or batches."""
+    model, tokenizer = load_encoder(name, task="embedding", device="cpu")
+    states_TH = model.double()(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].detach().numpy()
+    mean_H = states_TH.mean(0)
+    found: np.ndarray[Any, np.dtype[np.float64]] = mean_H / np.linalg.norm(mean_H)
+    return found
+
+
+def test_a_vector_is_the_mean_of_the_last_states_whatever_shares_its_batch(
+    embed: Embedder, tiny_encoder: str
+) -> None:
+    texts = ["A zindle costs 11 coins.", "grey", "The florp has been dyed in grey since 1. " * 3]
+    for vector_H, text in zip(embed(texts), texts, strict=True):
+        assert vector_H == pytest.approx(alone(tiny_encoder, text), abs=1e-5)
+        assert np.linalg.norm(vector_H) == pytest.approx(1, abs=1e-5)
+
+
+def test_embedding_goes_on_where_it_was_interrupted(
+    passages: Passages, embed: Embedder, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potstill.retrieval.dense._BLOCK_TEXTS", 4)
+    monkeypatch.setattr("potstill.retrieval.dense._BATCH_TEXTS", 2)
+    context = bench.build("retrieve")
+    calls: list[int] = []
+
+    class Counting:
+        model = embed.model
+
+        def __init__(self, stop_at: int) -> None:
+            self.stop_at = stop_at
+
+        def __call__(self, texts: list[str]) -> Any:
+            calls.append(len(texts))
+            if sum(calls) > self.stop_at:
+                raise Interrupted
+            return embed(texts)
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "halves").mkdir()
+    assert write_vectors(passages, embed, tmp_path / "whole", context) == 32
+    with pytest.raises(Interrupted):
+        write_vectors(passages, Counting(10), tmp_path / "halves", context)  # type: ignore[arg-type]
+    calls.clear()
+    write_vectors(passages, Counting(99), tmp_path / "halves", context)  # type: ignore[arg-type]
+    assert sum(calls) == len(passages) - 8, "two blocks of four were kept"
+    whole, halves = (tmp_path / name / VECTORS_FILE for name in ("whole", "halves"))
+    assert whole.read_bytes() == halves.read_bytes()
+    assert [path.name for path in (tmp_path / "halves").iterdir()] == [VECTORS_FILE]
+
+
+def test_qdrant_finds_what_plain_cosines_find(
+    passages: Passages, embed: Embedder, bench: Bench, tmp_path: Path
+) -> None:
+    write_vectors(passages, embed, tmp_path, bench.build("retrieve"))
+    vectors_NH = np.load(tmp_path / VECTORS_FILE, allow_pickle=False).astype(np.float64)
+    search = Dense(tmp_path / VECTORS_FILE, embed, "f" * 64, None)
+    for query in ("A florp costs 12 coins.", "grey since", "?"):
+        cosines_N = vectors_NH @ embed([query])[0].astype(np.float64)
+        found = search.search(query, 5)
+        assert [score for _, score in found] == pytest.approx(sorted(cosines_N, reverse=True)[:5], abs=1e-5)
+        assert [cosines_N[number] for number, _ in found] == pytest.approx(
+            [score for _, score in found], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("method", ["dense", "hybrid"])
+def test_a_step_searches_by_meaning_and_both(bench: Bench, tiny_encoder: str, method: str) -> None:
+    written = bench.run(method=method, encoder=tiny_encoder, k=2)
+    assert all(len(record.meta["passages"]) == 2 for record in written)
+    assert "vectors: 32 width" in bench.said
+    assert ("bm25:" in bench.said) == (method == "hybrid")
+    bench.run("again", method=method, encoder=tiny_encoder)
+    assert "vectors:" not in bench.said
+
+
+RANKING = st.lists(st.integers(0, 9), unique=True, max_size=6)
+
+
+@given(RANKING, RANKING)
+def test_a_fused_ranking_is_by_the_sum_of_reciprocal_ranks(one: list[int], other: list[int]) -> None:
+    def score(number: int) -> Fraction:
+        ranks = [ranking.index(number) + 1 for ranking in (one, other) if number in ranking]
+        return sum((Fraction(1, 60 + rank) for rank in ranks), Fraction(0))
+
+    found = fused([[(number, 0.0) for number in ranking] for ranking in (one, other)])
+    assert {number for number, _ in found} == {*one, *other}
+    assert [value for _, value in found] == pytest.approx(sorted(map(score, {*one, *other}), reverse=True))
+    assert all(value == pytest.approx(float(score(number))) for number, value in found)
+
+
+def test_a_server_that_is_not_there_is_an_error_with_its_url(
+    passages: Passages, embed: Embedder, bench: Bench, tmp_path: Path
+) -> None:
+    write_vectors(passages, embed, tmp_path, bench.build("retrieve"))
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(EngineError, match="Qdrant gives no answer") as caught:
+            Dense(tmp_path / VECTORS_FILE, embed, "f" * 64, QdrantServer(url=url))
+    assert url in str(caught.value)
+
+
+def test_a_key_that_is_not_set_is_named_by_its_variable(
+    passages: Passages, embed: Embedder, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QDRANT_KEY", raising=False)
+    write_vectors(passages, embed, tmp_path, bench.build("retrieve"))
+    server = QdrantServer(url="http://127.0.0.1:1", api_key_env="QDRANT_KEY")
+    with pytest.raises(EngineError, match="QDRANT_KEY is not set"):
+        Dense(tmp_path / VECTORS_FILE, embed, "f" * 64, server)
+
+
+def test_without_qdrant_client_the_mend_is_named(bench: Bench, tiny_encoder: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="not installed") as caught:
+        bench.run(method="dense", encoder=tiny_encoder)
+    assert "bm25" in (caught.value.mend or "")
