@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from potstill.core.errors import DataError, EngineError
 from potstill.data.chat import Renderer, check_prompt_length
 from potstill.data.responses import response_text
-from potstill.models import LoadedModel, TransformersModel, load
+from potstill.models import LoadedModel, TransformersModel, decoder_start_id, load
 from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig
 
-__all__ = ["TransformersTeacher", "context_tokens", "generate_batch"]
+__all__ = ["TransformersTeacher", "context_tokens", "generate_batch", "generation_inputs"]
 
 _CPU_BATCH, _GPU_BATCH = 16, 64
 _GATHER_S = 0.02
@@ -49,22 +49,54 @@ def generate_batch(
     if temperature > 0 and (seeds is None or len(seeds) != len(prompts_token_ids)):
         raise ValueError("sampling needs one seed a prompt")
     context = context_tokens(loaded)
-    rows_by_room: dict[int, list[int]] = {}
+    start = decoder_start_id(loaded.model.config)
+    rows_by_room: dict[tuple[int, int], list[int]] = {}
     for row, ids in enumerate(prompts_token_ids):
         room = max_new_tokens
         if context is not None:
             check_prompt_length(len(ids), context)
             room = min(room, context - len(ids))
-        rows_by_room.setdefault(room, []).append(row)
+        begun = 0 if start is None else len(ids) - ids.index(start)
+        rows_by_room.setdefault((room, begun), []).append(row)
     decoding = _Decoding(loaded, renderer, temperature, top_p, stop)
     answers: dict[int, Answer] = {}
-    # Rows whose context ends earlier make a batch of their own: learned positions do not exist beyond it.
-    for room, rows in rows_by_room.items():
+    # Rows whose context ends earlier make a batch of their own: learned positions do not exist beyond it. So
+    # do those of which an encoder-decoder has as many tokens of the response already.
+    for (room, _), rows in rows_by_room.items():
         prompts = [list(prompts_token_ids[row]) for row in rows]
         answers.update(
             zip(rows, decoding.run(prompts, [seeds[row] for row in rows] if seeds else [], room), strict=True)
         )
     return [answers[row] for row in range(len(prompts_token_ids))]
+
+
+def generation_inputs(
+    model: Any, prompts: Sequence[Sequence[int]], padding_id: int
+) -> tuple[dict[str, Any], int]:
+    """What transformers' generate() takes for prompts' token ids, and how many ids its output begins with.
+
+    Prompts are padded on the left. An encoder-decoder's are parted where its decoder's input begins, which is
+    of one length for all.
+    """
+    import torch
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    start = decoder_start_id(model.config)
+    sources = [ids if start is None else ids[: ids.index(start)] for ids in prompts]
+    width = max(map(len, sources))
+    ids_by_name = {
+        "input_ids": [[padding_id] * (width - len(ids)) + [*ids] for ids in sources],
+        "attention_mask": [[0] * (width - len(ids)) + [1] * len(ids) for ids in sources],
+    }
+    if start is not None:
+        begun = [[*ids[len(source) :]] for ids, source in zip(prompts, sources, strict=True)]
+        ids_by_name["decoder_input_ids"], width = begun, len(begun[0])
+    inputs: dict[str, Any] = {
+        name: torch.tensor(ids, device=model.device) for name, ids in ids_by_name.items()
+    }
+    if start is not None:  # transformers' own has as many layers as the encoder
+        inputs["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return inputs, width
 
 
 def context_tokens(loaded: LoadedModel) -> int | None:
@@ -99,9 +131,8 @@ class _Decoding:
         import torch
         from transformers import GenerationConfig
 
-        width, padding_id = max(map(len, prompts)), min(self.stop_ids)
-        input_ids_BT = torch.tensor([[padding_id] * (width - len(ids)) + ids for ids in prompts])
-        mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        padding_id = min(self.stop_ids)
+        inputs, width = generation_inputs(self.model, prompts, padding_id)
         drawn_BT = _uniform_draws(seeds, room) if self.temperature > 0 else None
         chosen_logprobs: list[torch.Tensor] = []
 
@@ -126,11 +157,11 @@ class _Decoding:
             max_new_tokens=room,
             eos_token_id=sorted(self.stop_ids),
             pad_token_id=padding_id,
+            decoder_start_token_id=decoder_start_id(self.model.config),
         )
         with torch.inference_mode(), _only_config(self.model, config):
             output_BT = self.model.generate(
-                input_ids=input_ids_BT.to(self.model.device),
-                attention_mask=mask_BT.to(self.model.device),
+                **inputs,
                 generation_config=config,
                 logits_processor=[choose],
                 stopping_criteria=[stopped],
@@ -144,8 +175,11 @@ class _Decoding:
     def _answer(self, prompt: list[int], new_ids: list[int], logprobs: list[float]) -> Answer:
         end = next((at for at, token in enumerate(new_ids) if token in self.stop_ids), None)
         ids = new_ids[:end]
+        # An encoder-decoder's response is a text of its own, of which the decoder may have been given some.
+        start = decoder_start_id(self.model.config)
+        before = prompt if start is None else prompt[prompt.index(start) + 1 :]
         return Answer(
-            response=response_text(self.loaded.tokenizer, prompt, ids),
+            response=response_text(self.loaded.tokenizer, before, ids),
             finish_reason="length" if end is None else "stop",
             prompt_token_ids=prompt,
             response_token_ids=ids,

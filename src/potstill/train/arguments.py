@@ -22,7 +22,8 @@ class DistillationArguments(TrainingArguments):
     and changes nothing but speed and memory, nor does `packing` (rows one behind the other in place of
     padding; by default on a GPU with flash attention); `order_seed` decides the order of the rows, epoch by
     epoch. `alpha` weighs the teacher's distribution, by default 0.5 where there is a teacher; `divergence`,
-    `beta`, `skew`, `renormalise`, `kl_reduction`, `top_k`, `base_kl` and `min_lr_ratio` are a recipe's.
+    `beta`, `skew`, `renormalise`, `kl_reduction`, `top_k`, `base_kl`, `router_aux_loss_coef` and
+    `min_lr_ratio` are a recipe's.
     `groups` are mappings with `match`, `lr` and `weight_decay`, `feature` is a mapping with `kind`, `weight`
     and so on, `early_stopping` one with `patience`, `min_delta` and `every`, as in a recipe; it evaluates
     every so many steps, by default an epoch, unless `eval_strategy` says when. `autocast` multiplies in
@@ -48,6 +49,7 @@ class DistillationArguments(TrainingArguments):
     kl_reduction: Literal["token", "batchmean"] = "token"
     top_k: int | None = None
     base_kl: float = 0.0
+    router_aux_loss_coef: float | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     feature: dict[str, Any] | None = None
     early_stopping: dict[str, Any] | None = None

@@ -17,7 +17,14 @@ from potstill.data.files import DATA_SUFFIXES
 from potstill.data.shapes import BadRow, describe_shapes, parse_row, recognise
 from potstill.data.sources import read_file
 from potstill.logits.shards import LogitCache
-from potstill.models import LoadedModel, TransformersModel, load, template_hash
+from potstill.models import (
+    LoadedModel,
+    TransformersModel,
+    decoder_start_id,
+    decoder_start_token,
+    load,
+    template_hash,
+)
 from potstill.train.online import OnlineTeacher
 from potstill.train.rows import (
     CachedTeacher,
@@ -51,6 +58,12 @@ def resolve_student(student: ModelInput, tokenizer: Any | None, device: torch.de
         raise TrainingError(
             "the student is a model without its tokenizer",
             expected="tokenizer=, or the model's folder or hub id in place of the model",
+        )
+    if (decoder_start_id(student.config) is None) != (decoder_start_token(tokenizer) is None):
+        raise TrainingError(
+            "student and tokenizer are not of one kind: one of them is an encoder-decoder's",
+            expected="the tokenizer as potstill.models.load_tokenizer gives it for the student",
+            mend="give the model's folder or hub id in place of the model",
         )
     Renderer(tokenizer)  # saving needs to know what ends a turn: better refused now than after training
     return LoadedModel(student.to(device), tokenizer, "")

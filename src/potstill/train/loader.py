@@ -1,5 +1,6 @@
 """The rows as optimiser steps of micro-batches; of several processes (ranks) each makes its part of them."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,20 +17,29 @@ __all__ = ["EpochPlan", "MicroBatches", "OptimiserStep", "StepLoader"]
 
 
 class EpochPlan(Sampler[list[int]]):
-    """The row numbers of each optimiser step of one epoch."""
+    """The row numbers of each optimiser step of one epoch; `together` neighbours count as one row."""
 
-    def __init__(self, lengths: list[int], batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+    def __init__(self, lengths: list[int], batch: int, seed: int, together: int = 1) -> None:
+        self.lengths = [sum(lengths[one : one + together]) for one in range(0, len(lengths), together)]
+        self.batch, self.seed, self.together, self.epoch = batch, seed, together, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration is; transformers and accelerate call this."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(epoch_plan(self.lengths, self.batch, self.seed, self.epoch))
+        for step in epoch_plan(self.lengths, self.batch, self.seed, self.epoch):
+            yield [one * self.together + place for one in step for place in range(self.together)]
 
     def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch)
+
+    def steps_of(self, tokens: int) -> int:
+        """The number of the step, from the first epoch on, in which so many tokens have been trained on."""
+        epochs, left = divmod(tokens - 1, sum(self.lengths))
+        steps = epoch_plan(self.lengths, self.batch, self.seed, epochs)
+        ends = itertools.accumulate(sum(self.lengths[row] for row in rows) for rows in steps)
+        return epochs * len(self) + 1 + sum(end <= left for end in ends)
 
 
 class OptimiserStep(NamedTuple):
@@ -66,7 +76,7 @@ class MicroBatches:
 
     def one_by_one(self, numbers: Sequence[int]) -> Iterator[MicroBatch]:
         """This rank's micro-batches of any number of rows, at least one, each made when it is its turn."""
-        groups = self.split(numbers, self.rank)
+        groups, factors = self.split(numbers, self.rank), self.rows.factors(numbers)
         if not groups:
             yield self._idle(numbers[0])
         for members in groups:
@@ -75,15 +85,17 @@ class MicroBatches:
                 None if self.teacher is None else self.teacher(self.rows, members),
                 tuple(self.rows.ids[number] for number in members),
                 packed=self.packed,
+                factors=None if factors is None else tuple(factors[number] for number in members),
             )
 
     def _idle(self, number: int) -> MicroBatch:
         """Without a token that counts, for a rank without rows: it too takes part in what the ranks exchange.
 
-        The row lends its first tokens and the kind of its signal.
+        The row, which another rank trains on, lends its tokens and the kind of its signal.
         """
         signal = None if self.teacher is None else self.teacher(self.rows, [number]).rows(slice(0, 0))
-        made = make_micro_batch([Rendered(self.rows[number].ids[:2], [0, 0])], signal, packed=self.packed)
+        ids = self.rows[number].ids
+        made = make_micro_batch([Rendered(ids, [0] * len(ids))], signal, packed=self.packed)
         return replace(made, lengths=(0,))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from potstill.core.errors import TrainingError
 from potstill.core.store import MODEL_CARD_FILE
+from potstill.models import decoder_start_id
 from potstill.models.pretrained import HARMLESS_PEFT_WARNINGS
 from potstill.train.settings import LoraSettings
 
@@ -32,7 +33,7 @@ def add_adapter(model: Any, settings: LoraSettings, seed: int, token_ids: Sequen
         trainable_token_indices=_trained_rows(model, token_ids) if token_ids else None,
         use_dora=settings.dora,
         use_rslora=settings.rslora,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if decoder_start_id(model.config) is None else "SEQ_2_SEQ_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
@@ -83,6 +84,13 @@ def _set_magnitudes(model: Any) -> None:
 
 def _trained_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]]:
     """PEFT's setting that trains rows of embedding and head: the same for both, by the layers' names."""
+    if decoder_start_id(model.config) is not None:
+        raise TrainingError(
+            f"add_tokens: a {model.config.model_type} model has its embedding in three places, and PEFT "
+            "would train rows of one",
+            expected="a decoder-only model, or all weights trained",
+            mend="leave lora out, or leave add_tokens out: the tokens are written as text then",
+        )
     if model.get_output_embeddings().bias is not None:
         raise TrainingError(
             f"add_tokens: a {model.config.model_type} model's head has a bias, which PEFT would leave out",

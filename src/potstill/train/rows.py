@@ -32,10 +32,12 @@ __all__ = [
 class Rows:
     """Token ids, loss mask and record id of many rows, at five bytes a token.
 
-    `sources` holds for each row its number where it came from.
+    `sources` holds for each row its number where it came from. Where there are `shares`, as many neighbours
+    are the tasks that one trace was made into, and each task has its share of the loss.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shares: Sequence[float] = ()) -> None:
+        self.shares = tuple(shares)
         self.ids: list[str] = []
         self.sources = array("q")
         self._tokens, self._mask, self._ends = array("i"), bytearray(), array("q", [0])
@@ -51,6 +53,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def rows_a_trace(self) -> int:
+        """How many neighbours were made of one trace."""
+        return max(1, len(self.shares))
+
     def __getitem__(self, number: int) -> Rendered:
         part = slice(self._ends[number], self._ends[number + 1])
         return Rendered(self._tokens[part].tolist(), list(self._mask[part]))
@@ -62,6 +69,21 @@ class Rows:
     def supervised(self, number: int) -> int:
         """Tokens of a row that the loss counts."""
         return sum(self._mask[self._ends[number] : self._ends[number + 1]])
+
+    def factors(self, numbers: Sequence[int]) -> dict[int, float] | None:
+        """What the tokens of some rows weigh, so that their mean is the tasks' means, each with its share.
+
+        None where tokens weigh alike.
+        """
+        if not self.shares:
+            return None
+        tokens = [0] * len(self.shares)
+        for number in numbers:
+            tokens[number % len(tokens)] += self.supervised(number)
+        by_task = [
+            share * sum(tokens) / max(1, count) for share, count in zip(self.shares, tokens, strict=True)
+        ]
+        return {number: by_task[number % len(by_task)] for number in numbers}
 
     @property
     def lengths(self) -> list[int]:

@@ -236,6 +236,12 @@ class TrainSettings(Settings):
     )
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps; the schedule ends there")
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="in place of epochs: stop after the step in which so many tokens, prompts included, have "
+        "been trained on, rows beginning anew where they end; the schedule ends there",
+    )
     batch: int = Field(16, ge=1, description="sequences an optimiser step, over all devices")
     lr: float = Field(1e-4, gt=0)
     schedule: Schedule = "cosine"
@@ -276,6 +282,12 @@ class TrainSettings(Settings):
         description="weight of KL(student || base), which keeps the student near the model that it was "
         "before training: the base of an adapter, or else a frozen copy",
     )
+    router_aux_loss_coef: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the loss that evens the load of a mixture's experts, row by row; by default "
+        "the model's own where its configuration says output_router_logits, else 0",
+    )
     feature: FeatureSettings | None = Field(
         None, description="learn from the inner states of a `teacher` in memory as well"
     )
@@ -290,6 +302,14 @@ class TrainSettings(Settings):
     )
     mask_prefix: bool = Field(
         False, description="of continued responses, leave out of the loss what another model wrote before"
+    )
+    label_weight: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="of an encoder-decoder: learn each trace as two tasks (Hsieh et al. 2023), its answer "
+        "behind `[label]` and its reasoning behind `[rationale]`, where the answers' loss has this weight "
+        "(0.5 there) and that of the reasoning the rest; a trace counts as one sequence of `batch`",
     )
     trainer: dict[str, Any] = Field({}, description="further fields of transformers.TrainingArguments")
 
@@ -329,7 +349,17 @@ class TrainSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        if self.label_weight is not None and self.mask_prefix:
+            raise ValueError(
+                "label_weight parts a response, and mask_prefix masks the beginning of a whole one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_schedule(self) -> Self:
+        if self.tokens is not None and self.max_steps is not None:
+            raise ValueError("tokens and max_steps both say where training ends; leave one of them out")
         if self.min_lr_ratio and self.schedule == "constant":
             raise ValueError("min_lr_ratio is where a schedule ends that falls, and schedule is constant")
         return self
@@ -339,7 +369,7 @@ class TrainSettings(Settings):
         number = int(view.removeprefix("epoch"))
         if self.keep_epochs is None:
             return "the step keeps no models of single epochs: set its keep_epochs"
-        if self.max_steps is not None:
+        if self.max_steps is not None or self.tokens is not None:
             return None
         if number > self.epochs:
             return f"the step trains {self.epochs:g} epochs"

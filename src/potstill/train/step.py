@@ -32,6 +32,7 @@ from potstill.models import (
 )
 from potstill.train import checkpoints, cpu
 from potstill.train.arguments import DistillationArguments
+from potstill.train.loader import EpochPlan
 from potstill.train.lora import add_adapter
 from potstill.train.online import OnlineTeacher
 from potstill.train.rows import (
@@ -44,11 +45,12 @@ from potstill.train.rows import (
 )
 from potstill.train.saving import kept_epochs, save_student
 from potstill.train.settings import TrainSettings, default_max_tokens
+from potstill.train.step_by_step import ask_for_labels, rows_of_tasks
 from potstill.train.student import StudentWithLoss
 from potstill.train.throughput import parameter_size
 from potstill.train.trackers import check_trackers
 from potstill.train.trainer import DistillationTrainer
-from potstill.train.watcher import Watcher, history_point
+from potstill.train.watcher import Watcher, expert_load, history_point
 
 __all__ = ["train"]
 
@@ -60,10 +62,17 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
     model_settings = transformers_model(context, settings.student, device=settings.device)
     loaded = _load_student(settings, model_settings, context)
     _say_quantization("student", loaded, context)
-    renderer = Renderer(_as_cached(settings, model_settings, context, loaded.tokenizer))
+    tokenizer = _as_cached(settings, model_settings, context, loaded.tokenizer)
+    if settings.label_weight is not None:
+        ask_for_labels(tokenizer)
+    renderer = Renderer(tokenizer)
     if not renderer.takes_system:
         context.say("the chat template has no system role: such messages stand before the first question")
     data, teacher = _read_data(settings, context, loaded, renderer)
+    if settings.tokens is not None:
+        rows = data.train
+        plan = EpochPlan(rows.lengths, settings.batch, context.derive_seed("order"), rows.rows_a_trace)
+        settings = settings.model_copy(update={"max_steps": plan.steps_of(settings.tokens)})
     device = loaded.model.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -86,6 +95,7 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
     if trainer.early_stopping is not None and trainer.early_stopping.kept_step is not None:
         kept_step = trainer.early_stopping.kept_step
         context.say(f"keeps the weights of step {kept_step:,}, whose held-out loss is the lowest")
+    experts = expert_load(trainer.state.log_history, kept_step)
     untouched = trainer.untouched()
     if untouched:
         context.say(
@@ -101,7 +111,9 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
             **_final_figures(history, kept_step),
             "parameter_groups": trainer.groups.as_json(),
             "untouched": untouched,
+            "flops": sum(point.get("flops", 0.0) for point in history),
             **({} if feature is None else {"feature": feature.as_json()}),
+            **({} if not experts else {"expert_load": experts}),
             "history": history,
         },
         extra=extra,
@@ -207,6 +219,12 @@ def _read_data(
         _say_quantization("teacher", found, context)
         teacher = OnlineTeacher(found, loaded)
     if caches := logit_artifacts(settings.data, context):
+        if settings.label_weight is not None:
+            raise TrainingError(
+                f"{settings.data} holds a teacher's logits of whole responses, and label_weight parts them",
+                expected="traces as data",
+                mend="name the traces that were cached, or leave label_weight out",
+            )
         if settings.mask_prefix:
             raise TrainingError(
                 f"{settings.data} holds a teacher's logits, which have their own mask",
@@ -232,7 +250,10 @@ def _read_data(
         records = read(settings.data, context)
         if settings.mask_prefix:
             records = _with_a_prefix(records, settings)
-        data = rows_of_records(records, renderer, max_length, mask_prefix=settings.mask_prefix)
+        if settings.label_weight is None:
+            data = rows_of_records(records, renderer, max_length, mask_prefix=settings.mask_prefix)
+        else:
+            data = rows_of_tasks(records, renderer, max_length, settings.label_weight)
     data.check()
     if data.shortened:
         context.say(f"{data.shortened:,} rows were cut to {max_length:,} tokens")
@@ -271,6 +292,8 @@ def _say_what_is_trained(
             context.say(line)
     if trainer.student.feature is not None:
         context.say(trainer.student.feature.as_text())
+    if trainer.student.routing is not None and trainer.student.routing.routers:
+        context.say(trainer.student.routing.as_text())
     return {
         "rows": len(data.train),
         "held_out_rows": len(data.held_out),
@@ -317,6 +340,7 @@ def _arguments(settings: TrainSettings, context: StepContext, device: torch.devi
         "kl_reduction": settings.kl_reduction,
         "top_k": settings.top_k,
         "base_kl": settings.base_kl,
+        "router_aux_loss_coef": settings.router_aux_loss_coef,
         "activation_checkpointing": settings.activation_checkpointing,
         "groups": [group.model_dump() for group in settings.groups],
         "feature": None if settings.feature is None else settings.feature.model_dump(),

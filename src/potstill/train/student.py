@@ -24,6 +24,7 @@ from potstill.train.features import FeatureLoss, Passed, States, counted
 
 if TYPE_CHECKING:
     from potstill.train.base import Base
+    from potstill.train.routing import Routing
 
 __all__ = ["MicroBatch", "StudentWithLoss", "make_micro_batch", "supervised_hidden"]
 
@@ -35,7 +36,8 @@ class MicroBatch:
     `lengths` are each row's real tokens, `supervised` counts those that the loss does; `row_ids` name the
     records in messages. `shared_prefix` counts the first tokens that all rows have in common and none of
     which predicts a supervised one. Packed rows are one row here, without padding, whose positions begin
-    again with each of them. `teacher_states` are there where features are compared.
+    again with each of them. `teacher_states` are there where features are compared. `factors` are what the
+    tokens of each row weigh, None where all weigh alike.
     """
 
     input_ids_BT: Tensor
@@ -47,6 +49,7 @@ class MicroBatch:
     shared_prefix: int = 0
     position_ids_BT: Tensor | None = None
     teacher_states: States | None = None
+    factors: tuple[float, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -73,6 +76,7 @@ def make_micro_batch(
     row_ids: tuple[str, ...] = (),
     *,
     packed: bool = False,
+    factors: tuple[float, ...] | None = None,
 ) -> MicroBatch:
     """Rows as tensors. What the padding holds does not matter: causal attention never looks at it."""
     tensors = collate_packed(rows) if packed else collate(rows, pad_id=0)
@@ -85,6 +89,7 @@ def make_micro_batch(
         row_ids=row_ids,
         shared_prefix=0 if packed else shared_prefix(rows),
         position_ids_BT=tensors.get("position_ids"),
+        factors=factors,
     )
 
 
@@ -115,6 +120,7 @@ class StudentWithLoss(nn.Module):
         renormalise: bool = False,
         base: "Base | None" = None,
         feature: FeatureLoss | None = None,
+        routing: "Routing | None" = None,
         bf16: bool = False,
     ) -> None:
         super().__init__()
@@ -122,7 +128,7 @@ class StudentWithLoss(nn.Module):
         self.vocabulary_size, self.bf16 = vocabulary_size, bf16
         self.alpha, self.temperature, self.divergence = alpha, temperature, divergence
         self.beta, self.skew, self.renormalise = beta, skew, renormalise
-        self.base, self.feature = base, feature
+        self.base, self.feature, self.routing = base, feature, routing
 
     @property
     def device(self) -> torch.device:
@@ -136,19 +142,22 @@ class StudentWithLoss(nn.Module):
         supervised_tokens: float,
         divergence_scale: float = 1.0,
         feature_scale: float = 1.0,
+        routing_scale: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the optimiser step's loss, and each quantity's sum over its tokens.
 
         `supervised_tokens` is the count of the whole optimiser step, so that gradients do not depend on how
         the step is split, divided by the ranks where gradients are averaged over them; `divergence_scale` is
         `blend`'s, and `feature_scale` is that count divided by that of the tokens which features are compared
-        of. The head runs on supervised tokens only, chunk by chunk.
+        of, `routing_scale` likewise by that of all tokens, which routers see. The head runs on supervised
+        tokens only, chunk by chunk.
         """
         listening: AbstractContextManager[Passed] = (
             nullcontext({}) if self.feature is None else self.feature.listening(self.model)
         )
+        routers = nullcontext({}) if self.routing is None else self.routing.listening()
         with torch.autocast(batch.input_ids_BT.device.type, torch.bfloat16, enabled=self.bf16):
-            with listening as passed:
+            with listening as passed, routers as routed:
                 hidden_NH, targets_N = supervised_hidden(self.model, batch)
             if batch.teacher is None:
                 quantities = response_loss(targets_N)
@@ -171,9 +180,13 @@ class StudentWithLoss(nn.Module):
                 1.0 / supervised_tokens,
                 dtype=torch.promote_types(hidden_NH.dtype, torch.float32),
             )
+            factors_N = torch.ones_like(weights_N)
+            if batch.factors is not None:
+                factors_B = weights_N.new_tensor(batch.factors)
+                factors_N = factors_B.repeat_interleave(batch.loss_mask_BT.sum(1))
             head = output_head(self.model, self.vocabulary_size)
-            loss, values = weighted_loss(hidden_NH, head, quantities, weights_N)
-            sums = {name: value_N.sum(dtype=torch.float64) for name, value_N in values.items()}
+            loss, values = weighted_loss(hidden_NH, head, quantities, weights_N * factors_N)
+            sums = {name: (value_N * factors_N).sum(dtype=torch.float64) for name, value_N in values.items()}
             if self.feature is not None:
                 assert batch.teacher_states is not None
                 tokens = counted(batch, self.feature.settings.tokens)
@@ -182,6 +195,13 @@ class StudentWithLoss(nn.Module):
                 loss = loss + self.feature.settings.weight * feature / supervised_tokens
                 sums["feature"] = feature.detach().double()
                 sums["loss"] = sums["loss"] + self.feature.settings.weight * sums["feature"]
+            if self.routing is not None:
+                self.routing.count(routed, batch)
+                if self.routing.weight:
+                    auxiliary = routing_scale * self.routing.auxiliary_loss(routed, batch)
+                    loss = loss + self.routing.weight * auxiliary / supervised_tokens
+                    sums["router_aux"] = auxiliary.detach().double()
+                    sums["loss"] = sums["loss"] + self.routing.weight * sums["router_aux"]
         return loss, sums
 
     def activation_checkpointing_enable(self, **options: Any) -> None:

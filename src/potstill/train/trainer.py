@@ -22,7 +22,15 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import IntervalStrategy
 
 from potstill.core.errors import TrainingError
-from potstill.models import check_same_vocabulary, isolates_packed_rows, supports_bf16, writing
+from potstill.models import (
+    check_same_vocabulary,
+    dead_experts,
+    decoder_start_id,
+    isolates_packed_rows,
+    load_entropy,
+    supports_bf16,
+    writing,
+)
 from potstill.train import cpu
 from potstill.train.arguments import DistillationArguments
 from potstill.train.base import Base
@@ -40,6 +48,7 @@ from potstill.train.inputs import (
 )
 from potstill.train.loader import EpochPlan, MicroBatches, OptimiserStep, StepLoader
 from potstill.train.online import OnlineTeacher
+from potstill.train.routing import Routing
 from potstill.train.rows import Rows
 from potstill.train.saving import save_student
 from potstill.train.settings import EarlyStoppingSettings, FeatureSettings, Schedule
@@ -181,9 +190,12 @@ class DistillationTrainer(Trainer):
             renormalise=arguments.renormalise,
             base=self.base,
             feature=self._feature(settings.feature, arguments.seed, bf16=bf16),
+            routing=Routing(model, arguments.router_aux_loss_coef),
             bf16=bf16,
         )
-        self.plan = EpochPlan(self.rows.lengths, arguments.batch, arguments.order_seed)
+        self.plan = EpochPlan(
+            self.rows.lengths, arguments.batch, arguments.order_seed, together=self.rows.rows_a_trace
+        )
         self._cost = StepCost(model)
         self._figures: dict[str, float] = {}
         self._row_ids: list[str] = []
@@ -246,6 +258,12 @@ class DistillationTrainer(Trainer):
             return None
         assert isinstance(self.teacher, OnlineTeacher)
         model = self.loaded.model
+        if decoder_start_id(model.config) is not None:
+            raise TrainingError(
+                f"feature: the inner states of a {model.config.model_type} model are those of two stacks",
+                expected="a decoder-only student, whose layers are one row",
+                mend="leave feature out: its answers' loss needs no inner states",
+            )
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):  # as the student will run
             return FeatureLoss(settings, model, self.teacher.model, seed)
 
@@ -324,7 +342,7 @@ class DistillationTrainer(Trainer):
                 )
         lengths = [self.rows.length(number) for number in step.numbers]
         self._figures = {**figures, "tokens": sum(lengths)}
-        self._step = (started, self._cost.flops(lengths, supervised))
+        self._step = (started, self._cost.flops(lengths, [*map(self.rows.supervised, step.numbers)]))
         return torch.tensor(loss_of_step, device=self.args.device)
 
     def _over_ranks(self, sums: dict[str, Tensor], fault: int = 0) -> tuple[dict[str, float], list[int]]:
@@ -334,14 +352,14 @@ class DistillationTrainer(Trainer):
         *totals, _ = by_rank.sum(0).tolist()
         return dict(zip(sums, totals, strict=True)), [int(one) for one in by_rank[:, -1].tolist()]
 
-    def _scales(self, rows: Rows, numbers: Sequence[int]) -> tuple[float, float]:
-        """What the divergence and the feature loss of some rows are multiplied with, to be means as asked."""
+    def _scales(self, rows: Rows, numbers: Sequence[int]) -> tuple[float, float, float]:
+        """What some rows' divergence, feature loss and routers' loss are multiplied with, to be means."""
         supervised = sum(map(rows.supervised, numbers))
         divergence = 1.0 if self.args.kl_reduction == "token" else supervised / len(numbers)
+        over_all_tokens = supervised / sum(map(rows.length, numbers))
         feature = self.student.feature
-        if feature is None or feature.settings.tokens == "supervised":
-            return divergence, 1.0
-        return divergence, supervised / sum(map(rows.length, numbers))
+        of_supervised = feature is None or feature.settings.tokens == "supervised"
+        return divergence, 1.0 if of_supervised else over_all_tokens, over_all_tokens
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -365,13 +383,17 @@ class DistillationTrainer(Trainer):
             dtype = torch.bfloat16 if self.student.bf16 else self.student.model.dtype
             peak = self.args.world_size * peak_flops_per_s(self.student.device, dtype)
             speed = {"tokens_per_s": self._figures["tokens"] / seconds, "mfu": flops / seconds / peak}
-            logs = {**logs, **self._figures, **speed}
+            logs = {**logs, **self._figures, "flops": flops, **speed}
         super().log(logs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The loss on the held-out rows and its parts, as "eval_loss" and so on; logged.
+
+        Of a mixture of experts also how evenly these rows' tokens are spread, "eval_expert_entropy" as the
+        mean over layers, and "eval_dead_experts", those of all layers that next to no token reaches; what
+        each expert of each router got is "expert_counts" of the entry in the trainer's log.
 
         The arguments are those of transformers' trainer, which leaves them at their defaults. Raises
         TrainingError for other rows or another prefix, and where no rows are held out.
@@ -388,14 +410,25 @@ class DistillationTrainer(Trainer):
         sums: dict[str, Tensor] = {}
         supervised = self.held_out.supervised_tokens
         scales = self._scales(self.held_out, range(len(self.held_out)))
-        with torch.no_grad():
+        routing = self.student.routing
+        assert routing is not None
+        with torch.no_grad(), routing.counting() as counts:
             for batch in self.micro_batches(self.held_out).one_by_one(range(len(self.held_out))):
                 _, values = self.student(self._on_device(batch), 1, *scales)
                 for name, value in values.items():
                     sums[name] = value + sums.get(name, 0.0)
         totals, _ = self._over_ranks(sums)
         metrics = {f"eval_{name}": total / supervised for name, total in totals.items()}
-        self.log(metrics)
+        if not routing.routers:
+            self.log(metrics)
+        else:
+            by_router = routing.by_router(self.accelerator.gather(counts[None]).sum(0))
+            entropies = [load_entropy(one) for one in by_router.values()]
+            metrics["eval_expert_entropy"] = sum(entropies) / len(entropies)
+            metrics["eval_dead_experts"] = sum(len(dead_experts(one)) for one in by_router.values())
+            self.log(metrics)
+            # Behind the log, of which trackers take plain figures alone.
+            self.state.log_history[-1]["expert_counts"] = by_router
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -19,18 +19,25 @@ if TYPE_CHECKING:
     from potstill.core.events import Progress
     from potstill.models import LoadedModel
 
-__all__ = ["Watcher", "history_point"]
+__all__ = ["Watcher", "expert_load", "history_point"]
 
-# What a second attempt at the same training would log otherwise.
-_TIMES = frozenset({"tokens_per_s", "mfu"})
+# What a second attempt at the same training would log otherwise, and a table that is kept apart.
+_NO_POINT = frozenset({"tokens_per_s", "mfu", "expert_counts"})
 
 
 def history_point(entry: dict[str, Any]) -> dict[str, Any]:
     """The figures of a step or evaluation in the trainer's log, without times; empty for other entries."""
     if "tokens" not in entry and "eval_loss" not in entry:
         return {}
-    wanted = {name: value for name, value in entry.items() if name not in _TIMES}
+    wanted = {name: value for name, value in entry.items() if name not in _NO_POINT}
     return {"step": wanted.pop("step"), **wanted} if "step" in wanted else wanted
+
+
+def expert_load(log: list[dict[str, Any]], kept_step: int) -> list[dict[str, Any]]:
+    """What each expert of each router got of the held-out rows, before and with the kept weights."""
+    found = [entry for entry in log if "expert_counts" in entry]
+    chosen = [*found[:1], *(entry for entry in found[1:] if entry["step"] == kept_step)]
+    return [{"step": entry["step"], "counts": entry["expert_counts"]} for entry in chosen]
 
 
 def _tokens_before(step: int, trainer: DistillationTrainer) -> int:
@@ -115,4 +122,17 @@ class Watcher(TrainerCallback):
             self.context.event("train_log", optimiser_step=step, **point, **speed)
         elif point:
             self.context.event("train_log", optimiser_step=step, **point)
-            self.context.say(f"step {step:,}: held-out loss {point['eval_loss']:.3f}")
+            said = f"step {step:,}: held-out loss {point['eval_loss']:.3f}"
+            if "eval_dead_experts" in point:
+                said += (
+                    f", {point['eval_dead_experts']:,} dead experts, "
+                    f"load entropy {point['eval_expert_entropy']:.3f}"
+                )
+            self.context.say(said)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Report how a mixture's experts are used."""
+        for point in expert_load(state.log_history[-1:], state.global_step):
+            self.context.event("expert_load", optimiser_step=point["step"], counts=point["counts"])

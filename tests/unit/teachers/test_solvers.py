@@ -8,7 +8,7 @@ from potstill.core.errors import DataError
 from potstill.core.records import Record
 from potstill.data.chat import split_reasoning
 from potstill.data.tasks import task_rows
-from potstill.teachers.solvers import chain_sum
+from potstill.teachers.solvers import chain_sum, worked
 from potstill.verifiers import verify
 
 
@@ -73,3 +73,36 @@ def test_it_agrees_with_the_data_set(terms: int, digits: int, negation: bool) ->
 def test_a_prompt_without_a_sum_is_refused(question: str) -> None:
     with pytest.raises(DataError, match="no sum to solve"):
         chain_sum(problem(question))
+
+
+@pytest.mark.parametrize(
+    ("task", "parameters", "steps"),
+    [
+        ("chain_sum", {"max_terms": 3}, True),
+        ("count_bits", {"max_n": 511}, True),
+        ("letter_counting", {"min_words": 3, "max_words": 6}, True),
+        ("spell_backward", {}, True),
+        ("syllogism", {}, False),
+    ],
+)
+def test_worked_answers_are_right_with_steps_where_they_are_known(
+    task: str, parameters: dict[str, int], steps: bool
+) -> None:
+    for row in task_rows(task, parameters, 30, 1):
+        name, asked = f"reasoning_gym:{task}", [{"role": "user", "content": row["question"]}]
+        record = Record("p", asked, reference=row["answer"], task=name, meta=row["meta"])
+        text = worked(record)
+        assert verify(record, text)["correct"], text
+        assert (split_reasoning(text)[0] is not None) is steps
+
+
+def test_a_number_is_halved_and_a_word_spelled_letter_by_letter() -> None:
+    bits = Record("p", [], reference="2", task="reasoning_gym:count_bits", meta={"number": 6})
+    assert worked(bits) == "<think>\n6 0\n3 1\n1 1\n</think>\n2"
+    word = Record("p", [], reference="nus", task="reasoning_gym:spell_backward", meta={"word": "sun"})
+    assert worked(word) == "<think>\ns u n\nn u s\n</think>\nnus"
+
+
+def test_a_problem_without_a_gold_answer_is_refused() -> None:
+    with pytest.raises(DataError, match="no gold answer"):
+        worked(Record("p", [], task="reasoning_gym:countdown"))

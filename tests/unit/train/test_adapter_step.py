@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from potstill.core.errors import TrainingError
-from potstill.models import TransformersModel
+from potstill.models import TransformersModel, supports_bf16
 
 Training = Callable[..., Any]
 
@@ -76,7 +76,8 @@ def test_a_checkpoint_that_is_quantised_already_is_a_base_and_a_teacher_as_it_is
     assert f"the student's weights are in {scheme} already, and are used as they are" in said
     assert f"the teacher's weights are in {scheme} already, and are used as they are" in said
     first = next(point for point in result.metrics["history"] if "eval_kl" in point)
-    assert first["eval_kl"] == pytest.approx(0, abs=1e-4)  # both are one model
+    # Both are one model; with bf16 the student computes under autocast and the teacher in its own type.
+    assert first["eval_kl"] == pytest.approx(0, abs=5e-3 if supports_bf16(torch.device("cpu")) else 1e-4)
     assert result.metrics["untouched"] == []
     seal(folder, "train", result)
     on, _, _ = train("on", student=TransformersModel(path=str(folder)), max_steps=1)

@@ -190,7 +190,7 @@ def test_a_teacher_in_fewer_bits_has_states_near_its_own(
         assert theirs[1] is not None
         for key, state in theirs[0].items():
             apart = (theirs[1][key].float() - state).norm() / state.norm()
-            assert 0 < apart < 0.6  # of two unrelated ones about 1.4
+            assert 0 < apart < 0.8  # of two unrelated ones about 1.4
 
 
 # --- what is refused

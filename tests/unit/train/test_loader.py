@@ -7,7 +7,7 @@ import torch
 
 from potstill.data.chat import Rendered
 from potstill.losses.types import Dense
-from potstill.train.loader import MicroBatches
+from potstill.train.loader import EpochPlan, MicroBatches
 from potstill.train.rows import Rows
 
 
@@ -47,3 +47,17 @@ def test_a_rank_without_rows_has_a_micro_batch_without_supervised_tokens(packed:
     assert batch.teacher.logits_NV.shape == (0, 30)
     (batch,) = MicroBatches(rows(), None, 20, packed, 1, 2)([4]).batches
     assert batch.teacher is None
+
+
+@pytest.mark.parametrize("tokens", [1, 23, 24, 80, 81, 160, 161, 400])
+def test_training_by_tokens_ends_with_the_step_in_which_they_are_reached(tokens: int) -> None:
+    plan = EpochPlan([4, 20, 6, 9, 11, 30], 2, seed=5)
+    steps = plan.steps_of(tokens)
+    trained, ends = 0, []
+    for epoch in range(6):
+        plan.set_epoch(epoch)
+        for rows in plan:
+            trained += sum(plan.lengths[row] for row in rows)
+            ends.append(trained)
+    assert ends[steps - 1] >= tokens
+    assert steps == 1 or ends[steps - 2] < tokens

@@ -107,3 +107,10 @@ def test_a_layer_map_has_numbers_whether_yaml_json_or_the_command_line_gave_it()
 def test_features_that_cannot_be_compared_are_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         settings(feature=wrong)
+
+
+def test_tokens_and_max_steps_both_say_where_training_ends() -> None:
+    with pytest.raises(ValidationError, match="leave one of them out"):
+        TrainSettings.model_validate(
+            {"do": "train", "student": "s", "data": "rows", "tokens": 10, "max_steps": 2}
+        )

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from potstill.data.chat import Rendered
 from potstill.losses.response import cross_entropy
 from potstill.models import TransformersModel, load, output_head
+from potstill.models.shared_experts import register_shared_experts
 from potstill.train.groups import ParameterGroups
 from potstill.train.lora import add_adapter
 from potstill.train.settings import LoraSettings, ParameterGroup
@@ -19,12 +21,12 @@ from potstill.train.throughput import StepCost, parameter_size, peak_flops_per_s
 ROW = Rendered(list(range(20, 60)), [0] * 10 + [1] * 30)
 
 
-def counted(model: Any) -> int:
+def counted(model: Any, row: Rendered = ROW) -> int:
     """What torch counts of a forward and backward pass whose head sees the supervised tokens alone."""
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     plain.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
-        hidden_NH, targets_N = supervised_hidden(model.train(), make_micro_batch([ROW]))
+        hidden_NH, targets_N = supervised_hidden(model.train(), make_micro_batch([row]))
         cross_entropy(output_head(model, 304)(hidden_NH), targets_N).mean().backward()
     return counter.get_total_flops()
 
@@ -34,7 +36,36 @@ def test_they_are_those_of_the_matrix_products(build_tiny_model: Any, family: st
     model = build_tiny_model(family)
     causal_half = StepCost(model).per_squared_length * len(ROW.ids) ** 2
     # Eager attention computes the half that the mask throws away as well.
-    assert StepCost(model).flops([40], 30) + causal_half == pytest.approx(counted(model), rel=0.02)
+    assert StepCost(model).flops([40], [30]) + causal_half == pytest.approx(counted(model), rel=0.02)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full weights", "adapter"])
+def test_of_an_encoder_decoder_each_stack_costs_its_own_tokens(tiny_t5: Any, *, adapted: bool) -> None:
+    model = add_adapter(tiny_t5, LoraSettings(rank=4), seed=1) if adapted else tiny_t5
+    source, target = [*range(5, 44), 1], [*range(50, 79), 1]
+    row = Rendered([*source, 0, *target], [0] * 41 + [1] * 30)
+    cost = StepCost(model)
+    causal_half = cost.per_squared_target * 30**2
+    expected = pytest.approx(counted(model, row), rel=0.12 if adapted else 0.03)
+    assert cost.flops([71], [30]) + causal_half == expected
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["whole", "shared"])
+def test_an_expert_counts_for_the_tokens_that_are_routed_to_it(
+    build_tiny_model: Any, moe_family: str, *, shared: bool
+) -> None:
+    model = build_tiny_model(moe_family)
+    if shared:
+        register_shared_experts()
+        settings = {**model.config.to_dict(), "compression_config": {"method": "shared_core", "rank": 4}}
+        del settings["model_type"]
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(f"{moe_family}_shared_core", **settings)
+        )
+    else:
+        model.set_experts_implementation("eager")
+    causal_half = StepCost(model).per_squared_length * len(ROW.ids) ** 2
+    assert StepCost(model).flops([40], [30]) + causal_half == pytest.approx(counted(model), rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["frozen below", "only the top", "adapter"])
@@ -46,7 +77,7 @@ def test_gradients_that_are_not_needed_are_not_counted(build_tiny_model: Any, ki
         frozen = "embed|layers.0" if kind == "frozen below" else "embed|layers.0|layers.1.self_attn"
         ParameterGroups(model, [ParameterGroup(match=frozen, lr=0.0)], 1e-3, 0.0)
     cost = StepCost(model)
-    assert cost.flops([40], 30) + cost.per_squared_length * 1600 == pytest.approx(counted(model), rel=0.12)
+    assert cost.flops([40], [30]) + cost.per_squared_length * 1600 == pytest.approx(counted(model), rel=0.12)
 
 
 def test_weights_in_four_bits_count_as_what_they_stand_for(shared_model_folder: Path) -> None:
@@ -58,7 +89,7 @@ def test_weights_in_four_bits_count_as_what_they_stand_for(shared_model_folder: 
     sizes = [sum(map(parameter_size, model.parameters())) for model in (packed, plain)]
     assert sizes[0] == sizes[1]
     costs = [StepCost(add_adapter(model, LoraSettings(rank=4), seed=1)) for model in (packed, plain)]
-    assert costs[0].flops([40], 30) == costs[1].flops([40], 30)
+    assert costs[0].flops([40], [30]) == costs[1].flops([40], [30])
 
 
 def test_the_peak_is_measured_once() -> None:
