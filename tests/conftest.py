@@ -130,12 +130,23 @@ _CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 TINY_FAMILIES = tuple(_CONFIGURATIONS)
 
+_EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
+_MOE_CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        _COMMON | _EXPERTS | {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 8},
+    ),
+    "mixtral": ("MixtralConfig", _COMMON | _EXPERTS | {"num_local_experts": 8, "intermediate_size": 24}),
+    "olmoe": ("OlmoeConfig", _COMMON | _EXPERTS | {"num_experts": 8, "intermediate_size": 24}),
+}
+MOE_FAMILIES = tuple(_MOE_CONFIGURATIONS)
+
 
 def _build(family: str = "llama", *, seed: int = 0, **overrides: Any) -> "PreTrainedModel":
     import torch
     import transformers
 
-    name, settings = _CONFIGURATIONS[family]
+    name, settings = (_CONFIGURATIONS | _MOE_CONFIGURATIONS)[family]
     config = getattr(transformers, name)(**settings | overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -166,10 +177,101 @@ def tiny_model(tiny_family: str, build_tiny_model: TinyModelBuilder) -> "PreTrai
     return build_tiny_model(tiny_family)
 
 
+@pytest.fixture(params=MOE_FAMILIES)
+def moe_family(request: pytest.FixtureRequest) -> str:
+    """The name of each family of mixtures of experts in turn; `build_tiny_model` gives them eight experts."""
+    return str(request.param)
+
+
 @pytest.fixture
 def tiny_llama(build_tiny_model: TinyModelBuilder) -> "PreTrainedModel":
     """A tiny Llama with tied embeddings."""
     return build_tiny_model("llama")
+
+
+# Of T5 the head shares the embedding, and what it reads is scaled; of T5 1.1 and mT5 neither.
+_T5_CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("T5Config", {"tie_word_embeddings": True}),
+    "t5_1_1": ("T5Config", {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
+    "mt5": ("MT5Config", {}),
+}
+T5_FAMILIES = tuple(_T5_CONFIGURATIONS)
+# Their ids are those of T5's tokenizers; the decoder starts with the padding.
+_T5_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def _build_t5(family: str = "t5", *, seed: int = 0, **overrides: Any) -> "PreTrainedModel":
+    import torch
+    import transformers
+
+    name, settings = _T5_CONFIGURATIONS[family]
+    common = {"vocab_size": PADDED_VOCABULARY, "d_model": HIDDEN_SIZE, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    sizes = {"num_layers": LAYERS + 1, "num_decoder_layers": LAYERS, "dropout_rate": 0.0}
+    config = getattr(transformers, name)(**common | ids | sizes | settings | overrides)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            if family != "t5":
+                model.lm_head.weight = torch.nn.Parameter(0.5 * torch.randn_like(model.lm_head.weight))
+    return model.eval()
+
+
+@pytest.fixture
+def build_tiny_t5(_quiet_libraries: None) -> TinyModelBuilder:
+    """`build_tiny_t5(family="t5", *, seed=0, **config)`: random, fp32, in eval mode, 3 and 2 layers of 32."""
+    return _build_t5
+
+
+@pytest.fixture(params=T5_FAMILIES)
+def tiny_t5(request: pytest.FixtureRequest, build_tiny_t5: TinyModelBuilder) -> "PreTrainedModel":
+    """A tiny encoder-decoder of each family in turn."""
+    return build_tiny_t5(request.param)
+
+
+@pytest.fixture(scope="session")
+def t5_tokenizer(_quiet_libraries: None) -> "PreTrainedTokenizerFast":
+    """A trained Unigram tokenizer with T5's special tokens, and like T5's without a chat template.
+
+    Shared by all tests of a run: one that changes it works on a deep copy.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200,
+        special_tokens=[*_T5_TOKENS.values()],
+        unk_token="<unk>",
+        initial_alphabet=[*"0123456789+-=?.,[]<>/ "],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_T5_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def build_t5_folder(t5_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`build_t5_folder(family="t5")`: a tiny encoder-decoder with its tokenizer; nobody writes into it."""
+
+    @functools.cache
+    def build(family: str = "t5") -> Path:
+        folder = tmp_path_factory.mktemp("t5") / family
+        _build_t5(family).save_pretrained(folder)
+        t5_tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
 
 
 _CHATML_TOKENS = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
@@ -205,8 +307,11 @@ _CHATS = {
     "gpt_neox": FamilyChat(None, {"eos_token": "<|endoftext|>"}),
     "gpt2": FamilyChat(None, {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}),
     "opt": FamilyChat(None, {"bos_token": "</s>", "eos_token": "</s>"}),
+    "qwen3_moe": FamilyChat("qwen3", {"eos_token": "<|im_end|>"}),
+    "mixtral": FamilyChat("mistral", {"bos_token": "<s>", "eos_token": "</s>"}, ("[INST]", "[/INST]")),
+    "olmoe": FamilyChat(None, {"eos_token": "<|endoftext|>"}),
 }
-assert _CHATS.keys() == _CONFIGURATIONS.keys()
+assert _CHATS.keys() == (_CONFIGURATIONS | _MOE_CONFIGURATIONS).keys()
 
 
 def chat_template_of(name: str) -> str:
@@ -294,3 +399,36 @@ def shared_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer
     _build("llama").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data: POTSTILL_SHARED_DATA, or shared/data beside the repository."""
+    stated = os.environ.get("POTSTILL_SHARED_DATA")
+    folder = Path(stated) if stated else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real data is not at hand")
+    return folder
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path: Path, tiny_tokenizer: Any, _quiet_libraries: None) -> str:
+    """The folder of a random encoder."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = BertConfig(
+            vocab_size=PADDED_VOCABULARY,
+            hidden_size=HIDDEN_SIZE,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=256,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        BertModel(config).save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer.save_pretrained(tmp_path / "encoder")
+    return str(tmp_path / "encoder")

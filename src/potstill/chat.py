@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from potstill.core.errors import DataError
 from potstill.data.chat import Renderer, check_prompt_length, split_reasoning
-from potstill.models import LoadedModel, TransformersModel, load
-from potstill.teachers.transformers import context_tokens
+from potstill.models import LoadedModel, TransformersModel, decoder_start_id, load
+from potstill.teachers.transformers import context_tokens, generation_inputs
 
 __all__ = ["Speaker", "chat"]
 
@@ -89,17 +89,17 @@ class Speaker:
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(stop_ids),
             pad_token_id=min(stop_ids),
+            decoder_start_token_id=decoder_start_id(self.model.config),
             **sampling,
         )
         # generate() would fill in the penalties of the model's own config, which training knew nothing of.
         self.model.generation_config = config
-        input_ids_BT = torch.tensor([prompt_ids], device=self.model.device)
+        inputs, _ = generation_inputs(self.model, [prompt_ids], min(stop_ids))
         streamer = Streamer(self.loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             with torch.inference_mode():
                 self.model.generate(
-                    input_ids=input_ids_BT,
-                    attention_mask=torch.ones_like(input_ids_BT),
+                    **inputs,
                     generation_config=config,
                     logits_processor=[known_ids],
                     streamer=streamer,

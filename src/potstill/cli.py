@@ -213,6 +213,7 @@ def _step_command(kind: str, summary: str, group: typer.Typer = app, name: str |
 for _kind, _summary in {
     "generate": "Let a teacher answer prompts.",
     "select": "Keep the traces that teach a student most.",
+    "retrieve": "Put passages of a corpus into prompts.",
     "init": "Make a smaller student out of a model.",
     "train": "Train a student on traces or cached logits.",
     "merge": "Put an adapter's weights into its base's: a plain model.",

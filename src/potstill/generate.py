@@ -24,7 +24,7 @@ from potstill.teachers.asking import FAILURES_FILE, Asking
 from potstill.teachers.budget import Budget
 from potstill.teachers.continuation import ContinueSettings, beginnings, check_continues
 from potstill.teachers.request_store import RequestStore, open_request_store
-from potstill.verifiers import Verifier, judge
+from potstill.verifiers import Verifier, check_verifiable, judge
 
 __all__ = ["FAILURES_FILE", "GenerateSettings", "PlannedAnswer", "PromptPlan", "check_budget", "run"]
 
@@ -109,7 +109,10 @@ def check_budget(settings: GenerateSettings, model: Settings | None) -> None:
 
 
 def _write_prompts(found: Iterator[Record], settings: GenerateSettings, context: StepContext) -> Path:
-    """Keep what will be asked, once: prompts, or the beginnings of responses that are to be continued."""
+    """Keep what will be asked, once: prompts, or the beginnings of responses that are to be continued.
+
+    Raises DataError where there are none, and for one that the verifier cannot judge.
+    """
     path = context.scratch / _PROMPTS_FILE
 
     def wanted() -> Iterator[Record]:
@@ -126,6 +129,8 @@ def _write_prompts(found: Iterator[Record], settings: GenerateSettings, context:
                 f"none of the {count:,} prompts is held out (held_out: {settings.held_out:g}): what reads "
                 f"{context.name}:held_out will find nothing; a higher share holds some out"
             )
+        if settings.verifier is not None:
+            check_verifiable(read_records(path), settings.verifier, where=f"step {context.name}, data")
         return path
     if settings.continue_ is not None:
         raise DataError(

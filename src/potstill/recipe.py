@@ -471,9 +471,10 @@ def _outputs(raw: _Raw, graph: Graph) -> list[Output]:
             where=raw.where(["outputs"]),
             expected="outputs: {final_model: student}",
         )
-    return [
-        check_output(name, source, graph, raw.where(["outputs", name])) for name, source in declared.items()
-    ]
+    found: list[Output] = []
+    for name, source in declared.items():
+        found.append(check_output(name, source, graph, raw.where(["outputs", name]), others=found))
+    return found
 
 
 def _made_strict(value: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from potstill.core.records import RECORDS_FILE, Record, read_records
+from potstill.data.chat import Renderer
 from potstill.data.sources import read_file
 from potstill.models import TransformersModel, load
 from potstill.recipe import load_recipe, sweep_variants
@@ -237,6 +238,42 @@ def test_three_kinds_train_one_student_on_as_many_tokens(
     assert all("feature" in one for one in manifests["feature"]["metrics"]["history"] if "loss" in one)
 
 
+@pytest.mark.slow
+def test_prune_heal_heals_two_students_of_one_size_on_the_same_logits(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    traces = {"data": {"task": "chain_sum", "size": 16}, "max_new_tokens": 12, "held_out": 0.3}
+    run(
+        potstill,
+        "prune-heal",
+        models={"writer": tiny, "teacher": tiny},
+        steps={
+            "traces": traces,
+            "logits": {"top_k": 8},
+            "shallow": {"layers": 1, "samples": 4},
+            "searched": {"target_params": 17_504, "candidates": 4, "samples": 4},
+            "shallow-healed": {"epochs": 1},
+            "searched-healed": {"epochs": 1},
+        },
+    )
+    folder = tmp_path / "runs" / "prune-heal"
+    names = ("shallow", "searched", "shallow-healed", "searched-healed")
+    manifests = {name: json.loads((folder / name / "manifest.json").read_text("utf-8")) for name in names}
+    assert manifests["shallow"]["counts"]["parameters"] == 17_504
+    assert 0.7 * 17_504 < manifests["searched"]["counts"]["parameters"] <= 17_504
+    assert manifests["shallow-healed"]["tokens"] == manifests["searched-healed"]["tokens"]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "searched: sizes that were tried" in page
+    assert page.index("checkpoint 0") < page.index("searched: sizes that were tried")
+    exam = json.loads((folder / "exam" / "manifest.json").read_text("utf-8"))["metrics"]
+    assert {"student", "shallow", "searched"} <= set(exam["differences"])
+
+
+@pytest.mark.parametrize("variant", ["drop-one", "even", "copied"])
+def test_variants_of_prune_heal_load(variant: str) -> None:
+    assert "searched-healed" in load_recipe("prune-heal", variant=variant).graph.order
+
+
 @pytest.mark.parametrize(
     ("name", "variants"),
     [
@@ -256,3 +293,114 @@ def test_evidence_is_a_sweep_of_its_variants(name: str, variants: str) -> None:
 @pytest.mark.parametrize("variant", ["served", "right-only"])
 def test_variants_of_gsm8k_response_load(variant: str) -> None:
     assert load_recipe("gsm8k-response", variant=variant).graph.order[0] == "answers"
+
+
+TINY_MIXTURE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_experts": 8,
+    "moe_intermediate_size": 24,
+}
+
+
+@pytest.mark.slow
+def test_moe_heal_small_makes_a_mixture_halves_its_experts_and_heals_it(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    steps = {
+        "problems": {"data": {"size": 40}, "held_out": 0.2},
+        "untrained": {"samples": 2, "config": TINY_MIXTURE},
+        "mixture": {"epochs": 2},
+        "healed": {
+            "stages": [
+                {
+                    "name": "experts",
+                    "max_steps": 3,
+                    "groups": [{"match": r"\.mlp\.experts\."}, {"match": ".", "lr": 0}],
+                },
+                {"name": "all", "max_steps": 3},
+            ]
+        },
+        "exam": {"max_new_tokens": 4},
+    }
+    outcome = run(potstill, "moe-heal-small", models={"tokenizer": tiny}, steps=steps)
+    assert "2 routers to 2 of 8 experts" in outcome.err + outcome.out
+    folder = tmp_path / "runs" / "moe-heal-small"
+
+    def manifest(step: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((folder / step / "manifest.json").read_text(encoding="utf-8"))
+        return found
+
+    experts, healed = manifest("healed-experts"), manifest("healed")
+    assert 0 < experts["counts"]["trained_parameters"] < 0.6 * experts["counts"]["parameters"]
+    assert healed["counts"]["trained_parameters"] == healed["counts"]["parameters"]
+    assert [point["step"] for point in healed["metrics"]["expert_load"]] == [0, 3]
+    assert experts["metrics"]["expert_load"][1]["counts"] == healed["metrics"]["expert_load"][0]["counts"]
+    shared = json.loads((folder / "healed" / "config.json").read_text(encoding="utf-8"))
+    assert shared["compression_config"]["method"] == "shared_core"
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Load of the experts before training" in report
+    exam = manifest("exam")["metrics"]["models"]
+    assert {"checkpoint-0", "healed", "mixture"} == exam.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "overrides"), [("two-stages", []), ("router-only", ["compressed.experts=4"])]
+)
+def test_moe_heal_goes_from_plain_text_to_a_healed_student(
+    potstill: Command, build_family_folder: Any, tmp_path: Path, variant: str, overrides: list[str]
+) -> None:
+    texts = [{"text": ""}, *({"text": f" = Ten and {n} = \n The answer is {10 + n} ."} for n in range(24))]
+    rows = {"path": write_rows(tmp_path / "wiki.jsonl", texts), "dataset": None, "config": None}
+    folder = build_family_folder("qwen3_moe")
+    steps: dict[str, Any] = {
+        "compressed": {"data": {**rows, "held_out": 0.3}, "samples": 8},
+        "logits": {"data": {**rows, "held_out": 0.3}, "max_length": 64},
+        "healed": {"batch": 4},
+        "exam": {"data": {**rows, "split": None}},
+    }
+    run(
+        potstill,
+        "moe-heal",
+        *overrides,
+        "--sweep",
+        variant,
+        models={"original": {"path": str(folder)}},
+        steps=steps,
+    )
+    made = json.loads(
+        (tmp_path / "runs" / "moe-heal" / variant / "healed" / "manifest.json").read_text(encoding="utf-8")
+    )
+    before, *_, after = [point["eval_kl"] for point in made["metrics"]["history"] if "eval_kl" in point]
+    assert before > 0, "a compressed student is not its teacher"
+    assert after != before
+    four_experts_in_two_layers = 2 * 4 * 32
+    only_routers = made["counts"]["trained_parameters"] == four_experts_in_two_layers
+    assert only_routers is (variant == "router-only")
+
+
+@pytest.mark.slow
+def test_seq2seq_small_trains_new_encoder_decoders_and_examines_them_beside_another_model(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    few = {"epochs": 1, "batch": 8}
+    steps = {
+        "problems": {"data": {"size": 30}, "held_out": 0.2},
+        "blank": {"config": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}, "samples": 2},
+        "whole": few,
+        "two-tasks": few,
+        "exam": {"max_new_tokens": 4},
+    }
+    run(potstill, "seq2seq-small", models={"smollm2": tiny}, steps=steps)
+    folder = tmp_path / "runs" / "seq2seq-small"
+    for step, begins in (("whole", "What"), ("two-tasks", "[label] What")):
+        student = load(TransformersModel(path=str(folder / step)))
+        assert student.model.config.is_encoder_decoder
+        prompt = Renderer(student.tokenizer).prompt_text([{"role": "user", "content": "What is 3 + 4?"}])
+        assert prompt.startswith(begins)
+    manifest = json.loads((folder / "exam" / "manifest.json").read_text(encoding="utf-8"))
+    assert list(manifest["metrics"]["models"]) == ["smollm2", "whole", "two-tasks"]
+    card = (folder / "whole" / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForSeq2SeqLM" in card

@@ -1,6 +1,5 @@
 """What a step function is given: a context around folders, and sealed artifacts to read."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -107,13 +106,3 @@ def traces(tmp_path: Path, seal: Sealer) -> Callable[..., Artifact]:
         return seal(tmp_path / name, "generate")
 
     return make
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data: POTSTILL_SHARED_DATA, or shared/data beside the repository."""
-    stated = os.environ.get("POTSTILL_SHARED_DATA")
-    folder = Path(stated) if stated else Path(__file__).parents[3] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("the real data is not at hand")
-    return folder

@@ -125,6 +125,20 @@ def test_a_verifier_judges_each_response_and_traces_keep_its_verdicts(kitchen, s
     assert kitchen.traces()[0].verdicts == {}
 
 
+def test_a_row_that_the_verifier_cannot_judge_is_told_before_anything_is_asked(kitchen, server, tmp_path):
+    rows = [{"prompt": "the total?", "reference": {"total": 1}}, {"prompt": "and this?", "reference": 7}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = {"path": str(path)}
+    with pytest.raises(DataError, match="no JSON object to compare") as caught:
+        kitchen.run(data=data, verifier={"fields": {"total": "exact"}})
+    assert "data, prompt 2, record" in str(caught.value)
+    assert not server.requests
+    server.always = lambda body: Reply(body=completion('{"total": 1}'))
+    kitchen.run(data=data, limit=1, folder="one", verifier={"fields": {"total": "exact"}})
+    assert kitchen.traces()[0].verdicts["correct"]
+
+
 def test_the_window_is_full_and_never_fuller(kitchen, server):
     server.hold = full = threading.Event()
 

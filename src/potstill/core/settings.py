@@ -12,6 +12,7 @@ __all__ = [
     "DataRef",
     "InputPath",
     "ModelRef",
+    "Part",
     "Reference",
     "Settings",
     "execution",
@@ -100,6 +101,12 @@ class DataRef(Reference):
     """A reference to a step that makes prompts, traces or logits, or a path to such an artifact."""
 
 
+class Part(Settings):
+    """Settings that mean some of the rows a reference leads to: those rows are what a fingerprint holds."""
+
+    step: DataRef = Field(description="the step whose rows these are, or a path to such an artifact")
+
+
 def execution(default: Any, **field: Any) -> Any:
     """A field that says how to execute, not what to make: it never enters a fingerprint."""
     return Field(default, json_schema_extra={"execution": True}, **field)
@@ -110,13 +117,16 @@ def _is_execution(model: type[BaseModel], name: str) -> bool:
     return isinstance(extra, dict) and bool(extra.get("execution"))
 
 
-def meaning(value: Any, identify: Callable[[Reference], Any] = str) -> Any:
+def meaning(value: Any, identify: Callable[[Reference | Part], Any] | None = None) -> Any:
     """The JSON-able part of settings that decides what is made: everything but execution fields.
 
-    `identify` says what stands in the place of a reference: in a fingerprint its content, not its name.
+    `identify` says what stands in the place of a reference: in a fingerprint its content, not its name, which
+    it is otherwise.
     """
-    if isinstance(value, Reference):
+    if isinstance(value, Reference | Part) and identify is not None:
         return identify(value)
+    if isinstance(value, Reference):
+        return str(value)
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
         chosen = {

@@ -14,6 +14,7 @@ from potstill.data.responses import join_reasoning
 from potstill.models import (
     THINK_CLOSE,
     THINK_OPEN,
+    decoder_start_token,
     reasoning_format,
     template_hash,
     token_bytes,
@@ -66,8 +67,9 @@ class Renderer:
 
     A system message stands before the first user message, an empty line between them, where the template has
     no place for it (`takes_system` is false), as Gemma's authors do it. Earlier answers are handed to the
-    template with their reasoning, which it may leave out; only the last one is a response. The tokenizer must
-    stay as it is: what derives from it is computed once, here. It needs a chat template, which
+    template with their reasoning, which it may leave out; only the last one is a response. To an
+    encoder-decoder the prompt is the source, and the response is tokenised as a text of its own. The
+    tokenizer must stay as it is: what derives from it is computed once, here. It needs a chat template, which
     `potstill.models.load_tokenizer` sees to. Raises ModelError without one or without an end-of-turn.
     """
 
@@ -86,6 +88,7 @@ class Renderer:
         self._template = _ONE_DAY + template if "strftime_now" in template else None
         self._takes_reasoning = bool(_TAKES_REASONING.search(template))
         self.takes_system = self._takes_system()
+        self._decoder_start = decoder_start_token(tokenizer)
         self.end_of_turn_ids = self._derive_end_of_turn()
         self._stop_ids = {*self.end_of_turn_ids, tokenizer.eos_token_id}
 
@@ -103,8 +106,11 @@ class Renderer:
         return self._apply_template(messages, add_generation_prompt=True)
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of `prompt_text`; special tokens are those that the template writes, none is added."""
-        return self._encode(self.prompt_text(messages))
+        """Token ids of `prompt_text`; special tokens are those that the template writes, none is added.
+
+        Raises DataError for an encoder-decoder's prompt that holds the token which its decoder starts with.
+        """
+        return self._encode_prompt(self.prompt_text(messages))
 
     def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes that each id stands for; none for an id that the tokenizer does not know."""
@@ -165,6 +171,13 @@ class Renderer:
         nothing to learn.
         """
         prefix_tokens = 0
+        if not record.messages and self._decoder_start is not None:
+            raise DataError(
+                "plain text has no prompt, and an encoder-decoder reads one",
+                where=_where(record, row_number),
+                expected="traces: prompts with responses",
+                mend="leave such rows out, or use a decoder-only model",
+            )
         if record.messages:
             prompt_ids, response_ids, prefix_tokens = self._conversation(record, row_number)
             ends = self.end_of_turn_ids
@@ -205,9 +218,9 @@ class Renderer:
             return record.prompt_token_ids, record.response_token_ids, record.prefix_tokens
         try:
             prompt = self.prompt_text(record.messages)
+            prompt_ids = self._encode_prompt(prompt)
         except DataError as error:
             raise DataError(error.what, where=_where(record, row_number), mend=error.mend) from error
-        prompt_ids = self._encode(prompt)
         if own and record.response_token_ids is not None:
             return prompt_ids, record.response_token_ids, record.prefix_tokens
         response = record.response or ""
@@ -263,10 +276,21 @@ class Renderer:
         # Encoded alone, a SentencePiece tokenizer would put a space before the first word.
         if not response.strip():
             return []
+        if self._decoder_start is not None:  # the target is a text of its own
+            return self._encode(response)
         joint = self._encode(prompt + response)
         if joint[: len(prompt_ids)] == prompt_ids:
             return joint[len(prompt_ids) :]
         return self._encode(response)
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        ids, start = self._encode(prompt), self._decoder_start
+        if start is not None and self.tokenizer.convert_tokens_to_ids(start) in ids[:-1]:
+            raise DataError(
+                f"the prompt holds {start}, the token that the decoder starts with",
+                mend="take it out of the prompt; a chat template of your own need not write it",
+            )
+        return ids
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

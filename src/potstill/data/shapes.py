@@ -8,10 +8,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from potstill.core.errors import DataError
 from potstill.core.records import Record
 from potstill.data.answers import last_boxed, parse_number
 from potstill.data.chat import THINK_CLOSE, THINK_OPEN, tag_reasoning
+from potstill.data.multiple_choice import (
+    answer_announcement,
+    choice_columns,
+    choice_index,
+    choice_listing,
+    has_choices,
+    is_russian,
+    question_column,
+)
 from potstill.data.reasoning import OPEN_THOUGHTS, split_reasoning
 from potstill.data.responses import join_reasoning
 
@@ -22,8 +30,8 @@ __all__ = [
     "Example",
     "Shape",
     "WrittenShape",
-    "choice_listing",
     "describe_shapes",
+    "nested_columns",
     "parse_row",
     "recognise",
     "scalar_columns",
@@ -76,6 +84,8 @@ _ASKS_FOR_MARKS = OPEN_THOUGHTS.open
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # GSM8K's <<48/2=24>>, and no kernel<<<grid, block>>> or shift.
 _CALCULATOR_MARK = re.compile(r"(?<!<)<<[^<>\n]*=[^<>\n]*>>(?!>)")
+# What MERA calls a question's field and its part of the field.
+_MERA_LABELS = {"subject": "inputs.subject", "domain": "meta.domain"}
 _OPEN_THOUGHTS_SYSTEM = (
     f"Think step by step between {OPEN_THOUGHTS.open} and {OPEN_THOUGHTS.close}, then give your "
     f"solution between {OPEN_THOUGHTS.answer_open} and {OPEN_THOUGHTS.answer_close}."
@@ -222,36 +232,22 @@ def _openthoughts(row: Row) -> Example:
     return Example(problem, _user(problem), response, reference, task)
 
 
-def _choice_index(answer: Any, choices: list[str], labels: list[str]) -> int:
-    letters = string.ascii_uppercase[: len(choices)]
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return answer
-    if isinstance(answer, str):
-        key = answer.strip()
-        for known in (labels, [*letters], [choice.strip() for choice in choices]):
-            if known.count(key) == 1:
-                return known.index(key)
-    raise DataError(
-        f"answer {answer!r} names none of the {len(choices)} choices",
-        expected=f"an index from 0 to {len(choices) - 1}, a letter A to {letters[-1]}, or a choice's text",
-        mend="correct the row; if the indexes count from 1, subtract one from all of them",
-    )
-
-
 def _multiple_choice(row: Row) -> Example:
-    question, given = _text(row, "question"), row.get("choices", row.get("options"))
-    labels: list[str] = []
-    if isinstance(given, Mapping):
-        labels, given = [str(label) for label in given.get("label") or []], given.get("text")
-    if not isinstance(given, list) or not 2 <= len(given) <= len(string.ascii_uppercase):
+    question = _text(row, question_column(row) or "question")
+    choices, labels, answer = choice_columns(row)
+    if not choices:
         raise BadRow("choices are not a list of 2 to 26 texts")
-    choices = [str(choice) for choice in given]
-    letters = string.ascii_uppercase[: len(choices)]
-    letter = letters[_choice_index(row.get("answer", row.get("answerKey")), choices, labels)]
-    prompt = f"{question}{choice_listing(choices)}"
-    return Example(
-        [question, choices], _user(prompt), f"Answer: {letter}", letter, "choice", {"choices": choices}
-    )
+    russian = is_russian("".join([question, *choices]))
+    messages = _user(f"{question}{choice_listing(choices, russian=russian)}")
+    meta: dict[str, Any] = {"choices": choices}
+    for name, column in _MERA_LABELS.items():
+        if column in row:
+            meta[name] = row[column]
+    if answer == "" and "outputs" in row:  # MERA keeps the answers of its test sets to itself
+        return Example([question, choices], messages, meta=meta)
+    letter = string.ascii_uppercase[choice_index(answer, choices, labels)]
+    response = f"{answer_announcement(russian=russian)}{letter}"
+    return Example([question, choices], messages, response, letter, "choice", meta)
 
 
 def _code(row: Row) -> Example:
@@ -307,14 +303,6 @@ def _fenced(code: str) -> str:
     return f"```python\n{code.rstrip()}\n```"
 
 
-def choice_listing(choices: list[str]) -> str:
-    """What follows the question of a multiple-choice prompt: the options, and how to answer."""
-    options = "\n".join(
-        f"{one}. {choice}" for one, choice in zip(string.ascii_uppercase, choices, strict=False)
-    )
-    return f"\n\n{options}\n\nGive the letter of the right choice in the form: Answer: <letter>"
-
-
 @dataclass(frozen=True)
 class _ShapeSpec:
     columns: str
@@ -339,8 +327,9 @@ _SHAPES: dict[Shape, _ShapeSpec] = {
         _openthoughts,
     ),
     "multiple_choice": _ShapeSpec(
-        "question, choices or options, answer or answerKey (index from 0, letter or text)",
-        _has("question", "choices|options", "answer|answerKey"),
+        "question; choices, options, or columns option_a, option_b ... or A, B ...; answer or answerKey "
+        "(index from 0, letter or text); or MERA's inputs (text, option_a ...) and outputs",
+        has_choices,
         _multiple_choice,
     ),
     "code": _ShapeSpec(
@@ -439,6 +428,16 @@ _WRITERS: dict[WrittenShape, Callable[[Record, Turns], dict[str, Any] | str]] = 
     "messages": _as_messages,
 }
 WRITTEN_SHAPES = tuple(_WRITERS)
+
+
+def nested_columns(row: Row) -> dict[str, Any]:
+    """What lies in the mappings that a row holds, by dotted names: `meta.domain`."""
+    return {
+        f"{name}.{key}": value
+        for name, column in row.items()
+        if isinstance(column, Mapping)
+        for key, value in column.items()
+    }
 
 
 def scalar_columns(row: Row) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, 
 
 from potstill.core.errors import DataError
 from potstill.core.hashing import hash_bytes, hash_file
-from potstill.core.settings import DataRef, InputPath, Settings, execution, resolve_path
+from potstill.core.settings import DataRef, InputPath, Part, Settings, execution, resolve_path
+from potstill.data.category_maps import read_category_map
 from potstill.data.files import DATA_SUFFIXES, read_rows
 from potstill.data.shapes import Shape
 from potstill.data.tasks import TASK_PREFIX, check_task
@@ -18,18 +19,66 @@ __all__ = [
     "Data",
     "FileSource",
     "HubSource",
+    "LearnedLabel",
     "LogprobRecords",
+    "MappedLabel",
     "Member",
     "Source",
+    "StepPart",
     "TaskSource",
+    "Where",
+    "described_where",
     "source_of_path",
 ]
 
 Scalar = str | int | float | bool
+Where = dict[str, Scalar | list[Scalar]]
 
 
 def _resolve_template(value: str, info: ValidationInfo) -> str:
     return value if is_inline(value) else resolve_path(value, (info.context or {}).get("folders", ()))
+
+
+class MappedLabel(Settings):
+    """A label looked up by another column's value, such as a category by its subject."""
+
+    column: str = Field(min_length=1, description="the column that is looked up; `meta.domain` looks inside")
+    file: InputPath = execution(
+        ..., description="value and label: a .csv of two columns, or a .yaml or .json mapping"
+    )
+
+    def content(self) -> Any:
+        """The labels by value."""
+        return read_category_map(Path(self.file))
+
+
+class LearnedLabel(Settings):
+    """A label predicted from the prompt's text by a small classifier, learnt from rows that have it.
+
+    A row that has the label already keeps it. How sure the classifier is stays with the row, in the column
+    `<label>_confidence`, and how often it was right on labelled rows that it did not learn from is said. Of
+    more than 8,000 labelled rows so many are learnt from, drawn by the recipe's seed.
+    """
+
+    like: "Source" = Field(description="rows that have the label, as a source")
+    min_confidence: float = Field(
+        0.0, ge=0, lt=1, description="less sure predictions are left out: the row has no label then"
+    )
+
+
+def _label_kind(value: Any) -> str:
+    kinds = {"column": MappedLabel, "like": LearnedLabel}
+    if isinstance(value, Mapping):
+        return next((key for key in kinds if key in value), "text")
+    return next((key for key, kind in kinds.items() if isinstance(value, kind)), "text")
+
+
+Label = Annotated[
+    Annotated[str, Field(min_length=1), Tag("text")]
+    | Annotated[MappedLabel, Tag("column")]
+    | Annotated[LearnedLabel, Tag("like")],
+    Discriminator(_label_kind),
+]
 
 
 class _SourceSettings(Settings):
@@ -41,8 +90,14 @@ class _SourceSettings(Settings):
         None,
         description="the user message with {column} for a row's values: the text, or a text file's path",
     )
-    where: dict[str, Scalar | list[Scalar]] = Field(
-        default={}, description="keep rows whose column equals a value, or one of a list of values"
+    labels: dict[str, Label] = Field(
+        default={},
+        description="columns that rows are given, such as category: a text, one looked up by another column "
+        "({column, file}), or one predicted from the prompt ({like: labelled rows})",
+    )
+    where: Where = Field(
+        default={},
+        description="keep rows whose column or label equals a value, or one of a list of values",
     )
     held_out: float = Field(
         default=0.0,
@@ -159,7 +214,31 @@ class TaskSource(_SourceSettings):
         return f"{TASK_PREFIX}{self.task}"
 
 
-_KEYS = {"path": "FileSource", "dataset": "HubSource", "task": "TaskSource"}
+class StepPart(Part):
+    """Some of the rows of a step: those whose columns hold what `where` says."""
+
+    where: Where = Field(
+        default={},
+        description="keep rows whose column equals a value, or one of a list of values; columns are those of "
+        "the step's own sources, labels among them",
+    )
+    limit: int | None = Field(default=None, ge=1, description="take at most this many rows")
+    weight: float | None = Field(
+        default=None, gt=0, description="share in a list of sources, relative to the others"
+    )
+
+    @property
+    def label(self) -> str:
+        """The step, and which of its rows."""
+        return f"{self.step} where {described_where(self.where)}" if self.where else str(self.step)
+
+
+def described_where(where: Where) -> str:
+    """The conditions of a `where` in words."""
+    return " and ".join(f"{column} = {value!r}" for column, value in where.items())
+
+
+_KEYS = {"path": "FileSource", "dataset": "HubSource", "task": "TaskSource", "step": "StepPart"}
 
 
 def _kind(value: Any) -> str | None:
@@ -172,13 +251,13 @@ def _kind(value: Any) -> str | None:
 
 
 def _check_lone(value: Any) -> Any:
-    if isinstance(value, _SourceSettings) and value.weight is not None:
+    if isinstance(value, _SourceSettings | StepPart) and value.weight is not None:
         raise ValueError("weight has a meaning only in a list of sources")
     return value
 
 
 _EXPECTED = (
-    "expected a step's name, a path with a '/', or a mapping with exactly one of path, dataset and task"
+    "expected a step's name, a path with a '/', or a mapping with exactly one of path, dataset, task and step"
 )
 
 Source = Annotated[
@@ -187,8 +266,10 @@ Source = Annotated[
     | Annotated[TaskSource, Tag("TaskSource")],
     Discriminator(_kind, custom_error_type="source", custom_error_message=_EXPECTED),
 ]
+LearnedLabel.model_rebuild()
 Member = Annotated[
     Annotated[DataRef, Tag("DataRef")]
+    | Annotated[StepPart, Tag("StepPart")]
     | Annotated[FileSource, Tag("FileSource")]
     | Annotated[HubSource, Tag("HubSource")]
     | Annotated[TaskSource, Tag("TaskSource")],
@@ -196,6 +277,7 @@ Member = Annotated[
 ]
 Data = Annotated[
     Annotated[DataRef, Tag("DataRef")]
+    | Annotated[StepPart, Tag("StepPart")]
     | Annotated[FileSource, Tag("FileSource")]
     | Annotated[HubSource, Tag("HubSource")]
     | Annotated[TaskSource, Tag("TaskSource")]

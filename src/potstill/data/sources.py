@@ -1,30 +1,44 @@
 """Where rows come from: `read` makes records of references, sources and mixtures."""
 
+import functools
 import heapq
 import importlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from potstill.core.errors import DataError
 from potstill.core.events import Reporter
 from potstill.core.hashing import derive_seed
-from potstill.core.records import RECORDS_FILE, Record, count_records, prompt_identity, read_records
+from potstill.core.records import RECORDS_FILE, Record, count_records, prompt_identity
 from potstill.core.settings import DataRef, InputPath, Reference
 from potstill.core.step import StepContext
 from potstill.data.chat import split_reasoning
 from potstill.data.files import PlacedRow, read_rows
+from potstill.data.labels import Labels
 from potstill.data.logprob_records import LogprobIndex
-from potstill.data.shapes import BadRow, Example, Shape, describe_shapes, parse_row, recognise, scalar_columns
+from potstill.data.parts import matches, prompts, read_artifacts, read_part
+from potstill.data.shapes import (
+    BadRow,
+    Example,
+    Shape,
+    describe_shapes,
+    nested_columns,
+    parse_row,
+    recognise,
+    scalar_columns,
+)
 from potstill.data.source_settings import (
     Data,
     FileSource,
     HubSource,
     Member,
     Source,
+    StepPart,
     TaskSource,
+    described_where,
     source_of_path,
 )
 from potstill.data.tasks import task_rows
@@ -35,6 +49,7 @@ __all__ = [
     "FileSource",
     "HubSource",
     "Source",
+    "StepPart",
     "TaskSource",
     "count_rows",
     "first_prompts",
@@ -83,8 +98,8 @@ def count_rows(data: Data, seed: int) -> int | None:
     return sum(1 for _ in read(data, _outside_a_run(seed)))
 
 
-def first_prompts(data: Data, seed: int, count: int) -> list[Record]:
-    """The first prompts that `read` gives; none where only a run can tell."""
+def first_prompts(data: Data, seed: int, count: int | None) -> list[Record]:
+    """The first prompts, or all of them, that `read` gives; none where only a run can tell."""
     if _only_a_run_can_tell(data):
         return []
     return list(itertools.islice(prompts(read(data, _outside_a_run(seed))), count))
@@ -92,7 +107,7 @@ def first_prompts(data: Data, seed: int, count: int) -> list[Record]:
 
 def _only_a_run_can_tell(data: Data) -> bool:
     return any(
-        isinstance(one, HubSource) or (isinstance(one, DataRef) and not Path(one).is_file())
+        isinstance(one, HubSource | StepPart) or (isinstance(one, DataRef) and not Path(one).is_file())
         for one in (data if isinstance(data, list) else [data])
     )
 
@@ -119,62 +134,18 @@ def _unresolved(reference: Reference) -> NoReturn:
     raise AssertionError(f"reading a source needs no {reference}")
 
 
-def prompts(records: Iterable[Record]) -> Iterator[Record]:
-    """Each prompt once, without the response and what was found out about it; plain text is no prompt."""
-    seen: set[str] = set()
-    for record in records:
-        if record.messages and record.prompt_id not in seen:
-            seen.add(record.prompt_id)
-            yield Record(
-                prompt_id=record.prompt_id,
-                messages=record.messages,
-                held_out=record.held_out,
-                reference=record.reference,
-                task=record.task,
-                meta=record.meta,
-            )
-
-
 def _label(member: Member) -> str:
     return str(member) if isinstance(member, str) else member.label
 
 
 def _read_one(member: Member, context: StepContext) -> Iterator[Record]:
+    if isinstance(member, StepPart):
+        return read_part(member, context.artifacts(member.step))
     if not isinstance(member, DataRef):
         return _read_source(member, context)
     if member.is_path and not Path(member).is_dir():
         return _read_source(source_of_path(member), context)
-    return _read_artifacts(member, context)
-
-
-def _read_artifacts(reference: DataRef, context: StepContext) -> Iterator[Record]:
-    found: list[Iterator[Record]] = []
-    for artifact, _ in context.artifacts(reference):
-        path = artifact.folder / RECORDS_FILE
-        if not path.is_file():
-            raise DataError(
-                f"an artifact of kind {artifact.kind!r} holds no records",
-                where=str(reference),
-                expected="prompts or traces",
-            )
-        found.append(read_records(path))
-    records = itertools.chain.from_iterable(found)
-    if reference.view == "prompts":
-        yield from prompts(records)
-    elif reference.view == "held_out":
-        none = True
-        for record in records:
-            if record.held_out:
-                none = False
-                yield record
-        if none:
-            raise DataError(
-                "no row is held out",
-                where=str(reference),
-                mend="state a share where the rows come from, such as held_out: 0.1",
-            )
-    else:
-        yield from records
+    return read_artifacts(member, context.artifacts(member))
 
 
 def _mixed(members: list[Member], context: StepContext) -> Iterator[Record]:
@@ -243,6 +214,7 @@ class _Reading:
         self.template = None if source.template is None else template_text(source.template)
         self.shape: Shape | None = None
         self.logprobs = _logprob_index(source)
+        self.labels = Labels(source.labels, context, _read_source)
         self.columns: list[str] = []
         self.matched = self.faults = 0
         self.first_fault = ""
@@ -254,11 +226,13 @@ class _Reading:
                 self._fault(place, row)
                 continue
             self.columns = self.columns or [*row]
-            if not self._matches(row):
-                continue
-            self.matched += 1
             try:
-                yield self._record(row)
+                columns = {**nested_columns(row), **row}
+                labels = self.labels.of(columns, functools.partial(self._example, columns))
+                if not matches(self.source.where, {**columns, **labels}):
+                    continue
+                self.matched += 1
+                yield self._record(row, columns, labels)
             except BadRow as bad:
                 self._fault(place, bad)
             except DataError as error:
@@ -269,6 +243,7 @@ class _Reading:
     def finish(self, count: int, held_out: int) -> None:
         """Say what was read; DataError when that is nothing."""
         label, faults = self.source.label, self.faults
+        self.labels.say(label, self.context)
         self.context.event("source", source=label, rows=count, held_out=held_out, left_out=faults)
         parts = [f"{count:,} rows"]
         if self.source.held_out:
@@ -281,9 +256,8 @@ class _Reading:
         if faults:
             raise DataError(f"none of its rows can be used; the first is {self.first_fault}", where=label)
         if self.columns and self.source.where:
-            wanted = ", ".join(f"{column} = {value!r}" for column, value in self.source.where.items())
             raise DataError(
-                f"no row has {wanted}",
+                f"no row has {described_where(self.source.where)}",
                 where=label,
                 expected=f"a row that matches; its columns are {self._found()}",
             )
@@ -310,23 +284,19 @@ class _Reading:
             self.context.event("row_left_out", source=self.source.label, place=place, reason=str(bad))
             self.context.say(f"{place}: {bad}; left out")
 
-    def _matches(self, row: Mapping[str, Any]) -> bool:
-        for column, wanted in self.source.where.items():
-            value = str(row.get(column))
-            if column not in row or value not in map(str, wanted if isinstance(wanted, list) else [wanted]):
-                return False
-        return True
-
     def _found(self) -> str:
         return ", ".join(self.columns) or "none"
 
-    def _record(self, row: Mapping[str, Any]) -> Record:
-        example = self._example(row)
+    def _record(
+        self, row: Mapping[str, Any], columns: Mapping[str, Any], labels: Mapping[str, Any]
+    ) -> Record:
+        example = self._example(columns)
+        example.meta = {**self._kept(example, row), **example.meta, **self._own(labels, example)}
         messages, system = example.messages, self.source.system
         response = example.response
         if self.template is not None:
             asked = messages[-1]["content"] if messages else ""
-            filled = fill(self.template, {**({"prompt": asked} if asked else {}), **row})
+            filled = fill(self.template, {**({"prompt": asked} if asked else {}), **columns, **labels})
             messages = [*messages[:-1], {"role": "user", "content": filled}]
             response = response if example.messages else None
         if system is not None:
@@ -353,17 +323,36 @@ class _Reading:
         )
         return record if self.logprobs is None else self.logprobs.join(record, row)
 
-    def _example(self, row: Mapping[str, Any]) -> Example:
+    def _kept(self, example: Example, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The short columns that are worth keeping with a record and are not spoken in it."""
+        if isinstance(self.source, TaskSource):
+            return {}
+        spoken = {example.response, example.reference, *(one["content"] for one in example.messages)}
+        spoken |= {*example.meta.get("choices", ())}
+        return {name: value for name, value in scalar_columns(row).items() if value not in spoken}
+
+    def _own(self, labels: Mapping[str, Any], example: Example) -> Mapping[str, Any]:
+        """The labels, once none is known to stand in the way of what a task's scorer reads."""
+        taken = sorted({*labels} & {*example.meta}) if isinstance(self.source, TaskSource) else []
+        if taken:
+            raise DataError(
+                f"the task has a figure of its own that is called {taken[0]!r}",
+                where=self.source.label,
+                mend="give the label another name",
+            )
+        return labels
+
+    def _example(self, columns: Mapping[str, Any]) -> Example:
         source = self.source
         if isinstance(source, TaskSource):
-            question = str(row["question"])
+            question = str(columns["question"])
             messages = [{"role": "user", "content": question}]
-            return Example(question, messages, None, row["answer"], source.label, dict(row["meta"]))
+            return Example(question, messages, None, columns["answer"], source.label, dict(columns["meta"]))
         if self.shape is None:
-            self.shape = recognise(row, source.shape)
+            self.shape = recognise(columns, source.shape)
         if self.shape is None and self.template is not None:
-            used = {name: row.get(name) for name in columns_of(self.template)}
-            return Example(used, meta=scalar_columns(row))
+            used = {name: columns.get(name) for name in columns_of(self.template)}
+            return Example(used)
         if self.shape is None:
             raise DataError(
                 f"the columns {self._found()} are not those of "
@@ -372,11 +361,7 @@ class _Reading:
                 expected=describe_shapes(),
                 mend="rename the columns, or make prompts with a `template` such as 'Summarise: {column}'",
             )
-        example = parse_row(row, self.shape)
-        spoken = {example.response, example.reference, *(message["content"] for message in example.messages)}
-        kept = {name: value for name, value in scalar_columns(row).items() if value not in spoken}
-        example.meta = {**kept, **example.meta}
-        return example
+        return parse_row(columns, self.shape)
 
 
 def _logprob_index(source: Source) -> LogprobIndex | None:

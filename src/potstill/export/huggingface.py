@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 from potstill.core.errors import StoreError
 from potstill.core.store import MODEL_CARD_FILE, Artifact, write_atomically
 from potstill.merge.step import merge_into
-from potstill.models import TransformersModel, find_source
+from potstill.models import TransformersModel, find_source, shares_experts, stored_dtype, writing
+from potstill.models.pretrained import quiet_transformers, read_weights
 from potstill.pipeline.run_folder import EVENTS_FILE, load_run
 from potstill.report import RunView, StepView, model_card
 
@@ -22,6 +23,8 @@ _MODEL_KINDS = ("init", "train", "merge")
 
 def export_huggingface(place: Path, output: Path) -> str:
     """Write the model of a run into a new folder, an adapter merged into its base; gives its step's name.
+
+    Experts that share a core become whole ones, as transformers has them.
 
     `place` is a run's folder, whose last model is meant, a step in it, or one epoch of a step
     (runs/a/student/epoch2). Raises StoreError for another place or a folder in use, ModelError as a merge
@@ -36,13 +39,15 @@ def export_huggingface(place: Path, output: Path) -> str:
             merge_into(target, TransformersModel(path=str(folder)), name=step.name)
         else:
             _copy(Artifact(step.folder, step.manifest), view, target)
+        if shares_experts(target):
+            _make_experts_whole(target)
         # The card says how to load what lies here, and that is no adapter; an epoch has not the figures of
         # the last weights.
         name = step.name if view is None else f"{step.name}:{view}"
         known = step.manifest.model_identity if view is None else None
         plain = step.manifest.model_copy(update={"files": {}, "model_identity": known})
         shown = dataclasses.replace(step, name=name, manifest=plain, folder=Path(output.name))
-        write_atomically(target / MODEL_CARD_FILE, model_card(run, shown))
+        write_atomically(target / MODEL_CARD_FILE, model_card(run, shown, files=target))
     return name
 
 
@@ -93,6 +98,20 @@ def _model_of(place: Path) -> tuple[RunView, StepView, str | None]:
             expected=", ".join(views) or "a step with keep_epochs",
         )
     return run, step, view
+
+
+def _make_experts_whole(folder: Path) -> None:
+    """Put in place of a model with shared experts the plain one that it stands for, in the same type."""
+    import torch
+
+    from potstill.models.shared_experts import expanded_model
+
+    dtype = getattr(torch, stored_dtype(TransformersModel(path=str(folder))))
+    with quiet_transformers(), writing(folder):
+        model = expanded_model(read_weights(str(folder), where=str(folder), dtype=torch.float32)).to(dtype)
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+        model.save_pretrained(folder)
 
 
 def _copy(artifact: Artifact, view: str | None, target: Path) -> None:

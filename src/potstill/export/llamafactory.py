@@ -19,7 +19,7 @@ from potstill.data.chat import Renderer
 from potstill.data.shapes import whole_response
 from potstill.data.sources import read
 from potstill.export.huggingface import new_folder
-from potstill.models import TransformersModel, find_source, load_tokenizer
+from potstill.models import TransformersModel, find_source, is_encoder_decoder, load_tokenizer
 from potstill.pipeline.fingerprint import Inputs, MissingInput
 from potstill.pipeline.graph import Node
 from potstill.pipeline.outputs import record_rows
@@ -34,7 +34,15 @@ _INFO_FILE = "dataset_info.json"
 _TRAINED_FOLDER = "saves"
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 # Settings of a train step that LLaMA-Factory has no word for.
-_UNKNOWN_THERE = ("groups", "mask_prefix", "early_stopping", "base_kl", "keep_epochs")
+_UNKNOWN_THERE = (
+    "groups",
+    "mask_prefix",
+    "early_stopping",
+    "base_kl",
+    "label_weight",
+    "router_aux_loss_coef",  # its moe_aux_loss_coef is that of a loss over a whole micro-batch
+    "keep_epochs",
+)
 _OF_MODEL = ("chat_template", "add_tokens", "reasoning_format")
 
 
@@ -151,6 +159,13 @@ class _Run:
             raise _unmade(missing.step) from missing
         if not isinstance(found, TransformersModel):
             raise ModelError("is no model that can be trained", where=self._student(node))
+        source = find_source(found.path)
+        if source.kind in ("folder", "adapter") and is_encoder_decoder(source.folder):
+            raise ModelError(
+                "is an encoder-decoder, which LLaMA-Factory does not train",
+                where=self._student(node),
+                expected="a run whose student is a decoder-only model",
+            )
         return found
 
     def beginning(self, node: Node) -> Node:

@@ -27,6 +27,7 @@ from potstill.models import (
     TransformersModel,
     adapter_base,
     find_source,
+    forward_inputs,
     identity,
     load,
     output_head,
@@ -168,7 +169,7 @@ def _untie(plain: Any) -> None:
 def _probe_logits(model: LoadedModel) -> Tensor:
     """Logits at a row of ids from all over the vocabulary (TV)."""
     ids_T = torch.linspace(0, model.vocabulary_size - 1, _PROBE_TOKENS).long().to(model.model.device)
-    logits: Tensor = model.model(input_ids=ids_T[None], use_cache=False).logits
+    logits: Tensor = model.model(**forward_inputs(model.model, ids_T[None]), use_cache=False).logits
     return logits[0, :, : model.vocabulary_size].float().cpu()
 
 

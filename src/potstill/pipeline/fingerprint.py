@@ -6,8 +6,10 @@ from typing import Any
 
 from potstill.core.errors import RecipeError
 from potstill.core.hashing import hash_json
-from potstill.core.settings import ModelRef, Reference, Settings, meaning
+from potstill.core.settings import ModelRef, Part, Reference, Settings, meaning
 from potstill.core.store import MANIFEST_FILE, Artifact
+from potstill.data.parts import part_content
+from potstill.data.source_settings import StepPart, source_of_path
 from potstill.models import TransformersModel
 from potstill.pipeline.graph import Graph, Node
 
@@ -63,8 +65,13 @@ class Inputs:
             raise MissingInput(step)
         return self.made[step]
 
-    def identify(self, reference: Reference) -> Any:
+    def identify(self, reference: Reference | Part) -> Any:
         """What stands for a reference in a fingerprint: the content it leads to."""
+        if isinstance(reference, StepPart):
+            # By its rows: what else the step holds, and the step's own identity, change nothing.
+            rows = part_content(reference, self.artifacts(reference.step))
+            return {"part": rows, "weight": reference.weight}
+        assert isinstance(reference, Reference), reference
         if isinstance(reference, ModelRef):
             if not reference.is_path and reference.target not in self.graph.models:
                 artifact = self._made_model(reference)
@@ -77,8 +84,6 @@ class Inputs:
                 return {"content": content, "identity": artifact.manifest.model_identity, **quantized}
             return meaning(self.model(reference))
         if reference.is_path and not (Path(reference) / MANIFEST_FILE).is_file():
-            from potstill.data.sources import source_of_path
-
             return meaning(source_of_path(reference))
         return [
             # A student of cached logits takes their chat template, which their files do not hold.

@@ -13,7 +13,7 @@ __all__ = ["VIEWS", "Graph", "Node", "nearest"]
 
 VIEWS = ("prompts", "held_out")
 _MODEL_MAKERS = frozenset({"init", "train", "merge"})
-_DATA_MAKERS = frozenset({"generate", "select", "cache"})
+_DATA_MAKERS = frozenset({"generate", "select", "cache", "retrieve"})
 _EPOCH = re.compile(r"epoch[1-9]\d*")
 _INSTANCE = re.compile(r"(?P<base>[^\[\]]+)\[(?P<values>[^\[\]]*)\]")
 

@@ -16,6 +16,7 @@ STEP_KINDS: dict[str, tuple[str, str]] = {
     "init": ("potstill.student", "InitSettings"),
     "train": ("potstill.train", "TrainSettings"),
     "merge": ("potstill.merge", "MergeSettings"),
+    "retrieve": ("potstill.retrieval", "RetrieveSettings"),
     "evaluate": ("potstill.evaluate", "EvaluateSettings"),
 }
 

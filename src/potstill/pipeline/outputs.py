@@ -23,7 +23,7 @@ _RUN = "run"
 _RUN_VIEWS = ("log", "recipe")
 _STEP_VIEWS = ("metrics", "settings", *WRITTEN_SHAPES)
 _OWN_FILES = (EVENTS_FILE, LOG_FILE, RECIPE_FILE, REPORT_FILE, "report.figures")
-_MAKES_ROWS = ("generate", "select")
+_MAKES_ROWS = ("generate", "select", "retrieve")
 _EPOCH = re.compile(r"epoch[1-9]\d*")
 
 
@@ -44,19 +44,14 @@ class WrittenRows:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def check_output(name: str, source: object, graph: Graph, where: str) -> Output:
-    """The output that `name: source` declares. RecipeError where it cannot be made or would hide a file."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or name in ("", ".") or ".." in path.parts or "\\" in name:
-        raise RecipeError(
-            f"outputs: {name!r} leads out of the run folder",
-            where=where,
-            expected="a name such as final_model",
-        )
-    if path.parts[0] in (*_OWN_FILES, *graph.nodes):
-        raise RecipeError(
-            f"outputs: {name!r} stands in the run folder already", where=where, mend="rename it"
-        )
+def check_output(
+    name: object, source: object, graph: Graph, where: str, *, others: Iterable[Output] = ()
+) -> Output:
+    """The output that `name: source` declares. RecipeError where it cannot be made or would hide a file.
+
+    `others` are those declared before it, none of which may be the same place or a folder above or below.
+    """
+    name = _checked_name(name, graph, where, others)
     if not isinstance(source, str):
         raise RecipeError(
             f"outputs.{name} is no text", where=where, expected="a step, or a view such as exam:metrics"
@@ -86,6 +81,31 @@ def check_output(name: str, source: object, graph: Graph, where: str) -> Output:
             expected=f"a step of kind {' or '.join(_MAKES_ROWS)}",
         )
     return Output(name, step, view or None)
+
+
+def _checked_name(name: object, graph: Graph, where: str, others: Iterable[Output]) -> str:
+    if not isinstance(name, str):
+        raise RecipeError(f"outputs: the name {name!r} is no text", where=where, mend=f'write "{name}"')
+    path = PurePosixPath(name)
+    if path.is_absolute() or name in ("", ".") or ".." in path.parts or "\\" in name:
+        raise RecipeError(
+            f"outputs: {name!r} leads out of the run folder",
+            where=where,
+            expected="a name such as final_model",
+        )
+    if path.parts[0] in (*_OWN_FILES, *graph.nodes):
+        raise RecipeError(
+            f"outputs: {name!r} stands in the run folder already", where=where, mend="rename it"
+        )
+    for other in others:
+        if path.is_relative_to(other.name) or PurePosixPath(other.name).is_relative_to(path):
+            raise RecipeError(
+                f"outputs: {name!r} and {other.name!r} are one place, or one lies in the other",
+                where=where,
+                expected="places apart, since each is replaced as a whole",
+                mend="rename one of them",
+            )
+    return name
 
 
 def _check_epoch(graph: Graph, step: str, view: str, key: str, where: str) -> None:

@@ -16,7 +16,8 @@ from potstill.core.hashing import hash_json
 from potstill.core.records import Record
 from potstill.core.settings import DataRef, ModelRef, meaning, references
 from potstill.core.store import MANIFEST_FILE, Artifact, Store
-from potstill.data.sources import count_rows, first_prompts
+from potstill.data.parts import matches, read_part
+from potstill.data.sources import StepPart, count_rows, first_prompts
 from potstill.generate import GenerateSettings, check_budget
 from potstill.models import (
     TransformersModel,
@@ -30,6 +31,8 @@ from potstill.models import (
 from potstill.pipeline.fingerprint import Inputs, MissingInput
 from potstill.pipeline.graph import Graph, Node
 from potstill.pipeline.run import Runnable
+from potstill.retrieval.dense import check_qdrant
+from potstill.student.sizes import planned_parameters
 from potstill.teachers import OpenAIModel, check_teacher
 from potstill.teachers.continuation import check_continues
 from potstill.teachers.solver import SolverModel
@@ -70,6 +73,7 @@ class PlannedStep:
     memory_gb: float | None = None
     disk_gb: float | None = None
     seconds: float | None = None
+    parameters: int | None = None
 
 
 @dataclass
@@ -191,6 +195,8 @@ class _Planner:
 
     def rows_of(self, node: Node, data: Any) -> int | None:
         """How many rows a step's data has, as far as that is known without making anything."""
+        if isinstance(data, StepPart):
+            return self.rows_of_part(node, data)
         if isinstance(data, DataRef) and not data.is_path:
             rows = [self.steps[step.name].rows for step in self.graph.steps_named(data, node)]
             return None if any(one is None for one in rows) else sum(one or 0 for one in rows)
@@ -199,6 +205,25 @@ class _Planner:
         except PotstillError as error:
             self.problem(f"step {node.name}: {error}")
             return None
+
+    def rows_of_part(self, node: Node, part: StepPart) -> int | None:
+        """How many rows a part of a step has; by its prompts, or at most all rows, where it is to be made."""
+        try:
+            return sum(1 for _ in read_part(part, Inputs(self.graph, node, self.made).artifacts(part.step)))
+        except MissingInput:
+            pass
+        except PotstillError as error:
+            self.problem(f"step {node.name}: {error}")
+            return None
+        rows = self.rows_of(node, part.step)
+        try:
+            prompts = self.prompts_of(node, part.step, count=None)
+        except PotstillError as error:
+            self.problem(f"step {node.name}: {error}")
+            return None
+        if rows is None or not prompts:
+            return rows
+        return math.ceil(rows * sum(matches(part.where, one.meta) for one in prompts) / len(prompts))
 
     def makers(self, node: Node, data: Any) -> list[Node]:
         """The steps that a step's data lead to."""
@@ -210,7 +235,7 @@ class _Planner:
         settings: Any = node.settings
         found: list[Node] = []
         for maker in self.makers(node, settings.data):
-            if maker.kind == "select":
+            if maker.kind in ("select", "retrieve"):
                 found += self.writers(maker)
             elif maker.kind == GenerateSettings.kind:
                 found.append(maker)
@@ -218,7 +243,10 @@ class _Planner:
 
     def reads_files(self, data: Any) -> bool:
         """Whether data come, in part at least, from outside the recipe."""
-        members = data if isinstance(data, list) else [data]
+        members = [
+            one.step if isinstance(one, StepPart) else one
+            for one in (data if isinstance(data, list) else [data])
+        ]
         return any(not isinstance(one, DataRef) or one.is_path for one in members)
 
     def frozen_bytes(self, node: Node, reference: ModelRef, device: str | None) -> float | None:
@@ -233,15 +261,21 @@ class _Planner:
 
         return self.of_model(node, reference, of)
 
-    def prompts_of(self, node: Node, data: Any) -> list[Record]:
+    def prompts_of(self, node: Node, data: Any, count: int | None = _PROMPTS_LOOKED_AT) -> list[Record]:
         """Some of the prompts behind a step's data; none where only a run can tell."""
+        if isinstance(data, StepPart):
+            data = data.step
         if isinstance(data, DataRef) and not data.is_path:
             maker = self.graph.steps_named(data, node)[0]
-            return self.prompts_of(maker, getattr(maker.settings, "data", []))
-        return first_prompts(data, self.seed, _PROMPTS_LOOKED_AT)
+            return self.prompts_of(maker, getattr(maker.settings, "data", []), count)
+        return first_prompts(data, self.seed, count)
 
     def parameters(self, node: Node, reference: ModelRef) -> int | None:
-        """Parameters of the model behind a reference; where it is not made yet, of the one it comes from."""
+        """Parameters of the model behind a reference; where it is not made yet, planned or its source's."""
+        if not reference.is_path and reference.target not in self.graph.models:
+            maker = self.steps[self.graph.steps_named(reference, node)[0].name]
+            if maker.parameters:
+                return maker.parameters
         return self.of_model(node, reference, _parameters)
 
     def of_model(
@@ -440,7 +474,15 @@ def _plan_init(planner: _Planner, node: Node, planned: PlannedStep) -> None:
     settings: Any = node.settings
     planned.rows = planner.rows_of(node, settings.data)
     if parameters := planner.parameters(node, settings.model):
-        planned.memory_gb = planned.disk_gb = parameters * _STORED_BYTES / _GB
+        # The model and its student, or two students of a search.
+        planned.memory_gb = 2 * parameters * _STORED_BYTES / _GB
+        planned.disk_gb = parameters * _STORED_BYTES / _GB
+    planned.parameters = planner.of_model(
+        node, settings.model, lambda model: planned_parameters(settings, model)
+    )
+    if planned.parameters:
+        most = "at most " if settings.target_params or settings.target_ratio else ""
+        planner.notes.append(f"step {node.name}: a student of {most}{planned.parameters:,} parameters")
 
 
 def _plan_train(planner: _Planner, node: Node, planned: PlannedStep) -> None:
@@ -449,7 +491,9 @@ def _plan_train(planner: _Planner, node: Node, planned: PlannedStep) -> None:
     epochs = settings.epochs
     if settings.max_steps and planned.rows:
         epochs = settings.max_steps * settings.batch / planned.rows
-    if tokens := _upstream_tokens(planner, node):
+    if settings.tokens is not None:
+        planned.tokens = settings.tokens
+    elif tokens := _upstream_tokens(planner, node):
         planned.tokens = int(tokens * epochs)
     if settings.top_k is not None:
         _check_top_k(planner, node)
@@ -621,6 +665,21 @@ def _plan_merge(planner: _Planner, node: Node, planned: PlannedStep) -> None:
         planned.disk_gb = parameters * _STORED_BYTES / _GB
 
 
+def _plan_retrieve(planner: _Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    planned.rows = planner.rows_of(node, settings.data)
+    planner.rows_of(node, settings.corpus)  # for what is wrong with it
+    try:
+        meaning(settings)  # likewise of the encoders
+        if settings.method != "bm25":
+            check_qdrant()
+    except PotstillError as error:
+        planner.problem(f"step {node.name}: {error}")
+    upstream = _upstream_tokens(planner, node)
+    if upstream is not None and planned.rows is not None:
+        planned.tokens = upstream + planned.rows * settings.document_tokens
+
+
 def _plan_evaluate(planner: _Planner, node: Node, planned: PlannedStep) -> None:
     settings: Any = node.settings
     names = list(settings.roles.values())
@@ -666,7 +725,12 @@ def _upstream_tokens(planner: _Planner, node: Node) -> int | None:
                 else made.manifest.counts["records"] / made.manifest.counts["rows"]
             )
             tokens.append(None if read is None else math.ceil(read * share))
-    return None if not tokens or None in tokens else sum(one or 0 for one in tokens)
+    if not tokens or None in tokens:
+        return None
+    whole, known = sum(one or 0 for one in tokens), planner.steps[node.name].rows
+    if isinstance(settings.data, StepPart) and known and (rows := planner.rows_of(node, settings.data.step)):
+        return math.ceil(whole * min(1.0, known / rows))
+    return whole
 
 
 _ESTIMATES: dict[str, Callable[[_Planner, Node, PlannedStep], None]] = {
@@ -676,6 +740,7 @@ _ESTIMATES: dict[str, Callable[[_Planner, Node, PlannedStep], None]] = {
     "init": _plan_init,
     "train": _plan_train,
     "merge": _plan_merge,
+    "retrieve": _plan_retrieve,
     "evaluate": _plan_evaluate,
 }
 

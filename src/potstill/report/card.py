@@ -1,21 +1,27 @@
 """The Markdown card of a student's folder."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from potstill.core.events import format_seconds
+from potstill.models import is_encoder_decoder, shares_experts
+from potstill.report.conclusion import conclusion
 from potstill.report.html import evidence, verdict_words
 from potstill.report.page import flatten
-from potstill.report.results import Results, conclusion, format_figure, format_interval, results_of
+from potstill.report.results import Results, format_figure, format_interval, results_of
 from potstill.report.view import RunView, StepView
 
 __all__ = ["model_card"]
 
 
-def model_card(run: RunView, step: StepView) -> str:
-    """What a model is: base, teacher, data, figures with intervals, use, limits and settings, in Markdown."""
+def model_card(run: RunView, step: StepView, *, files: Path | None = None) -> str:
+    """What a model is: base, teacher, data, figures with intervals, use, limits and settings, in Markdown.
+
+    `files` is where the model's files lie, by default the step's folder.
+    """
     manifest = step.manifest
     assert manifest is not None, f"{step.name} has no artifact"
     adapter = "adapter_config.json" in manifest.files
@@ -34,7 +40,7 @@ def model_card(run: RunView, step: StepView) -> str:
     if not evaluations:
         sections.append("## What was measured\n\nNo evaluation of this model was part of the run.")
     sections += [
-        "## Use\n\n" + _use(step, adapter),
+        "## Use\n\n" + _use(step, adapter, files or step.folder),
         "## Limits\n\n" + _limits(evaluations, ancestors),
         "## Settings\n\n"
         + _table(["setting", "value"], [(key, _code(value)) for key, value in _settings(manifest)]),
@@ -79,7 +85,7 @@ def _lineage(run: RunView, step: StepView, ancestors: list[StepView]) -> list[tu
             what = "wrote the traces" if one.kind == "generate" else "gave its probabilities"
             rows.append((f"Teacher that {what}", _described(teacher, models, ancestors)))
     for one in ancestors:
-        if one.kind in ("generate", "select", "cache") and one.manifest is not None:
+        if one.kind in ("generate", "select", "cache", "retrieve") and one.manifest is not None:
             counts = ", ".join(
                 f"{count:,} {name.replace('_', ' ')}" for name, count in one.manifest.counts.items()
             )
@@ -168,21 +174,34 @@ def _bracketed(interval: str) -> str:
     return f" [{interval}]" if interval else ""
 
 
-def _use(step: StepView, adapter: bool) -> str:
+def _use(step: StepView, adapter: bool, files: Path | None) -> str:
     folder = step.folder.as_posix() if step.folder else "FOLDER"
-    if adapter:
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+    kind = "Seq2SeqLM" if files is not None and is_encoder_decoder(files) else "CausalLM"
+    note = ""
+    if step.folder is not None and shares_experts(step.folder):
         loading = (
-            "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{folder}")\n'
+            "from potstill.models import TransformersModel, load\n\n"
+            f'loaded = load(TransformersModel(path="{folder}"))\n'
+        )
+        tokenizer = "model, tokenizer = loaded.model, loaded.tokenizer\n"
+        note = (
+            "Its experts share a core, which transformers alone does not know: `potstill export --to "
+            "huggingface` writes the model with whole experts.\n\n"
+        )
+    elif adapter:
+        loading = (
+            f"from peft import AutoPeftModelFor{kind}\nfrom transformers import AutoTokenizer\n\n"
+            f'model = AutoPeftModelFor{kind}.from_pretrained("{folder}")\n'
         )
     else:
         loading = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+            f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
+            f'model = AutoModelFor{kind}.from_pretrained("{folder}")\n'
         )
-    loading += f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+    loading += tokenizer
     return (
-        f"```python\n{loading}```\n\n```\npotstill chat {folder}\n```\n\n"
+        f"```python\n{loading}```\n\n```\npotstill chat {folder}\n```\n\n{note}"
         "Prompts go through the tokenizer's chat template, the one that the model was trained with."
     )
 

@@ -36,6 +36,7 @@ _LOSS_SETTINGS = frozenset(
         "renormalise",
         "kl_reduction",
         "base_kl",
+        "router_aux_loss_coef",
         "top_k",
         "codec",
         "draws",

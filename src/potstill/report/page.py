@@ -6,12 +6,15 @@ from typing import Any
 
 from potstill.core.events import format_seconds
 from potstill.core.store import Manifest, write_atomically
+from potstill.report.arms import arm_costs
+from potstill.report.conclusion import conclusion
 from potstill.report.graph import draw_graph
 from potstill.report.html import render
-from potstill.report.results import Results, conclusion, results_of
+from potstill.report.results import Results, results_of
 from potstill.report.selection import save_score_histograms, selection_sections
 from potstill.report.stages import stage_sections
-from potstill.report.training import importance_charts, peak_memory, training_sections, training_table
+from potstill.report.students import student_sections
+from potstill.report.training import peak_memory, training_sections, training_table
 from potstill.report.view import RunView, StepView
 
 __all__ = ["FIGURES_FOLDER", "flatten", "write_report"]
@@ -47,6 +50,8 @@ def write_report(run: RunView, path: Path) -> None:
                 "main": one.main,
                 "reasoning": one.of("reasoning"),
                 "forgetting": one.of("forgetting"),
+                "groups": one.of("group"),
+                "arms": arm_costs(run, one),
                 "compared": one.compared,
                 "endings": _endings(one),
             }
@@ -55,7 +60,7 @@ def write_report(run: RunView, path: Path) -> None:
         samples=[sample for one in results for sample in _samples(run, one)],
         generation=_generation(run),
         selection=selection_sections(run),
-        students=importance_charts(run),
+        students=student_sections(run),
         steps=[_provenance(run, step) for step in run.steps],
         versions=_versions(run),
         machine=_machine(run),

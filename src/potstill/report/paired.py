@@ -4,6 +4,7 @@ An interval of each student alone is mostly about which prompts happened to be m
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from potstill.core.settings import ModelRef
 from potstill.evaluate.intervals import Estimate, bootstrap_ratio_difference, paired_share_difference
 from potstill.evaluate.paired import MeasuredRows, PairedArm, paired_arms
 from potstill.evaluate.rows import FORGETTING_FILE, HELD_OUT_FILE, SCORES_FILE
@@ -51,16 +53,10 @@ def pair(runs: Sequence[RunView], measure: Measure, measured: Sequence[bool]) ->
     known = [one for one in found if one is not None]
     if len(known) < max(2, len(found)):
         return None
-    tables, teachers = [rows for rows, _ in known], [teacher for _, teacher in known]
-    if measure.label in _TO_THE_TEACHER and any(one != teachers[0] for one in teachers):
-        return Pairing(refusal="another teacher in each run")
+    tables = [rows for rows, _ in known]
     common = [key for key in tables[0] if all(key in rows for rows in tables)]
-    if not common:
-        return Pairing(refusal="other prompts in each run")
-    if any(rows[key][2] != tables[0][key][2] for rows in tables for key in common):
-        if (measure.row_value or ("",))[0] in _OF_ANSWERS:
-            return Pairing(refusal="a prompt has another number of judged answers in each run")
-        return Pairing(refusal="the same text makes other tokens in each run")
+    if (refusal := _refusal(measure, known, any_common=bool(common))) is not None:
+        return Pairing(refusal=refusal)
     clusters = [tables[0][key][0] for key in common]
     columns = [([rows[key][1] for key in common], [rows[key][2] for key in common]) for rows in tables]
     sums = [sum(tops) for tops, _ in columns]
@@ -78,6 +74,22 @@ def pair(runs: Sequence[RunView], measure: Measure, measured: Sequence[bool]) ->
     )
 
 
+def _refusal(measure: Measure, known: Sequence["_Measured"], *, any_common: bool) -> str | None:
+    """Why runs cannot be compared by a measure, or None where they can."""
+    if measure.label in _TO_THE_TEACHER and any(teacher != known[0][1] for _, teacher in known):
+        return "another teacher in each run"
+    if not any_common:
+        return "other prompts in each run"
+    sizes: dict[str, float] = {}
+    if any(sizes.setdefault(key, row[2]) != row[2] for rows, _ in known for key, row in rows.items()):
+        if (measure.row_value or ("",))[0] in _OF_ANSWERS:
+            return "a prompt has another number of judged answers in each run"
+        return "the same text makes other tokens in each run"
+    return None
+
+
+_Measured = tuple[MeasuredRows, Any]
+"""A run's rows behind a measure, and what the teacher is that it was measured to."""
 _Column = tuple[list[float], list[float]]
 
 
@@ -88,7 +100,7 @@ def _difference(best: _Column, other: _Column, clusters: list[str]) -> Estimate:
     return bootstrap_ratio_difference(best, other, clusters, seed=0)
 
 
-def _measured_rows(run: RunView, measure: Measure) -> tuple[MeasuredRows, Any] | None:
+def _measured_rows(run: RunView, measure: Measure) -> _Measured | None:
     """A student's rows behind a measure and the teacher it was measured to, from the last evaluation."""
     steps = {step.name: step for step in run.steps_of("evaluate")}
     for results in reversed(results_of(run)):
@@ -97,7 +109,8 @@ def _measured_rows(run: RunView, measure: Measure) -> tuple[MeasuredRows, Any] |
             continue
         if rows := _rows(step, results.judged, measure):
             assert step.manifest is not None
-            return rows, step.manifest.inputs.get(str(step.manifest.metrics.get("teacher")))
+            teacher = ModelRef(step.manifest.metrics.get("teacher"))
+            return rows, (step.manifest.inputs.get(teacher), teacher.view)
     return None
 
 
@@ -159,18 +172,33 @@ class Arms:
 def arms_of(runs: Sequence[RunView], measures: Sequence[Measure]) -> Iterator[Arms]:
     """What the arms of a comparison over several seeds came to: on held-out traces, and on every task.
 
-    An arm is a run's name without its seed: `rule,seed=1` and `rule,seed=2` are two runs of one arm. Of the
-    measures on held-out traces the first one stands for all. Empty for fewer than two arms, and where each
-    has one seed only.
+    An arm is a run's name without its seed: `rule,seed=1` and `rule,seed=2` are two runs of one arm. A second
+    run of the same arm and seed is an arm of its own. Of the measures on held-out traces
+    the first one stands for all. Empty for fewer than two arms, where each has one seed only, and by a
+    measure that the runs cannot be compared by.
     """
     chosen = [one for one in measures if one.aspect in ("task", "forgetting")]
+    names = _arms(runs)
     for measure in [*[one for one in measures if one.label in _SUMS][:1], *chosen]:
-        measured = [(run, _measured_rows(run, measure)) for run in runs]
-        arms = paired_arms(
-            (_arm(run.name), _seed(run), found[0]) for run, found in measured if found is not None
-        )
+        found = [_measured_rows(run, measure) for run in runs]
+        known = [one for one in found if one is not None]
+        if _refusal(measure, known, any_common=True) is not None:
+            continue
+        arms = paired_arms((*name, one[0]) for name, one in zip(names, found, strict=True) if one is not None)
         if len(arms) > 1 and any(one.seeds > 1 for one in arms):
             yield Arms(measure, arms)
+
+
+def _arms(runs: Sequence[RunView]) -> list[tuple[str, int]]:
+    """The arm and the seed of each run; a second run of both is an arm of its own, numbered."""
+    runs_of: Counter[tuple[str, int]] = Counter()
+    found: list[tuple[str, int]] = []
+    for run in runs:
+        arm, seed = _arm(run.name), _seed(run)
+        runs_of[arm, seed] += 1
+        number = runs_of[arm, seed]
+        found.append((arm if number == 1 else f"{arm} ({number})", seed))
+    return found
 
 
 def _arm(name: str) -> str:

@@ -31,6 +31,7 @@ def _table(rating: Rating) -> str:
 
 
 def _shown(estimate: dict[str, float], unit: str, *, difference: bool = False) -> str:
-    figure = Figure(estimate["value"], estimate["low"], estimate["high"])
+    figure = Figure(estimate["value"], estimate.get("low"), estimate.get("high"))
     value = format_figure(figure.value, unit, difference=difference, ascii_only=True)
-    return f"{value} ({format_interval(figure, unit, difference=difference, ascii_only=True)})"
+    interval = format_interval(figure, unit, difference=difference, ascii_only=True)
+    return f"{value} ({interval})" if interval else value

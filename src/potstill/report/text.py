@@ -3,11 +3,11 @@
 import textwrap
 from collections.abc import Sequence
 
+from potstill.report.conclusion import conclusion
 from potstill.report.html import evidence, verdict_words
 from potstill.report.results import (
     Measure,
     Results,
-    conclusion,
     format_figure,
     format_interval,
     results_of,

@@ -1,4 +1,4 @@
-"""The training part of a report: loss curves, a few facts, and how a pruned student's blocks were chosen."""
+"""The training part of a report: loss curves and a few facts."""
 
 import math
 from collections.abc import Sequence
@@ -6,14 +6,14 @@ from typing import Any
 
 from potstill.core.events import format_seconds
 from potstill.core.store import Manifest
-from potstill.report.charts import bar_chart, line_chart
+from potstill.report.charts import line_chart
+from potstill.report.experts import expert_section
 from potstill.report.view import RunView, StepView
 
 __all__ = [
     "Curve",
     "curves_of",
     "end_value",
-    "importance_charts",
     "loss_comparison",
     "loss_rows",
     "peak_memory",
@@ -43,6 +43,11 @@ _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
         },
     ),
     (
+        "Routers' auxiliary loss",
+        "times the experts a token",
+        {"router_aux": "training", "held-out router_aux": "held-out"},
+    ),
+    (
         "Feature loss",
         "mean over tokens and layers",
         {"feature": "training", "held-out feature": "held-out"},
@@ -65,7 +70,11 @@ def curves_of(run: RunView, step: StepView) -> dict[str, Curve]:
     if step.manifest is not None:
         history: list[dict[str, Any]] = step.manifest.metrics.get("history", [])
     else:
-        history = _unfinished_history(run, step)
+        history = [
+            {key: value for key, value in event.items() if key not in ("time", "tokens_per_s")}
+            | {"step": event["optimiser_step"]}
+            for event in run.logged(step, "train_log")
+        ]
     found: dict[str, dict[float, float]] = {}
     for point in history:
         for key, value in point.items():
@@ -85,21 +94,6 @@ def end_value(step: StepView, curves: dict[str, Curve], name: str) -> float | No
     if isinstance(kept, int | float):
         return float(kept)
     return curves[name][-1][1] if name in curves else None
-
-
-def _unfinished_history(run: RunView, step: StepView) -> list[dict[str, Any]]:
-    """What the attempts at a step's present settings logged, oldest first."""
-    history: list[dict[str, Any]] = []
-    fingerprint = None
-    for event in run.events:
-        if event.get("step") != step.name:
-            continue
-        if event.get("event") == "step_started" and event.get("fingerprint") != fingerprint:
-            history, fingerprint = [], event.get("fingerprint")
-        elif event.get("event") == "train_log" and "optimiser_step" in event:
-            point = {key: value for key, value in event.items() if key not in ("time", "tokens_per_s")}
-            history.append({**point, "step": event["optimiser_step"]})
-    return history
 
 
 def training_sections(run: RunView) -> list[dict[str, Any]]:
@@ -128,6 +122,7 @@ def training_sections(run: RunView) -> list[dict[str, Any]]:
                 "charts": charts,
                 "losses": _loss_table(curves),
                 "groups": _groups(step),
+                "experts": expert_section(run, step),
             }
         )
     return sections
@@ -264,23 +259,3 @@ def loss_comparison(runs: Sequence[RunView]) -> list[dict[str, Any]]:
             svg = line_chart(label, shown, x_label="optimiser step", y_label=f"{label}, nats per token")
             return [{"title": label.capitalize(), "svg": svg}]
     return []
-
-
-def importance_charts(run: RunView) -> list[dict[str, Any]]:
-    """For each pruned student how much each block changed its input, and which blocks stayed."""
-    charts = []
-    for step in run.steps_of("init"):
-        metrics = step.manifest.metrics if step.manifest else {}
-        importance, kept = metrics.get("block_importance"), metrics.get("kept_blocks")
-        if isinstance(importance, list) and isinstance(kept, list) and importance:
-            svg = bar_chart(
-                f"{step.name}: block importance",
-                [str(index) for index in range(len(importance))],
-                importance,
-                kept=kept,
-                x_label="block",
-                y_label="1 − cos(input, output)",
-            )
-            title = f"{step.name}: {len(kept)} of {len(importance)} blocks kept"
-            charts.append({"title": title, "svg": svg})
-    return charts

@@ -85,3 +85,16 @@ class RunView:
     def steps_of(self, kind: str) -> list[StepView]:
         """The finished steps of a kind, in order."""
         return [step for step in self.steps if step.kind == kind and step.manifest is not None]
+
+    def logged(self, step: StepView, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind that the attempts at a step's present settings left, oldest first."""
+        found: list[dict[str, Any]] = []
+        fingerprint = None
+        for event in self.events:
+            if event.get("step") != step.name:
+                continue
+            if event.get("event") == "step_started" and event.get("fingerprint") != fingerprint:
+                found, fingerprint = [], event.get("fingerprint")
+            elif event.get("event") == kind and "optimiser_step" in event:
+                found.append(event)
+        return found

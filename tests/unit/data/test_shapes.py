@@ -13,6 +13,7 @@ from potstill.data.shapes import (
     Example,
     Shape,
     WrittenShape,
+    nested_columns,
     parse_row,
     recognise,
     write_row,
@@ -29,6 +30,11 @@ def parsed(row: dict[str, Any], shape: Shape = "auto") -> Example:
     found = recognise(row, shape)
     assert found is not None
     return parse_row(row, found)
+
+
+def with_nested(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a source hands it on."""
+    return {**nested_columns(row), **row}
 
 
 class TestRecognition:
@@ -113,6 +119,68 @@ class TestMultipleChoice:
     def test_choices_that_are_no_list_are_told(self, choices: Any) -> None:
         with pytest.raises(BadRow, match="2 to 26"):
             parsed({"question": "Which?", "choices": choices, "answer": 0})
+
+
+MERA = {
+    "instruction": "Выберите ответ. {text} A {option_a} B {option_b} C {option_c} D {option_d} Ответ:",
+    "inputs": {
+        "text": "Какая река длиннее?",
+        "option_a": "Волга",
+        "option_b": "Обь",
+        "option_c": "Дон",
+        "option_d": "Нева",
+        "subject": "география",
+    },
+    "outputs": "B",
+    "meta": {"id": 3, "domain": "high_school_geography"},
+}
+
+
+class TestOtherLayoutsOfMultipleChoice:
+    def test_meras_rows_are_asked_in_russian(self) -> None:
+        example = parsed(with_nested(MERA))
+        assert example.messages == [
+            user(
+                "Какая река длиннее?\n\nA. Волга\nB. Обь\nC. Дон\nD. Нева\n\n"
+                "Назовите букву верного варианта в виде: Ответ: <буква>"
+            )
+        ]
+        assert (example.reference, example.task, example.response) == ("B", "choice", "Ответ: B")
+        assert example.meta == {
+            "choices": ["Волга", "Обь", "Дон", "Нева"],
+            "subject": "география",
+            "domain": "high_school_geography",
+        }
+
+    def test_meras_columns_may_be_flat(self) -> None:
+        flat = {name: value for name, value in with_nested(MERA).items() if "." in name or name == "outputs"}
+        assert parsed(flat) == parsed(with_nested(MERA))
+
+    def test_a_closed_test_set_holds_prompts_without_a_verifier(self) -> None:
+        example = parsed(with_nested({**MERA, "outputs": ""}))
+        assert (example.reference, example.task, example.response) == (None, None, None)
+        assert len(example.messages) == 1
+
+    @pytest.mark.parametrize("names", [("option_a", "option_b", "option_c"), ("A", "B", "C")])
+    @pytest.mark.parametrize("answer", ["1", "B", "В", "green"])
+    def test_options_may_have_a_column_each(self, names: tuple[str, ...], answer: str) -> None:
+        row = {"question": "Which?", **dict(zip(names, CHOICES, strict=True)), "answer": answer}
+        assert parsed(row) == parsed({"question": "Which?", "choices": CHOICES, "answer": 1})
+
+    def test_a_column_without_text_ends_the_options(self) -> None:
+        row = {"question": "Which?", "A": "red", "B": "green", "C": "", "D": "", "answer": "B"}
+        assert parsed(row).meta["choices"] == ["red", "green"]
+
+    def test_options_of_a_table_may_be_a_list_in_json(self) -> None:
+        row = {"question": "Which?", "choices": json.dumps(CHOICES), "answer": "2"}
+        assert parsed(row).reference == "C"
+
+    def test_a_number_that_may_be_index_or_text_is_refused_where_columns_have_no_types(self) -> None:
+        row = {"question": "1 + 1?", "A": "1", "B": "2", "C": "3", "answer": "2"}
+        with pytest.raises(DataError, match="the index of one choice and the text of another"):
+            parsed(row)
+        assert parsed({**row, "answer": "B"}).reference == "B"
+        assert parsed({"question": "1 + 1?", "choices": ["1", "2", "3"], "answer": "2"}).reference == "B"
 
 
 class TestCode:

@@ -114,7 +114,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("value", [{}, {"pat": "x"}, {"path": "x", "task": "y"}, 3, None, [3]])
     def test_anything_else_is_refused_with_what_is_expected(self, value: Any) -> None:
-        with pytest.raises(ValidationError, match="exactly one of path, dataset and task"):
+        with pytest.raises(ValidationError, match="exactly one of path, dataset, task and step"):
             DATA.validate_python(value)
 
     def test_an_unknown_key_is_told_of_the_source_meant(self) -> None:

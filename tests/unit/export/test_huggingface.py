@@ -136,3 +136,67 @@ def test_what_has_no_model_is_refused_and_leaves_nothing(run: Any, tmp_path: Pat
     (tmp_path / "full" / "notes.txt").write_text("x", encoding="utf-8")
     with pytest.raises(StoreError, match="is there already"):
         export_huggingface(folder, tmp_path / "full")
+
+
+def test_shared_experts_are_trained_by_name_and_exported_whole(
+    tmp_path: Path, build_tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    """A compressed student in two stages, experts first; its answers are the exported plain model's."""
+    from transformers import AutoModelForCausalLM
+
+    build_tiny_model("qwen3_moe").save_pretrained(tmp_path / "moe")
+    tiny_tokenizer.save_pretrained(tmp_path / "moe")
+    rows = tmp_path / "rows.jsonl"
+    lines = [f'{{"prompt": "What is {n} + {n}?", "response": "The answer is {2 * n}."}}' for n in range(8)]
+    rows.write_text("\n".join(lines), encoding="utf-8")
+    usual = {"do": "train", "data": {"path": str(rows)}, "epochs": 1, "batch": 4, "lr": 0.01, "device": "cpu"}
+    experts = [{"match": r"shared_core|delta_"}, {"match": ".", "lr": 0}]
+    recipe = {
+        "name": "exported",
+        "models": {"base": {"path": str(tmp_path / "moe")}},
+        "steps": {
+            "shared": {
+                "do": "init",
+                "model": "base",
+                "method": "share_experts",
+                "rank": 4,
+                "data": {"path": str(rows)},
+                "device": "cpu",
+            },
+            "student": {
+                **usual,
+                "student": "shared",
+                "stages": [{"name": "experts", "groups": experts}, {"name": "all"}],
+            },
+            "adapted": {**usual, "student": "shared", "lora": {"rank": 4}},
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    folder = tmp_path / "runs" / "exported"
+    run_recipe(load_recipe(str(path)), folder, Store(tmp_path / "store"), "quiet", RunOptions())
+
+    before, trained = (
+        load(TransformersModel(path=str(folder / name)), dtype=torch.float32).model
+        for name in ("shared", "student-experts")
+    )
+    moved = {
+        name
+        for name, one in trained.named_parameters()
+        if not torch.equal(one, dict(before.named_parameters())[name])
+    }
+    assert moved == {name for name, _ in trained.named_parameters() if ".experts." in name}
+
+    card = (folder / "student" / "README.md").read_text(encoding="utf-8")
+    assert "Its experts share a core" in card
+    assert "AutoModelForCausalLM" not in card
+    for name in ("shared", "student", "adapted"):
+        loaded = load(TransformersModel(path=str(folder / name), device="cpu"), dtype=torch.float32)
+        expected = answers(loaded.model, loaded.tokenizer)
+        output = tmp_path / f"plain-{name}"
+        export_huggingface(folder / name, output)
+        found, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+        assert not any(info.values())
+        assert found.config.model_type == "qwen3_moe"
+        assert plain_answers(output) == expected
+        assert "Its experts share a core" not in (output / "README.md").read_text(encoding="utf-8")

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from potstill.cache import CacheSettings
-from potstill.core.errors import RecipeError
+from potstill.core.errors import DataError, RecipeError
+from potstill.core.records import RECORDS_FILE, Record, write_records
 from potstill.core.settings import ModelRef
 from potstill.core.store import Artifact, Store
+from potstill.generate import GenerateSettings
 from potstill.merge import MergeSettings
 from potstill.models import TransformersModel
 from potstill.pipeline.fingerprint import Inputs
@@ -110,3 +112,38 @@ def test_cached_logits_mean_their_chat_template_too(graph: Graph, tmp_path: Path
         logits = made(tmp_path / name, extra)
         found.append(Inputs(Graph(nodes, graph.models), node, {"logits": logits}).fingerprint(1))
     assert found[0] == found[1] != found[2]
+
+
+class TestParts:
+    @staticmethod
+    def fingerprint(folder: Path, traces: list[Record], category: str, view: str = "") -> str:
+        """Of a train step on one category of the traces of a generate step."""
+        folder.mkdir()
+        write_records(folder / RECORDS_FILE, traces)
+        fields: dict[str, Any] = {"settings": {}, "seed": 1, "seconds": 0.0}
+        artifact = Store(folder.parent).seal(folder, kind="generate", fingerprint=folder.name, **fields)
+        part = {"step": f"traces{view}", "where": {"category": category}}
+        train = TrainSettings.model_validate({"do": "train", "student": "big", "data": part, "lora": {}})
+        generate = GenerateSettings.model_validate({"model": "big", "data": {"task": "gcd", "size": 1}})
+        nodes = [Node("traces", "traces", "generate", generate), Node("student", "student", "train", train)]
+        graph = Graph(
+            {one.name: one for one in nodes}, {"big": TransformersModel(path="a/b", identity="big")}
+        )
+        assert graph.needs["student"] == ["traces"]
+        return Inputs(graph, graph.nodes["student"], {"traces": artifact}).fingerprint(1)
+
+    @staticmethod
+    def trace(number: int, category: str) -> Record:
+        return Record(f"p{number}", [], response=f"answer {number}", meta={"category": category})
+
+    def test_rows_of_another_domain_leave_what_learns_from_this_one_as_it_is(self, tmp_path: Path) -> None:
+        four = [self.trace(0, "math"), self.trace(1, "words"), self.trace(2, "math")]
+        five = [*four, self.trace(3, "logic")]
+        one = self.fingerprint(tmp_path / "four", four, "math")
+        assert self.fingerprint(tmp_path / "five", five, "math") == one
+        assert self.fingerprint(tmp_path / "other", five, "logic") != one
+        assert self.fingerprint(tmp_path / "more", [*five, self.trace(4, "math")], "math") != one
+
+    def test_a_part_without_rows_is_told_before_anything_is_trained(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no row has category = 'maths'"):
+            self.fingerprint(tmp_path / "four", [self.trace(0, "math")], "maths")

@@ -58,12 +58,31 @@ def test_a_step_a_view_of_it_and_the_run_can_be_handed_out(graph: Graph, source:
         ("../x", "student", "leads out of the run folder"),
         ("/x", "student", "leads out of the run folder"),
         ("", "student", "leads out of the run folder"),
+        (1, "student", "the name 1 is no text"),
     ],
 )
-def test_a_wrong_output_is_told_with_its_place(graph: Graph, name: str, source: Any, message: str) -> None:
+def test_a_wrong_output_is_told_with_its_place(graph: Graph, name: Any, source: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
         check_output(name, source, graph, "recipe.yaml:7")
     assert "recipe.yaml:7" in str(caught.value)
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b", "a"), ("a", "./a"), ("a/b/c", "a/b")])
+def test_one_output_may_not_lie_in_another(tmp_path: Path, first: str, second: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "models: {m: {path: some/model}}\n"
+        "steps:\n  traces: {do: generate, model: m, data: {task: chain_sum, size: 4}}\n"
+        f"outputs:\n  {first}: traces\n  {second}: traces:settings\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(RecipeError, match="or one lies in the other") as caught:
+        load_recipe(str(path))
+    assert "recipe.yaml:6" in str(caught.value)
+    path.write_text(
+        path.read_text(encoding="utf-8").replace(f"  {second}: traces:", "  ab: traces:"), encoding="utf-8"
+    )
+    assert [one.name for one in load_recipe(str(path)).outputs] == [first, "ab"]
 
 
 @pytest.fixture

@@ -196,6 +196,49 @@ def test_frozen_weights_count_in_the_type_that_they_are_loaded_in(
     )
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"layers": 1},
+        {"layers": 1, "hidden_size": 16, "intermediate_size": 32, "attention_heads": 2},
+        {"method": "fresh", "hidden_size": 24},
+        {"depth_by": [1]},
+    ],
+    ids=str,
+)
+def test_a_students_parameters_are_planned_as_they_will_be(
+    tmp_path: Path, shared_model_folder: Path, traces: Any, step_context: Any, sizes: dict[str, Any]
+) -> None:
+    from potstill import student
+
+    data = traces(4)
+    stated = [f"{key}={json.dumps(value)}" for key, value in sizes.items()]
+    recipe = one_step_recipe("init", [f"model={shared_model_folder}", f"data={data.folder}", *stated])
+    (step,) = make_plan(recipe, Store(tmp_path / "store")).steps
+    context = step_context(
+        "init", models={"base": TransformersModel(path=str(shared_model_folder))}, data={"traces": [data]}
+    )
+    settings = {"do": "init", "model": "base", "data": "traces", "device": "cpu", **sizes}
+    made = student.run(student.InitSettings.model_validate(settings), context)
+    assert step.parameters == made.counts["parameters"]
+
+
+def test_a_target_is_the_most_that_a_student_has_and_sizes_out_of_reach_are_a_problem(
+    tmp_path: Path, texts: Path, shared_model_folder: Path
+) -> None:
+    def plan(*stated: str) -> Plan:
+        arguments = [f"model={shared_model_folder}", f"data={texts}", *stated]
+        return make_plan(one_step_recipe("init", arguments), Store(tmp_path / "store"))
+
+    whole = parameter_count(TransformersModel(path=str(shared_model_folder)))
+    assert whole is not None
+    assert plan("target_params=12K").steps[0].parameters == 12_000
+    assert plan("target_ratio=0.5").steps[0].parameters == whole // 2
+    assert any("at most 12,000 parameters" in note for note in plan("target_params=12K").notes)
+    assert ["7 blocks cannot be kept of 2" in one for one in plan("layers=7").problems] == [True]
+    assert ["2 share a key and value head" in one for one in plan("attention_heads=3").problems] == [True]
+
+
 def memory_gb(texts: Path, name: str, *settings: str) -> float | None:
     """What training a model of the hub is planned to need, that is not here."""
     arguments = [f"student={name}", f"data={texts}", "device=cpu", *settings]
@@ -322,6 +365,32 @@ def test_a_server_that_continues_no_responses_is_a_problem_before_anything_is_ma
     assert any("step mixed" in one and "not known to continue" in one for one in problems())
     recipe["models"]["big"]["continue_final_message"] = True
     assert not any("not known to continue" in one for one in problems())
+
+
+# --- retrieve
+
+
+def test_what_a_retrieval_adds_to_what_is_trained_on_is_planned(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"text": "An article."}\n', encoding="utf-8")
+    steps = recipe["steps"]
+    steps["found"] = {
+        "do": "retrieve",
+        "data": "traces",
+        "corpus": {"path": str(tmp_path / "corpus.jsonl")},
+        "student": "base",
+        "document_tokens": 30,
+    }
+    steps["student"]["data"] = "found"
+    plan, planned = _planned(recipe, tmp_path)
+    assert plan.problems == []
+    assert planned["found"].rows == 160
+    assert planned["found"].tokens == 160 * (10 + 30)
+    assert planned["student"].tokens == 2 * 160 * (10 + 30)
+    steps["found"]["corpus"] = {"path": str(tmp_path / "none.jsonl")}
+    plan, _ = _planned(recipe, tmp_path)
+    assert any("no such data file" in problem for problem in plan.problems)
 
 
 # --- cost
@@ -490,3 +559,12 @@ def test_a_served_teacher_of_an_evaluation_is_a_problem_before_anything_is_made(
     assert any(
         "the teacher served is of another engine, and KL needs whole" in problem for problem in plan.problems
     )
+
+
+def test_a_part_of_a_step_to_be_made_has_as_many_rows_as_its_prompts_say(tmp_path: Path) -> None:
+    recipe = load_recipe("cmoe-small", ["traces.held_out=0"])
+    rows = {step.name: step.rows for step in make_plan(recipe, Store(tmp_path / "store")).steps}
+    domains = ("arithmetic", "algorithmic", "logic", "words")
+    assert rows["specialist[logic]"] == rows["retold[logic]"]
+    assert 100 < (rows["specialist[logic]"] or 0) <= 150
+    assert sum(rows[f"specialist[{one}]"] or 0 for one in domains) == rows["traces"] == rows["undivided"]

@@ -1,6 +1,8 @@
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,3 +89,21 @@ def test_names_and_settings_stay_text(build_run: RunBuilder, payload: str) -> No
     table = [line for line in card.splitlines() if line.startswith("| note")]
     assert len(table) == 1
     assert len(re.findall(r"(?<!\\)\|", table[0])) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "loader"),
+    [
+        ("config.json", {"is_encoder_decoder": True}, "import AutoModelForSeq2SeqLM"),
+        ("config.json", {}, "import AutoModelForCausalLM"),
+        ("adapter_config.json", {"task_type": "SEQ_2_SEQ_LM"}, "import AutoPeftModelForSeq2SeqLM"),
+    ],
+)
+def test_an_encoder_decoder_is_loaded_as_one(
+    build_run: RunBuilder, tmp_path: Path, name: str, config: dict[str, Any], loader: str
+) -> None:
+    run = build_run()
+    (tmp_path / name).write_text(json.dumps(config), encoding="utf-8")
+    manifest: Any = run.steps[3].manifest
+    manifest.files = {name: FileEntry(sha256="0" * 64, size_bytes=1)}
+    assert loader in model_card(run, run.steps[3], files=tmp_path)

@@ -189,6 +189,16 @@ def test_runs_with_another_teacher_are_not_compared_by_it(paired: list[RunView])
     assert "Perplexity is not compared" not in table
 
 
+def test_epochs_of_one_step_are_different_teachers(paired: list[RunView]) -> None:
+    for run, epoch in zip(paired, (1, 2, 2), strict=True):
+        manifest = run.steps[-1].manifest
+        assert manifest is not None
+        manifest.metrics["teacher"] = f"big:epoch{epoch}"
+        manifest.inputs[f"big:epoch{epoch}"] = {"big": "f" * 64}
+    assert "KL to the teacher is not compared: another teacher in each run." in comparison_table(paired)
+    assert "is not compared" not in comparison_table(paired[1:])
+
+
 def _answered(run: RunView, right: list[bool], *, first: int = 0) -> None:
     """Give the student's answers to chain_sum; prompts are numbered on from `first`."""
     folder = run.steps[-1].folder
@@ -362,6 +372,22 @@ def test_arms_are_shown_with_their_paired_differences_and_those_of_each_seed(arm
     assert found["length"].endswith("no clear difference")
     assert found["one-stage"].endswith("closer")
     assert "-0.020, +0.020" in found["length"]
+
+
+def test_a_second_run_of_an_arm_and_its_seed_is_an_arm_of_its_own(arms: list[RunView]) -> None:
+    (lines,) = (part for part in comparison_table(arms).split("\n\n") if part.startswith("arm"))
+    again = replace(arms[2], name="random")  # its recipe has the seed 1 as well
+    (more,) = (part for part in comparison_table([*arms, again]).split("\n\n") if part.startswith("arm"))
+    before, after = ([line.split() for line in part.splitlines()[2:]] for part in (lines, more))
+    assert after[:-1] == before
+    assert after[-1][:3] == ["random", "(2)", "1"]
+
+
+def test_arms_with_other_teachers_are_not_compared_by_them(arms: list[RunView]) -> None:
+    manifest = arms[-1].steps[-1].manifest
+    assert manifest is not None
+    manifest.inputs["teacher"] = {"path": "another"}
+    assert not any(part.startswith("arm") and "KL" in part for part in comparison_table(arms).split("\n\n"))
 
 
 def test_a_recipe_that_cannot_be_read_does_not_stop_the_comparison_of_arms(arms: list[RunView]) -> None:

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from potstill.report import RunView, StepView, terminal_table
-from potstill.report.results import Figure, Measure, conclusion, format_figure, format_interval, results_of
+from potstill.report.conclusion import conclusion
+from potstill.report.results import Figure, Measure, format_figure, format_interval, results_of
 
 RunBuilder = Callable[..., RunView]
 

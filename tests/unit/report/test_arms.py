@@ -1,0 +1,81 @@
+"""What arms cost: every step behind a model counts once, and parallel ways as long as the longest one."""
+
+from pathlib import Path
+from typing import Any
+
+from potstill.core.store import Manifest
+from potstill.report import RunView, StepView
+from potstill.report.arms import arm_costs
+from potstill.report.results import results_of
+
+STEPS: dict[str, tuple[str, list[str], float]] = {
+    "traces": ("generate", [], 10.0),
+    "specialist[a]": ("train", ["traces"], 100.0),
+    "specialist[b]": ("train", ["traces"], 60.0),
+    "retold[a]": ("generate", ["specialist[a]", "traces"], 5.0),
+    "retold[b]": ("generate", ["specialist[b]", "traces"], 7.0),
+    "cascade": ("train", ["retold[a]", "retold[b]"], 30.0),
+    "direct": ("train", ["traces"], 40.0),
+    "exam": ("evaluate", ["direct", "cascade", "specialist[b]"], 9.0),
+}
+MODELS = {"direct": "direct", "cascade": "cascade", "specialist": "specialist", "base": "base"}
+
+
+def run() -> RunView:
+    steps = []
+    for name, (kind, needs, seconds) in STEPS.items():
+        metrics: dict[str, Any] = {"flops": 1e9} if kind == "train" else {}
+        if kind == "evaluate":
+            group = {"math": {"prompts": 4, "correct": {"value": 0.5, "low": 0.2, "high": 0.8}}}
+            task = {"prompts": 4, "groups": group}
+            metrics = {
+                "baseline": "direct",
+                "models": {
+                    role: {"reference": reference, "tasks": {"domains": task}}
+                    for role, reference in MODELS.items()
+                },
+                "differences": {"cascade": {"tasks": {"domains": {"groups": group}}}},
+            }
+        manifest = Manifest(
+            kind=kind,
+            fingerprint="0",
+            content="0",
+            settings={"do": kind},
+            seed=1,
+            files={},
+            versions={},
+            seconds=seconds,
+            tokens=1000 if kind == "train" else 0,
+            metrics=metrics,
+        )
+        steps.append(StepView(name, kind, needs, seconds, False, manifest, Path()))
+    return RunView("cascade", "", steps)
+
+
+def test_an_arm_has_the_costs_of_all_that_it_was_trained_from() -> None:
+    [results] = results_of(run())
+    table = arm_costs(run(), results)
+    assert table is not None
+    rows = {row[0]: dict(zip(table["head"], row, strict=True)) for row in table["rows"]}
+    assert list(rows) == ["direct", "cascade", "specialist"], "a declared model was not trained here"
+    cascade = rows["cascade"]
+    assert (cascade["trained steps"], cascade["own tokens"], cascade["training tokens"]) == (
+        "3",
+        "1,000",
+        "3,000",
+    )
+    assert cascade["training FLOPs"] == "3.00e+09"
+    assert cascade["training"] == "3 min 10 s"
+    assert cascade["training, in parallel"] == "2 min 10 s", "the slower specialist, then the student"
+    assert cascade["writing traces"] == "22.0 s"
+    assert cascade["all, in parallel"] == "2 min 25 s"
+    assert rows["direct"]["training"] == rows["direct"]["training, in parallel"] == "40.0 s"
+    assert rows["specialist"]["training"] == "1 min 00 s", "of the specialist that was evaluated"
+
+
+def test_groups_are_measures_of_their_own_with_paired_differences() -> None:
+    [results] = results_of(run())
+    [measure] = results.of("group")
+    assert measure.label == "domains, math, right answers"
+    assert measure.differences["cascade"].value == 0.5
+    assert not results.main or measure not in results.main
