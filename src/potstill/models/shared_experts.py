@@ -139,10 +139,10 @@ class _SharesExperts:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
+        super()._init_weights(module)  # type: ignore[misc]  # the model's, as above
         if isinstance(module, SharedExperts):
             for parameter in module.parameters(recurse=False):
-                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)  # type: ignore[attr-defined]
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)  # type: ignore[attr-defined]  # as above
 
 
 class SharedQwen3MoeForCausalLM(_SharesExperts, Qwen3MoeForCausalLM):

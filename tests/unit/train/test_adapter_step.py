@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from potstill.core.errors import TrainingError
-from potstill.models import TransformersModel, supports_bf16
+from potstill.models import TransformersModel, loading
+from potstill.train import trainer
 
 Training = Callable[..., Any]
 
@@ -66,8 +67,11 @@ def test_every_kind_of_adapter_learns(
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_a_checkpoint_that_is_quantised_already_is_a_base_and_a_teacher_as_it_is(
-    train: Training, quantised: Any, seal: Any, scheme: str
+    train: Training, quantised: Any, seal: Any, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # In bf16 rounding alone, which is another under autocast than in a teacher, is over 1e-4 nats.
+    for module in (loading, trainer):
+        monkeypatch.setattr(module, "supports_bf16", lambda device: False)
     checkpoint = quantised(scheme)
     result, folder, context = train(
         student=checkpoint, teacher=checkpoint, epochs=2, alpha=1.0, lora={"rank": 4}
@@ -76,8 +80,7 @@ def test_a_checkpoint_that_is_quantised_already_is_a_base_and_a_teacher_as_it_is
     assert f"the student's weights are in {scheme} already, and are used as they are" in said
     assert f"the teacher's weights are in {scheme} already, and are used as they are" in said
     first = next(point for point in result.metrics["history"] if "eval_kl" in point)
-    # Both are one model; with bf16 the student computes under autocast and the teacher in its own type.
-    assert first["eval_kl"] == pytest.approx(0, abs=5e-3 if supports_bf16(torch.device("cpu")) else 1e-4)
+    assert first["eval_kl"] == pytest.approx(0, abs=1e-4)  # both are one model
     assert result.metrics["untouched"] == []
     seal(folder, "train", result)
     on, _, _ = train("on", student=TransformersModel(path=str(folder)), max_steps=1)
