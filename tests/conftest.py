@@ -235,25 +235,25 @@ def tiny_t5(request: pytest.FixtureRequest, build_tiny_t5: TinyModelBuilder) -> 
 
 @pytest.fixture(scope="session")
 def t5_tokenizer(_quiet_libraries: None) -> "PreTrainedTokenizerFast":
-    """A trained Unigram tokenizer with T5's special tokens, and like T5's without a chat template.
+    """A Unigram tokenizer with T5's special tokens, and like T5's without a chat template.
 
-    Shared by all tests of a run: one that changes it works on a deep copy.
+    Its pieces are counted, not trained: tokenizers' trainer makes others each time. Shared by all tests of
+    a run: one that changes it works on a deep copy.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from collections import Counter
+    from math import log
+
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.Unigram())
+    words = Counter("▁" + word for line in _CORPUS for word in line.split())
+    letters = Counter("".join(words.elements())) + Counter("0123456789+-=?.,[]<>/▁")
+    pieces = [*letters.items(), *words.most_common()][: 200 - len(_T5_TOKENS)]
+    scored = [(piece, log(count / letters.total())) for piece, count in pieces]
+    tokenizer = Tokenizer(models.Unigram([(one, 0.0) for one in _T5_TOKENS.values()] + scored, unk_id=2))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=200,
-        special_tokens=[*_T5_TOKENS.values()],
-        unk_token="<unk>",
-        initial_alphabet=[*"0123456789+-=?.,[]<>/ "],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )

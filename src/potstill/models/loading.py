@@ -1,7 +1,5 @@
 """Loading a model for use or for training."""
 
-import importlib.util
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from potstill.models.encoder_decoder import forward_inputs
 from potstill.models.heads import add_token_rows, hidden_states, output_head
 from potstill.models.hub import hub_commit
 from potstill.models.pretrained import quiet_transformers, read_adapter, read_pretrained, read_weights
+from potstill.models.quantization import check_stored, dequantized, nf4_configuration, prepare_layers
 from potstill.models.source import (
     Source,
     TransformersModel,
@@ -82,7 +81,6 @@ def supports_bf16(device: "torch.device") -> bool:
 
 # Bytes a weight: four bits and their doubly quantised scales (Dettmers et al. 2023, sec. 3), or plain ones.
 _QUANTIZED_BYTES = {"nf4": (4 + 0.127) / 8, "nf4_single": 4.5 / 8, "fp4": 4.5 / 8, "int8": 1.0}
-_BITSANDBYTES = frozenset({"nf4", "fp4", "int8"})
 
 
 def frozen_weight_bytes(settings: TransformersModel) -> float:
@@ -137,7 +135,7 @@ def load(
             dtype = _weight_type(settings, device, all_trained=all_trained)
         model = _load_full(base.model_copy(update={"quantize": quantize}), stored, dtype, device)
         if full_weights and stored is not None:
-            model = _dequantized(model, dtype)
+            model = dequantized(model, dtype)
         if is_adapter:
             model = read_adapter(model, str(source.folder), trainable=trainable)
     model.eval()
@@ -174,18 +172,12 @@ def _load_full(
     if stored is None and settings.quantize is None:
         return _with_added_tokens(read_weights(name, where=settings.path, **options).to(device), settings)
     if stored is None:
-        options |= {"quantization_config": _nf4(settings, dtype), "device_map": {"": device}}
+        options |= {"quantization_config": nf4_configuration(settings, dtype), "device_map": {"": device}}
     else:
-        _check_stored(settings, stored)
+        check_stored(settings, stored)
         options["device_map"] = {"": device}
     model = read_weights(name, where=settings.path, **options)
-    for module in model.modules():
-        # On a CPU, bitsandbytes repacks a layer's weights when it first runs outside training, for a kernel
-        # without a backward pass: from then on gradients through that layer are lost, in training as well.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            # A checkpoint's own may be a type that this device emulates.
-            module.compute_dtype, module.compute_type_is_set = dtype, True
+    prepare_layers(model, dtype)
     return _with_added_tokens(model, settings)
 
 
@@ -195,64 +187,6 @@ def _with_added_tokens(model: Any, settings: TransformersModel) -> Any:
         new_ids, known_ids = new_token_ids(settings)
         if new_ids:
             add_token_rows(model, new_ids, known_ids)
-    return model
-
-
-def _check_stored(settings: TransformersModel, stored: str) -> None:
-    if stored in _BITSANDBYTES:
-        _need_bitsandbytes(settings.path, f"its weights are in {stored}, which")
-        # It says of every product that it takes float16.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    if settings.quantize is not None and not settings.quantize.startswith(stored):
-        raise ModelError(
-            f"its weights are in {stored} already, and quantize asks for {settings.quantize}",
-            where=settings.path,
-            expected="full weights, as quantising twice loses twice",
-            mend="leave `quantize` out, or name the model in full weights",
-        )
-
-
-def _need_bitsandbytes(where: str, what: str) -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"{what} needs bitsandbytes, which is not installed",
-            where=where,
-            mend='install it with `pip install "potstill[bnb]"`, or name a model in full weights without '
-            "`quantize`",
-        )
-
-
-def _nf4(settings: TransformersModel, dtype: "torch.dtype") -> Any:
-    _need_bitsandbytes(settings.path, f"quantize: {settings.quantize}")
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=settings.quantize == "nf4",
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _dequantized(model: Any, dtype: "torch.dtype") -> Any:
-    """The model with full weights, as plain transformers saves and loads it."""
-    try:
-        model = model.dequantize(dtype)
-    except NotImplementedError as error:
-        raise ModelError(
-            f"transformers cannot dequantise it ({error})",
-            where=str(model.name_or_path),
-            mend="name the model in full weights",
-        ) from error
-    model.is_loaded_in_4bit = model.is_loaded_in_8bit = False  # PEFT and transformers go by these
-    vars(model).pop("hf_device_map", None)
-    # Saving turns round what loading did, and the unpacking of bitsandbytes' files cannot be turned round.
-    conversions = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [  # noqa: SLF001  # there is no public way to say that it is plain now
-        one
-        for one in conversions
-        if not any("bitsandbytes" in type(step).__module__ for step in getattr(one, "operations", ()))
-    ]
     return model
 
 

@@ -173,13 +173,10 @@ def test_the_loss_is_blended_by_weight_and_logged_apart(build_tiny_model: Any, t
 
 @pytest.mark.parametrize("teacher", [{"quantize": "nf4"}, {"dtype": "bfloat16"}], ids=["nf4", "bf16"])
 def test_a_teacher_in_fewer_bits_has_states_near_its_own(
-    build_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, teacher: dict[str, Any]
+    build_tiny_model: Any, shared_model_folder: Path, teacher: dict[str, Any]
 ) -> None:
-    # Widths are multiples of NF4's block of 64: others bitsandbytes dequantises wrongly on CPUs with AVX-512.
-    build_tiny_model("llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
     full, small = (
-        load(TransformersModel(path=str(tmp_path), device="cpu", **fields)).model
+        load(TransformersModel(path=str(shared_model_folder), device="cpu", **fields)).model
         for fields in ({"dtype": "float32"}, teacher)
     )
     for kind in ("hidden_mse", "relations"):
