@@ -130,7 +130,7 @@ def _rows(numbers: Sequence[int]) -> Rows:
 
 def _without_distribution(rows: Rows, numbers: Sequence[int]) -> Dense:
     """A teacher whose logits for one row are NaN."""
-    values = [float("nan") if rows.ids[number] == FAULTY_ROW else 0.0 for number in numbers]
+    values = [float("nan") if rows.id(number) == FAULTY_ROW else 0.0 for number in numbers]
     parts = [
         torch.full((rows.supervised(number), VOCABULARY), value, dtype=torch.float64)
         for number, value in zip(numbers, values, strict=True)

@@ -4,7 +4,8 @@ Shapes: B rows, T tokens.
 """
 
 import random
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from potstill.core.hashing import derive_seed
@@ -20,25 +21,28 @@ __all__ = ["collate", "collate_packed", "epoch_plan", "micro_batches", "packs", 
 _STEPS_PER_BUCKET_GROUP = 32
 
 
-def epoch_plan(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_plan(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """The optimiser steps of one epoch as lists of row numbers; each row appears once.
 
     `lengths` are tokens a row, `batch` is rows a step. Rows of similar length share a step; which rows meet
-    and the order of the steps depend only on (seed, epoch). A last step with the remaining rows is kept.
+    and the order of the steps depend only on (seed, epoch). A last step with the remaining rows is kept. In
+    memory a row costs four bytes.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected at least 1")
     chance = random.Random(derive_seed(seed, "epoch", epoch))
-    order = list(range(len(lengths)))
+    order = array("i", range(len(lengths)))
     chance.shuffle(order)
     whole = len(order) - len(order) % batch
-    steps: list[list[int]] = []
-    for start in range(0, whole, batch * _STEPS_PER_BUCKET_GROUP):
-        group = order[start : min(start + batch * _STEPS_PER_BUCKET_GROUP, whole)]
-        group.sort(key=lengths.__getitem__)
-        steps.extend(group[first : first + batch] for first in range(0, len(group), batch))
-    chance.shuffle(steps)
-    return [*steps, order[whole:]] if whole < len(order) else steps
+    group = batch * _STEPS_PER_BUCKET_GROUP
+    for start in range(0, whole, group):
+        part = slice(start, min(start + group, whole))
+        order[part] = array("i", sorted(order[part], key=lengths.__getitem__))
+    starts = array("i", range(0, whole, batch))
+    chance.shuffle(starts)
+    if whole < len(order):
+        starts.append(whole)
+    return (order[start : start + batch].tolist() for start in starts)
 
 
 def share(lengths: Sequence[int], ranks: int) -> list[list[int]]:

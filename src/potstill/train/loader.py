@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -19,8 +20,9 @@ __all__ = ["EpochPlan", "MicroBatches", "OptimiserStep", "StepLoader"]
 class EpochPlan(Sampler[list[int]]):
     """The row numbers of each optimiser step of one epoch; `together` neighbours count as one row."""
 
-    def __init__(self, lengths: list[int], batch: int, seed: int, together: int = 1) -> None:
-        self.lengths = [sum(lengths[one : one + together]) for one in range(0, len(lengths), together)]
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, together: int = 1) -> None:
+        starts = range(0, len(lengths), together)
+        self.lengths = array("i", (sum(lengths[one : one + together]) for one in starts))
         self.batch, self.seed, self.together, self.epoch = batch, seed, together, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -83,7 +85,7 @@ class MicroBatches:
             yield make_micro_batch(
                 [self.rows[number] for number in members],
                 None if self.teacher is None else self.teacher(self.rows, members),
-                tuple(self.rows.ids[number] for number in members),
+                tuple(self.rows.id(number) for number in members),
                 packed=self.packed,
                 factors=None if factors is None else tuple(factors[number] for number in members),
             )

@@ -1,5 +1,6 @@
 """The rows of a train step, packed: from traces, rendered once, or from cached logits."""
 
+import bisect
 import itertools
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from potstill.core.errors import DataError, ModelError, TrainingError
 from potstill.core.records import Record
 from potstill.core.settings import DataRef
+from potstill.core.spool import Spool
 from potstill.core.step import StepContext
 from potstill.core.store import Artifact
 from potstill.data.chat import Rendered, Renderer, fit
@@ -30,28 +32,29 @@ __all__ = [
 
 
 class Rows:
-    """Token ids, loss mask and record id of many rows, at five bytes a token.
+    """Token ids, loss mask and record id of many rows, on disk; in memory a row costs 28 bytes.
 
-    `sources` holds for each row its number where it came from. Where there are `shares`, as many neighbours
-    are the tasks that one trace was made into, and each task has its share of the loss.
+    The file lies in `folder`, by default where the system keeps temporary files. `sources` holds for each row
+    its number where it came from. Where there are `shares`, as many neighbours are the tasks that one trace
+    was made into, and each task has its share of the loss.
     """
 
-    def __init__(self, shares: Sequence[float] = ()) -> None:
+    def __init__(self, shares: Sequence[float] = (), folder: Path | None = None) -> None:
         self.shares = tuple(shares)
-        self.ids: list[str] = []
-        self.sources = array("q")
-        self._tokens, self._mask, self._ends = array("i"), bytearray(), array("q", [0])
+        self.sources, self.lengths = array("q"), array("i")
+        self._supervised, self._ends, self._spool = array("i"), array("q", [0]), Spool(folder)
 
     def append(self, rendered: Rendered, record_id: str = "", source: int = 0) -> None:
         """Add one row."""
-        self.ids.append(record_id)
         self.sources.append(source)
-        self._tokens.extend(rendered.ids)
-        self._mask.extend(rendered.mask)
-        self._ends.append(len(self._tokens))
+        self.lengths.append(len(rendered.ids))
+        self._supervised.append(rendered.supervised_tokens)
+        name = record_id.encode("utf-8", "surrogatepass")
+        self._spool.append(array("i", rendered.ids).tobytes() + bytes(rendered.mask) + name)
+        self._ends.append(self._spool.size)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.lengths)
 
     @property
     def rows_a_trace(self) -> int:
@@ -59,16 +62,25 @@ class Rows:
         return max(1, len(self.shares))
 
     def __getitem__(self, number: int) -> Rendered:
-        part = slice(self._ends[number], self._ends[number + 1])
-        return Rendered(self._tokens[part].tolist(), list(self._mask[part]))
+        ids, mask, _ = self._parts(number)
+        return Rendered(array("i", ids).tolist(), list(mask))
+
+    def id(self, number: int) -> str:
+        """The id of a row's record."""
+        return self._parts(number)[2].decode("utf-8", "surrogatepass")
+
+    def _parts(self, number: int) -> tuple[bytes, bytes, bytes]:
+        start, end, length = self._ends[number], self._ends[number + 1], self.lengths[number]
+        data, ids_bytes = self._spool.read(start, end - start), length * self.lengths.itemsize
+        return data[:ids_bytes], data[ids_bytes : ids_bytes + length], data[ids_bytes + length :]
 
     def length(self, number: int) -> int:
         """Tokens of a row."""
-        return self._ends[number + 1] - self._ends[number]
+        return self.lengths[number]
 
     def supervised(self, number: int) -> int:
         """Tokens of a row that the loss counts."""
-        return sum(self._mask[self._ends[number] : self._ends[number + 1]])
+        return self._supervised[number]
 
     def factors(self, numbers: Sequence[int]) -> dict[int, float] | None:
         """What the tokens of some rows weigh, so that their mean is the tasks' means, each with its share.
@@ -86,14 +98,9 @@ class Rows:
         return {number: by_task[number % len(by_task)] for number in numbers}
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [end - start for start, end in zip(self._ends, self._ends[1:], strict=False)]
-
-    @property
     def supervised_tokens(self) -> int:
         """How many tokens the loss counts, of all rows."""
-        return sum(self._mask)
+        return sum(self._supervised)
 
 
 SignalSource = Callable[[Rows, Sequence[int]], TeacherSignal]
@@ -158,12 +165,13 @@ def rows_of_records(
     find: Callable[[Rendered], int] | None = None,
     *,
     mask_prefix: bool = False,
+    folder: Path | None = None,
 ) -> TrainingData:
     """Render every trace once; `find` gives each rendered row its number where the teacher's signal is.
 
     With `mask_prefix` the loss leaves out what another model wrote before the response was continued.
     """
-    rows = TrainingData()
+    rows = TrainingData(Rows(folder=folder), Rows(folder=folder))
     for number, record in enumerate(records, start=1):
         rendered = renderer.render(record, mask_prefix=mask_prefix, row_number=number)
         rows.add(
@@ -198,13 +206,14 @@ def read_caches(
     temperature: float,
     top_k: int | None,
     max_length: int,
+    folder: Path | None = None,
 ) -> tuple[TrainingData, "CachedTeacher"]:
     """The rows of caches, each with its view, and the teacher that answers for them at one temperature.
 
     Raises DataError as `CachedTeacher` does, ModelError for another vocabulary.
     """
     teacher = CachedTeacher([cache for cache, _ in caches], temperature, top_k)
-    rows, source = TrainingData(), 0
+    rows, source = TrainingData(Rows(folder=folder), Rows(folder=folder)), 0
     for cache, view in caches:
         if view == "prompts":
             raise TrainingError("prompts have no responses to learn from", where=str(cache.folder))
@@ -249,19 +258,25 @@ class CachedTeacher:
             )
         ks = [cache.codec.k for cache in caches if cache.codec.k is not None]
         self.temperature, self.k = temperature, top_k or min(ks, default=None)
-        self._places = [(cache, number) for cache in caches for number in range(len(cache))]
+        self._caches, self._starts = [*caches], [0, *itertools.accumulate(map(len, caches))]
 
     def __call__(self, rows: Rows, numbers: Sequence[int]) -> Sparse | Sampled:
         """The signal of rows that were read from the caches."""
-        places = [(*self._places[rows.sources[number]], rows.supervised(number)) for number in numbers]
         # Of a row that was cut, the cache has more signals than tokens are left: the first are theirs.
-        signals = [
-            cache.signals(
-                [place for _, place, _ in part], self.temperature, self.k, tokens=[n for *_, n in part]
+        signals: list[Any] = [  # of one kind, as the caches are of one codec
+            self._caches[which].signals(
+                [rows.sources[number] - self._starts[which] for number in part],
+                self.temperature,
+                self.k,
+                tokens=[*map(rows.supervised, part)],
             )
-            for cache, part in (
-                (cache, list(group)) for cache, group in itertools.groupby(places, key=lambda place: place[0])
+            for which, part in (
+                (which, list(group))
+                for which, group in itertools.groupby(numbers, key=lambda one: self._cache_of(rows, one))
             )
         ]
         signal: Sparse | Sampled = concatenate(signals)
         return signal
+
+    def _cache_of(self, rows: Rows, number: int) -> int:
+        return bisect.bisect_right(self._starts, rows.sources[number]) - 1

@@ -245,15 +245,18 @@ def _read_data(
             temperature=settings.temperature,
             top_k=settings.top_k,
             max_length=max_length,
+            folder=context.scratch,
         )
     else:
         records = read(settings.data, context)
         if settings.mask_prefix:
             records = _with_a_prefix(records, settings)
         if settings.label_weight is None:
-            data = rows_of_records(records, renderer, max_length, mask_prefix=settings.mask_prefix)
+            data = rows_of_records(
+                records, renderer, max_length, mask_prefix=settings.mask_prefix, folder=context.scratch
+            )
         else:
-            data = rows_of_tasks(records, renderer, max_length, settings.label_weight)
+            data = rows_of_tasks(records, renderer, max_length, settings.label_weight, context.scratch)
     data.check()
     if data.shortened:
         context.say(f"{data.shortened:,} rows were cut to {max_length:,} tokens")

@@ -7,6 +7,7 @@ share * L_label + (1 - share) * L_rationale, each the mean over the tokens of it
 import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from potstill.core.errors import DataError, TrainingError
@@ -35,7 +36,11 @@ def ask_for_labels(tokenizer: Any) -> None:
 
 
 def rows_of_tasks(
-    records: Iterable[Record], renderer: Renderer, max_length: int, label_weight: float
+    records: Iterable[Record],
+    renderer: Renderer,
+    max_length: int,
+    label_weight: float,
+    folder: Path | None = None,
 ) -> TrainingData:
     """Two rows a trace, one behind the other: its answer behind the label's prefix, its reasoning.
 
@@ -43,7 +48,7 @@ def rows_of_tasks(
     `max_length`, is left out whole.
     """
     shares = label_weight, 1 - label_weight
-    rows = TrainingData(Rows(shares), Rows(shares))
+    rows = TrainingData(Rows(shares, folder), Rows(shares, folder))
     asks_for_rationale = copy.deepcopy(renderer.tokenizer)
     template = str(asks_for_rationale.chat_template).removeprefix(_LABEL)
     asks_for_rationale.chat_template = _RATIONALE + template

@@ -4,6 +4,7 @@ Ours are the order of the data (a pure plan), the loop over the micro-batches of
 count of supervised tokens over all processes (ranks), and the refusal of a loss that is not finite.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -169,7 +170,7 @@ class DistillationTrainer(Trainer):
         check_precision(model, autocast=bf16)
         reference = self._reference(base, arguments)
         if model.device.type == "cpu":
-            longest = max([*self.rows.lengths, *self.held_out.lengths])
+            longest = max(itertools.chain(self.rows.lengths, self.held_out.lengths))
             for one in (model, reference):
                 if one is not None:
                     cpu.choose_attention(one, arguments.max_tokens if arguments.packing else longest)
@@ -311,7 +312,7 @@ class DistillationTrainer(Trainer):
         started = time.perf_counter()
         step: OptimiserStep = inputs
         supervised = sum(map(self.rows.supervised, step.numbers))
-        self._row_ids = [self.rows.ids[number] for number in step.numbers]
+        self._row_ids = [*map(self.rows.id, step.numbers)]
         if supervised == 0:
             raise TrainingError(
                 "no supervised token: there is nothing to learn", where=self._where(self._row_ids)
@@ -337,7 +338,7 @@ class DistillationTrainer(Trainer):
                 numbers = self.micro_batches(self.rows).split(step.numbers, rank)[place - 1]
                 raise TrainingError(
                     f"the loss is {loss_of_step}",
-                    where=self._where([self.rows.ids[number] for number in numbers]),
+                    where=self._where([*map(self.rows.id, numbers)]),
                     mend="lower lr, lengthen warmup_ratio, or look at these rows",
                 )
         lengths = [self.rows.length(number) for number in step.numbers]

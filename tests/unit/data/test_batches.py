@@ -18,24 +18,27 @@ class TestEpochPlan:
     def test_every_row_is_in_one_step_of_an_epoch(
         self, lengths: list[int], batch: int, seed: int, epoch: int
     ) -> None:
-        steps = epoch_plan(lengths, batch, seed, epoch)
+        steps = [*epoch_plan(lengths, batch, seed, epoch)]
         assert sorted(row for step in steps for row in step) == list(range(len(lengths)))
 
     @given(LENGTHS, st.integers(1, 20))
     def test_only_the_last_step_is_short_and_it_is_kept(self, lengths: list[int], batch: int) -> None:
-        steps = epoch_plan(lengths, batch, 0, 0)
+        steps = [*epoch_plan(lengths, batch, 0, 0)]
         assert [len(step) for step in steps[:-1]] == [batch] * (len(steps) - 1)
         assert len(steps) == -(-len(lengths) // batch)
 
     def test_seed_and_epoch_decide_the_plan(self) -> None:
         lengths = list(range(1, 65))
-        assert epoch_plan(lengths, 4, 1, 0) == epoch_plan(lengths, 4, 1, 0)
-        assert epoch_plan(lengths, 4, 1, 0) != epoch_plan(lengths, 4, 2, 0)
-        assert epoch_plan(lengths, 4, 1, 0) != epoch_plan(lengths, 4, 1, 1)
+        first, again, other_seed, other_epoch = (
+            [*epoch_plan(lengths, 4, seed, epoch)] for seed, epoch in ((1, 0), (1, 0), (2, 0), (1, 1))
+        )
+        assert first == again
+        assert first != other_seed
+        assert first != other_epoch
 
     def test_rows_of_a_step_are_alike_in_length_and_steps_are_in_no_order(self) -> None:
         lengths = [1 + 37 * row % 200 for row in range(400)]
-        steps = epoch_plan(lengths, 8, 3, 0)
+        steps = [*epoch_plan(lengths, 8, 3, 0)]
         spreads = [
             max(map(lengths.__getitem__, step)) - min(map(lengths.__getitem__, step)) for step in steps
         ]
@@ -46,7 +49,7 @@ class TestEpochPlan:
 
     def test_the_short_step_is_not_always_the_longest_rows(self) -> None:
         lengths = list(range(1, 30))
-        left_over = {epoch_plan(lengths, 4, 0, epoch)[-1][0] for epoch in range(20)}
+        left_over = {[*epoch_plan(lengths, 4, 0, epoch)][-1][0] for epoch in range(20)}
         assert len(left_over) > 10
 
     def test_a_batch_of_none_is_refused(self) -> None:
