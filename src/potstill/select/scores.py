@@ -36,6 +36,7 @@ __all__ = [
     "sentence_class",
     "sentence_probabilities",
     "stored_scores",
+    "without_unknown",
 ]
 
 _WINDOW_TOKENS = 2**19
@@ -58,6 +59,24 @@ def probability(logprobs: NDArray[np.float64]) -> float:
     """exp(mean log p) over the tokens whose log p is known, the geometric mean; NaN where none is."""
     known = logprobs[~np.isnan(logprobs)]
     return float(np.exp(known.mean())) if len(known) else float("nan")
+
+
+def without_unknown(scores: TokenScores, known: TokenScores) -> TokenScores:
+    """Scores with NaN for each token of whose bytes `known` has no log p for the larger part.
+
+    Both say which bytes of one text their tokens stand for; a token of none goes with the byte behind it.
+    Raises DataError where those of `known` are more or fewer than the text's.
+    """
+    assert scores.token_bytes is not None
+    assert known.token_bytes is not None
+    unknown = np.repeat(np.isnan(known.logprobs), known.token_bytes)
+    sizes = np.array(scores.token_bytes)
+    if sizes.sum() != len(unknown):
+        raise DataError(f"the tokens have {len(unknown):,} bytes, but the text has {sizes.sum():,}")
+    before = np.concatenate([[0], np.cumsum(unknown), [unknown[-1:].sum() + unknown.sum()]])
+    starts = np.cumsum(sizes) - sizes
+    lost = 2 * (before[starts + np.maximum(sizes, 1)] - before[starts]) > np.maximum(sizes, 1)
+    return TokenScores(np.where(lost, np.nan, scores.logprobs), scores.token_bytes)
 
 
 def sentence_probabilities(scores: TokenScores, spans: Sequence[tuple[int, int]]) -> NDArray[np.float64]:

@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 
+import numpy as np
+
 from potstill.core.errors import DataError
 from potstill.core.records import Record
 from potstill.core.settings import ModelRef
@@ -20,6 +22,7 @@ from potstill.select.scores import (
     sentence_class,
     sentence_probabilities,
     stored_scores,
+    without_unknown,
 )
 from potstill.select.sentences import sentences
 from potstill.select.settings import SelectSettings
@@ -101,7 +104,7 @@ class _Scored:
 
     def _tokens(self, number: int, record: Record) -> dict[str, TokenScores] | str:
         """What each model gives to the response's tokens, by role, or why it gives nothing."""
-        by_sentence = self._settings.level == "sentence"
+        with_bytes = self._settings.level == "sentence"
         found: dict[str, TokenScores] = {}
         for role in ("teacher", "student", "distilled"):
             scorer = self._scorers.get(role)
@@ -111,12 +114,21 @@ class _Scored:
             elif scorer is None:
                 continue
             else:
-                scores = scorer.of(number, record, with_bytes=by_sentence)
+                scores = scorer.of(number, record, with_bytes=with_bytes)
             if isinstance(scores, str):
                 return f"{role}: {scores}"
-            if by_sentence and scores.token_bytes is None:
+            if with_bytes and scores.token_bytes is None:
                 return f"{role}: {_UNPLACED}"
+            if role == "teacher" and scores.token_bytes is not None:
+                # Servers that give no log p of the reasoning: no model is compared on what only some know.
+                with_bytes = with_bytes or bool(np.isnan(scores.logprobs).any())
             found[role] = scores
+        if with_bytes:
+            teacher = found["teacher"]
+            try:
+                found = {role: without_unknown(scores, teacher) for role, scores in found.items()}
+            except DataError as error:
+                return error.what
         return found
 
     def _scores(self, record: Record, tokens: Mapping[str, TokenScores]) -> dict[str, float] | str:

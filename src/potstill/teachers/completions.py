@@ -1,5 +1,6 @@
 """What OpenAI's API is asked in a body, and what its answers say."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -130,13 +131,14 @@ class Completions:
         if ids and ids[-1] in self._end_ids:
             ids.pop()
             logprobs = None if logprobs is None else logprobs[: len(ids)]
+        logprobs, token_bytes = _placed(logprobs, written, text, content if reasoning and ids is None else "")
         return Answer(
             response=text,
             finish_reason=finish_reason,
             prompt_token_ids=_whole_numbers(found.get("prompt_token_ids")),
             response_token_ids=ids,
             logprobs=logprobs,
-            token_bytes=None if logprobs is None else bytes_of_tokens(written[: len(logprobs)], text),
+            token_bytes=token_bytes,
             tokenizer=None if ids is None else self._tokenizer_hash,
             prompt_tokens=whole_number(usage.get("prompt_tokens")),
             response_tokens=whole_number(usage.get("completion_tokens")),
@@ -216,10 +218,11 @@ def _tokens(
     many as the tokens `sampled`.
     """
     ids = _whole_numbers(choice.get("token_ids"))
-    entries = mapping(choice.get("logprobs")).get("content")
+    stated = mapping(choice.get("logprobs"))
+    entries, of_reasoning = stated.get("content"), stated.get("reasoning_content")  # the latter is DeepSeek's
     if not isinstance(entries, list):
         return ids, None, []
-    entries = [mapping(one) for one in entries]
+    entries = [mapping(one) for one in (*(of_reasoning if isinstance(of_reasoning, list) else ()), *entries)]
     logprobs = [one.get("logprob") for one in entries]
     if not all(isinstance(one, int | float) for one in logprobs):
         return ids, None, []
@@ -231,6 +234,25 @@ def _tokens(
     if written and not content.encode().endswith(written[-1]):
         logprobs.pop()  # the end-of-turn token, which is no part of the text
     return None, logprobs, written
+
+
+def _placed(
+    logprobs: list[float] | None, written: list[bytes], text: str, content: str
+) -> tuple[list[float] | None, list[int] | None]:
+    """Log-probabilities with the bytes of the text that each token stands for; None where nobody knows them.
+
+    Where they are those of the text's last part alone, `content`, all that stands before it (the reasoning)
+    is one token whose log-probability is not known.
+    """
+    if logprobs is None:
+        return None, None
+    written, content = written[: len(logprobs)], content.lstrip()
+    sizes = bytes_of_tokens(written, text)
+    if sizes is None and content and text.endswith(content):
+        sizes = bytes_of_tokens(written, content)
+        if sizes is not None:
+            return [math.nan, *logprobs], [len(text.encode()) - sum(sizes), *sizes]
+    return logprobs, sizes
 
 
 def _written(entry: Mapping[str, Any]) -> bytes:

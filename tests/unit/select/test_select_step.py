@@ -445,6 +445,31 @@ def test_filters_come_before_the_rule_and_leave_held_out_rows_alone(
     assert bench.result.metrics["arms"]["all"]["rows"] == 15
 
 
+@pytest.mark.parametrize("level", ["response", "sentence"])
+def test_what_the_teachers_server_gives_no_log_p_of_counts_for_no_model(
+    bench: Bench, records: list[Record], level: str
+) -> None:
+    """Servers that give log p of the answer alone, behind reasoning: both models are judged by the answer."""
+    hidden, student = 3, bench.models["student"]
+    assert isinstance(student, TransformersModel)
+    renderer = Renderer(load_tokenizer(student))
+    for record in records:
+        assert record.response_token_ids is not None
+        sizes = [*map(len, renderer.bytes_of(record.response_token_ids))]
+        record.logprobs = [math.nan] + [-1.0] * len(sizes[hidden:])
+        record.token_bytes = [sum(sizes[:hidden]), *sizes[hidden:]]
+        record.tokenizer = None
+    bench.give(records)
+    known = 0
+    for record in bench.run(level=level, keep={"top": 1.0}):
+        if not record.held_out:
+            known += 1
+            expected = _probability(bench, "student", record, behind=hidden)
+            assert record.scores["teacher_probability"] == pytest.approx(math.exp(-1))
+            assert record.scores["student_probability"] == pytest.approx(expected, rel=1e-4)
+    assert known > 5
+
+
 class TestSentences:
     """Level sentence: how many sentences are the teacher's."""
 

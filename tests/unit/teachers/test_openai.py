@@ -1,4 +1,5 @@
 import asyncio
+import math
 import socket
 import threading
 import time
@@ -414,6 +415,35 @@ def test_tokens_are_placed_in_reasoning_and_answer_as_they_were_joined(server):
     [answer] = ask(settings_of(server), "hello", logprobs=1)
     assert answer.response == "<think>\nTwo and two.\n</think>\n\n4"
     assert answer.token_bytes == [0, 15, 5, 0, 12]
+
+
+def test_reasoning_without_log_probabilities_is_one_token_that_nobody_knows(server):
+    """Pitfall: the teacher's confidence is its answer's alone, the student's that of reasoning and answer."""
+    entries = [{"token": text, "logprob": -0.5} for text in ("It is", " 4.", "<|im_end|>")]
+    reply = with_logprobs("\n\nIt is 4.", entries)
+    assert isinstance(reply.body, dict)
+    reply.body["choices"][0]["message"]["reasoning_content"] = "Two and two."
+    server.script.append(reply)
+    [answer] = ask(settings_of(server), "hello", logprobs=1)
+    assert answer.response == "<think>\nTwo and two.\n</think>\n\nIt is 4."
+    assert answer.logprobs == [pytest.approx(math.nan, nan_ok=True), -0.5, -0.5]
+    assert answer.token_bytes == [31, 5, 3]
+
+
+def test_deepseek_gives_log_probabilities_of_the_reasoning_apart(server):
+    entries = [{"token": text, "logprob": -0.5} for text in ("It is", " 4.")]
+    reply = with_logprobs("It is 4.", entries)
+    assert isinstance(reply.body, dict)
+    [choice] = reply.body["choices"]
+    choice["message"]["reasoning_content"] = "Two and two."
+    choice["logprobs"]["reasoning_content"] = [
+        {"token": "Two and", "logprob": -1},
+        {"token": " two.", "logprob": -2},
+    ]
+    server.script.append(reply)
+    [answer] = ask(settings_of(server), "hello", logprobs=1)
+    assert answer.logprobs == [-1, -2, -0.5, -0.5]
+    assert answer.token_bytes == [15, 5, 16, 3]
 
 
 @pytest.mark.parametrize("form", ["vllm", "llama.cpp"])
