@@ -1,6 +1,7 @@
 """The command line. Thin: every command imports what it needs when it runs, so that help is instant."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -547,6 +548,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # PEFT asks every model for a property that transformers has renamed; its user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    # bitsandbytes asks for a package with a kernel that is not used here: its layers have no gradient.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from potstill.core.errors import Interrupted, PotstillError
 
     signal.signal(signal.SIGTERM, _handle_signal)

@@ -152,7 +152,13 @@ def _reference(row: Row) -> str | None:
 def _alpaca(row: Row) -> Example:
     extra = _optional_text(row, "input")
     prompt = _text(row, "instruction") + (f"\n\n{extra}" if extra else "")
-    return Example(prompt, _user(prompt), _text(row, "output"))
+    turns: list[dict[str, str]] = []
+    for pair in row.get("history") or ():
+        if not isinstance(pair, list | tuple) or list(map(type, pair)) != [str, str]:
+            raise BadRow("history is not a list of pairs of a question and its answer")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    turns += [*_user(prompt), {"role": "assistant", "content": _text(row, "output")}]
+    return _conversation(turns, "role", "content", system=_optional_text(row, "system"))
 
 
 def _plain_text(row: Row) -> Example:
@@ -341,7 +347,9 @@ _SHAPES: dict[Shape, _ShapeSpec] = {
         ),
         _code,
     ),
-    "alpaca": _ShapeSpec("instruction, output, perhaps input", _has("instruction", "output"), _alpaca),
+    "alpaca": _ShapeSpec(
+        "instruction, output, perhaps input, system, history", _has("instruction", "output"), _alpaca
+    ),
     "question_answer": _ShapeSpec(
         "question or problem, perhaps answer or solution", _has("question|problem"), _question_answer
     ),

@@ -258,6 +258,9 @@ class _Writer:
         settings, records, base = node.settings, run.records(node), run.base(node)
         assert isinstance(settings, TrainSettings)
         train, held_out = self.data(name, records)
+        steps = settings.max_steps
+        if settings.tokens is not None and name in run.made:
+            steps = int(run.made[name].manifest.counts["steps"])
         config = {
             **_model_part(base, run, node),
             "dataset_dir": ".",
@@ -265,14 +268,14 @@ class _Writer:
             "mask_history": True,  # of a conversation's answers the last one alone is learned
             "cutoff_len": _longest(base, records, settings),
             "output_dir": f"{_TRAINED_FOLDER}/{_plain(name)}",
-            **_training_part(settings),
+            **_training_part(settings, steps),
             "seed": run.recipe.seed % 2**32,
         }
         if held_out is not None:
             config |= {"eval_dataset": held_out, "eval_strategy": "epoch", "per_device_eval_batch_size": 1}
         if self.template is not None:
             config["template"] = self.template
-        lost = _lost(settings, base)
+        lost = _lost(settings, base) + (["tokens"] if settings.tokens is not None and steps is None else [])
         if lost:
             self.exported.lost[name] = lost
         path = self.folder / f"{_plain(name)}.yaml"
@@ -318,14 +321,12 @@ def _model_part(base: TransformersModel, run: _Run, node: Node) -> dict[str, Any
     return config
 
 
-def _training_part(settings: TrainSettings) -> dict[str, Any]:
+def _training_part(settings: TrainSettings, steps: int | None) -> dict[str, Any]:
     schedule: dict[str, Any] = {"lr_scheduler_type": _SCHEDULES[settings.schedule]}
     if settings.schedule == "cosine" and settings.min_lr_ratio:
         schedule["lr_scheduler_type"] = "cosine_with_min_lr"
         schedule["lr_scheduler_kwargs"] = {"min_lr_rate": settings.min_lr_ratio}
-    length = (
-        {"max_steps": settings.max_steps} if settings.max_steps else {"num_train_epochs": settings.epochs}
-    )
+    length = {"num_train_epochs": settings.epochs} if steps is None else {"max_steps": steps}
     return {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": settings.batch,

@@ -4,7 +4,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from logging import ERROR, getLogger
 from typing import Any
 
 from potstill.core.errors import ModelError
@@ -23,8 +22,6 @@ def quiet_transformers() -> Iterator[None]:
     """Keep transformers' log lines and progress bars off the terminal; errors still raise."""
     from transformers.utils import logging
 
-    # It asks for a package with a kernel that is not used here: its layers have no gradient.
-    getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -91,6 +91,10 @@ def run_graph(
         if found is not None:
             made[name] = found
             reporter.say(f"{label}: {node.kind} already made ({_counts(found)})")
+            if failed := found.manifest.counts.get("failed"):
+                reporter.say(
+                    f"  {failed:,} failed: --force {name} tries those again and makes anew what uses them"
+                )
             reporter.event(
                 "step_reused",
                 step=name,

@@ -84,6 +84,11 @@ class OpenAIModel(Settings):
             raise ValueError(
                 "an address holds no user name or password; name the key's variable in api_key_env"
             )
+        if parts.query or parts.fragment:
+            raise ValueError(
+                "an address has no `?` or `#` here, since it is written into files; name a key's variable in "
+                "api_key_env, and put other settings into extra_body"
+            )
         return value.rstrip("/").removesuffix("/chat/completions")
 
     @field_validator("extra_body")

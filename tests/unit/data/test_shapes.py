@@ -358,6 +358,23 @@ class TestConversations:
 
 
 class TestOthers:
+    def test_alpacas_system_prompt_and_earlier_turns_are_messages(self) -> None:
+        row = {
+            "instruction": "And 5?",
+            "output": "25",
+            "system": "Square.",
+            "history": [["3?", "9"], ["4?", "16"]],
+        }
+        example = parse_row(row, "alpaca")
+        said = [(one["role"], one["content"]) for one in example.messages]
+        asked = [("user", "3?"), ("assistant", "9"), ("user", "4?"), ("assistant", "16"), ("user", "And 5?")]
+        assert said == [("system", "Square."), *asked]
+        assert example.response == "25"
+        assert example.question == [*map(list, asked)]
+        with pytest.raises(BadRow, match="history is not a list of pairs"):
+            parse_row({**row, "history": [["3?"]]}, "alpaca")
+        assert parse_row({**row, "history": [], "system": ""}, "alpaca").question == "And 5?"
+
     def test_alpaca_joins_instruction_and_input(self) -> None:
         row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
         assert parsed(row) == Example("Add.\n\n1, 2", [user("Add.\n\n1, 2")], "3")

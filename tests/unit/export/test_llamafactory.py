@@ -219,6 +219,18 @@ def test_settings_go_along_or_are_said_not_to(recipe: dict[str, Any], run: Runne
     assert text.startswith("# not carried over: groups\n# not carried over: base_kl\n")
 
 
+def test_a_training_by_tokens_is_one_of_as_many_steps(
+    recipe: dict[str, Any], run: Runner, tmp_path: Path
+) -> None:
+    recipe["steps"]["stage1"]["tokens"] = 100
+    folder = run(recipe)
+    export_llamafactory(folder, tmp_path / "out")
+    config = config_of(tmp_path / "out", "stage1")
+    manifest = json.loads((folder / "stage1" / "manifest.json").read_text(encoding="utf-8"))
+    assert config["max_steps"] == manifest["counts"]["steps"]
+    assert "num_train_epochs" not in config
+
+
 def test_a_full_training_goes_on_from_the_weights_before_it(
     recipe: dict[str, Any], run: Runner, tmp_path: Path
 ) -> None:

@@ -547,6 +547,8 @@ def test_the_fingerprint_knows_name_and_address_or_a_stated_identity_and_nothing
     [
         {"base_url": "localhost:8000"},
         {"base_url": "http://user:secret@host/v1"},
+        {"base_url": "http://host/v1?api-key=secret"},
+        {"base_url": "http://host/v1#secret"},
         {"extra_body": {"temperature": 0.1}},
         {"timeout_s": 0.0},
     ],
