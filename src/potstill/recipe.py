@@ -117,7 +117,7 @@ def _override(raw: _Raw, assignment: str, step: str | None = None) -> None:
     """Set one dotted key: `seed=3`, `steps.student.lr=1e-4`, or `student.lr=1e-4` for a step's key.
 
     Inside a list a part of the key is an item's number or its name, as in `student.stages.all.lr=1e-5`.
-    With `step` the whole key is one of that step's.
+    `null` removes a key. With `step` the whole key is one of that step's.
     """
     dotted, equals, text = assignment.partition("=")
     dotted = dotted.strip()
@@ -151,7 +151,11 @@ def _override(raw: _Raw, assignment: str, step: str | None = None) -> None:
             raise RecipeError(f"{dotted}: {path[-1]!r} holds a value, not a mapping", where=_COMMAND_LINE)
         path.append(str(place))
         if depth == len(keys) - 1:
-            target[place] = parse_value(text)
+            value = parse_value(text)
+            if value is None and isinstance(target, dict) and place in target:
+                del target[place]  # as a recipe that extends another removes a key
+            else:
+                target[place] = value
         else:
             target = target[place] if isinstance(target, list) else target.setdefault(place, {})
     raw.origins[tuple(path)] = Origin(_COMMAND_LINE)
@@ -268,17 +272,21 @@ def _expand(
             expected="each: {category: [math, science]}",
         )
     for combination in itertools.product(*each.values()):
-        values = {key: str(value) for key, value in zip(each, combination, strict=True)}
-        yield f"{name}[{','.join(values.values())}]", values, _substitute(body, values)
+        given = dict(zip(each, combination, strict=True))
+        values = {key: str(value) for key, value in given.items()}
+        yield f"{name}[{','.join(values.values())}]", values, _substitute(body, given)
 
 
-def _substitute(value: Any, values: Mapping[str, str]) -> Any:
+def _substitute(value: Any, values: Mapping[str, Any]) -> Any:
+    """The value with `{name}` replaced in its texts; a text that is nothing else becomes what is given."""
     if isinstance(value, dict):
         return {key: _substitute(item, values) for key, item in value.items()}
     if isinstance(value, list):
         return [_substitute(item, values) for item in value]
     if isinstance(value, str):
-        return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), value)
+        if (alone := _PLACEHOLDER.fullmatch(value)) is not None and alone[1] in values:
+            return values[alone[1]]
+        return _PLACEHOLDER.sub(lambda match: str(values.get(match[1], match[0])), value)
     return value
 
 

@@ -13,6 +13,7 @@ from potstill.data.sources import read_file
 from potstill.models import TransformersModel, load
 from potstill.recipe import load_recipe, sweep_variants
 
+from ..servers import Reply, completion, running_server, with_logprobs
 from .conftest import Command, Outcome, write_recipe
 
 EVIDENCE = Path(__file__).parents[2] / "benchmarks" / "evidence"
@@ -186,7 +187,7 @@ def test_gsm8k_response_small_keeps_the_answers_and_an_adapter_an_epoch(
         steps={
             # Word problems are longer than a tiny model's context.
             "answers": {"data": {"task": "chain_sum", "size": 12}, "max_new_tokens": 24, "held_out": 0.3},
-            "pruned": {"layers": 1, "samples": 4, "quantize": None},
+            "pruned": {"layers": 1, "samples": 4},
             "student": {"lora": {"rank": 2}, "batch": 4},
             "exam": {"max_new_tokens": 8},
         },
@@ -210,6 +211,89 @@ def _check_gsm8k(folder: Path, question: str) -> None:
     assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() in weights
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "epoch1" in page
+
+
+def _check_dasd(folder: Path) -> None:
+    kept = {name: records(folder / name) for name in ("calm-picked", "lively-picked")}
+    for rows in kept.values():
+        assert any("divergence" in one.scores for one in rows)
+    stages = {
+        name: json.loads((folder / name / "manifest.json").read_text("utf-8"))
+        for name in ("stage1", "stage2")
+    }
+    first, second = (one["metrics"] for one in stages.values())
+    assert first["eval_loss_before"] != second["eval_loss_before"]
+    assert (folder / "stage1" / "adapter_model.safetensors").read_bytes() != (
+        folder / "stage2" / "adapter_model.safetensors"
+    ).read_bytes()
+    exam = json.loads((folder / "exam" / "manifest.json").read_text("utf-8"))["metrics"]
+    assert set(exam["models"]) >= {"base", "stage1", "student"}
+    for name in ("calm-picked", "lively-picked"):
+        assert (folder / "report.figures" / f"{name}-scores.svg").exists()
+    assert "stage2" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_dasd_small_selects_and_trains_two_stages_in_4_bits(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    calm = {"data": {"task": "chain_sum", "size": 24}, "limit": None, "max_new_tokens": 12, "held_out": 0.25}
+    run(
+        potstill,
+        "dasd-small",
+        models={"writer": tiny, "teacher": tiny},
+        steps={
+            "calm": calm,
+            "lively": {"max_new_tokens": 12},
+            "pruned": {"layers": 1, "samples": 4},
+            "stage1": {"epochs": 1},
+            "stage2": {"epochs": 1},
+            "exam": {"tasks": {"sums": {"size": 2}}, "max_new_tokens": 8},
+        },
+    )
+    folder = tmp_path / "runs" / "dasd-small"
+    _check_dasd(folder)
+    config = json.loads((folder / "stage2" / "adapter_config.json").read_text("utf-8"))
+    assert config["r"] == 8
+    pruned = json.loads((folder / "pruned" / "manifest.json").read_text("utf-8"))
+    assert pruned["extra"]["quantize"] == "nf4"
+
+
+@pytest.mark.slow
+def test_dasd_buys_its_traces_from_a_server(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seed's recipe itself, NF4 student included, with songs from a file and a server on this machine."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("TEACHER_API_KEY", "canary")
+    songs = [{"lyrics": f"La la {number}"} for number in range(24)]
+    data = {
+        "path": write_rows(tmp_path / "songs.jsonl", songs),
+        "dataset": None,
+        "streaming": None,
+        "held_out": 0.25,
+    }
+    with running_server() as server:
+        server.always = lambda body: Reply(body=with_logprobs(completion(f"Of {body['temperature']}, sung.")))
+        run(
+            potstill,
+            "dasd",
+            models={"big": {"base_url": server.base_url}, "base": {**tiny, "quantize": "nf4"}},
+            steps={
+                "calm": {"data": data},
+                "stage1": {"epochs": 1},
+                "stage2": {"epochs": 1},
+                "exam": {"max_new_tokens": 8},
+            },
+        )
+    assert {body["temperature"] for body in server.requests} == {0.3, 0.9}
+    assert all(
+        body["messages"][0]["content"].startswith("You are a literary critic") for body in server.requests
+    )
+    folder = tmp_path / "runs" / "dasd"
+    _check_dasd(folder)
+    assert not [path for path in folder.rglob("*.*") if path.is_file() and b"canary" in path.read_bytes()]
 
 
 @pytest.mark.slow

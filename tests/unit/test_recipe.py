@@ -82,6 +82,32 @@ def test_the_resolved_recipe_makes_the_same_graph(base: str, tmp_path: Path) -> 
     }
 
 
+def test_an_override_of_null_removes_a_key(base: str) -> None:
+    recipe = load_recipe(base, ["student.lora=null"])
+    assert recipe.graph.nodes["student"].settings.lora is None  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match="lorra"):
+        load_recipe(base, ["student.lorra=null"])
+
+
+def test_a_placeholder_that_stands_alone_becomes_the_value_itself(tmp_path: Path) -> None:
+    recipe = {
+        "name": "two",
+        "models": {"teacher": {"path": "some/model"}},
+        "steps": {
+            "traces": {
+                "do": "generate",
+                "model": "teacher",
+                "data": {"task": "chain_sum", "size": 4, "labels": {"heat": "at {t}"}},
+                "temperature": "{t}",
+                "each": {"t": [0.3, 1]},
+            }
+        },
+    }
+    nodes = load_recipe(write(tmp_path / "two.yaml", recipe)).graph.nodes
+    found = {name: (node.settings.temperature, node.settings.data.labels) for name, node in nodes.items()}  # type: ignore[attr-defined]
+    assert found == {"traces[0.3]": (0.3, {"heat": "at 0.3"}), "traces[1]": (1.0, {"heat": "at 1"})}
+
+
 def test_each_makes_one_step_a_value_and_fills_in_placeholders(tmp_path: Path) -> None:
     recipe = {**BASE, "steps": {**BASE["steps"]}}
     recipe["steps"]["traces"] = {
