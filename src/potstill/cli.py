@@ -1,12 +1,9 @@
 """The command line. Thin: every command imports what it needs when it runs, so that help is instant."""
 
 import json
-import logging
-import os
 import signal
 import sys
 import threading
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -101,10 +98,10 @@ def _store(root: Path | None) -> "Store":
     return Store((root or default_store_root()).expanduser().resolve())
 
 
-def _options(force: list[str] | None, only: list[str] | None) -> "RunOptions":
+def _options(force: list[str] | None, only: list[str] | None, *, hand_over: bool = False) -> "RunOptions":
     from potstill.pipeline.runner import RunOptions
 
-    return RunOptions(frozenset(force or ()), frozenset(only or ()), _STOP)
+    return RunOptions(frozenset(force or ()), frozenset(only or ()), _STOP, hand_over)
 
 
 def _run(
@@ -142,7 +139,7 @@ def _next_command(recipe: "Recipe", folder: Path) -> str | None:
 
 
 @app.command()
-def run(
+def run(  # noqa: PLR0913, PLR0917  # a command's options are its parameters
     recipe: RecipeArgument,
     overrides: Overrides = None,
     output: OutputOption = None,
@@ -151,13 +148,27 @@ def run(
     force: ForceOption = None,
     only: OnlyOption = None,
     strict: StrictOption = False,
+    launcher_command: Annotated[
+        bool,
+        typer.Option(
+            "--launcher-command",
+            help="Run up to the first train step, and print the line that each node runs for it.",
+        ),
+    ] = False,
     quiet: QuietOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe. What is made already is reused; what was interrupted is taken up again."""
     from potstill.recipe import load_recipe, sweep_variants
 
-    display, options = _display(quiet, as_json), _options(force, only)
+    display, options = _display(quiet, as_json), _options(force, only, hand_over=launcher_command)
+    if launcher_command:
+        if sweep or as_json:
+            _refuse_beside_launcher_command("--sweep" if sweep else "--json")
+        _print_launcher_command(
+            load_recipe(recipe, overrides or (), strict=strict), output, store, display, options
+        )
+        return
     if not sweep:
         _run(load_recipe(recipe, overrides or (), strict=strict), output, store, display, options)
         return
@@ -170,6 +181,36 @@ def run(
     views = run_sweep(recipes, folder, _store(store), display, options)
     if display != "quiet":
         print(f"\n{comparison_table(views)}\n\nreport:  {folder / REPORT_FILE}")
+
+
+def _refuse_beside_launcher_command(option: str) -> NoReturn:
+    from potstill.core.errors import RecipeError
+
+    raise RecipeError(
+        f"{option} beside --launcher-command, whose output is one line for a shell",
+        where="command line",
+        mend=f"leave {option} out",
+    )
+
+
+def _print_launcher_command(
+    recipe: "Recipe", output: Path | None, store: Path | None, display: "Display", options: "RunOptions"
+) -> None:
+    """The line on standard output; nothing where no train step is left, and the recipe was run to its end."""
+    from potstill.core.errors import RecipeError
+    from potstill.pipeline.run import run_recipe
+    from potstill.scale import HandedOver
+
+    if recipe.scale is None:
+        raise RecipeError(
+            "--launcher-command, and the recipe says nothing of processes",
+            where="command line",
+            expected="a scale: block, or scale.engine=torchrun scale.nnodes=2 scale.nproc_per_node=8",
+        )
+    try:
+        run_recipe(recipe, output or Path("runs") / recipe.name, _store(store), display, options)
+    except HandedOver as handed:
+        print(handed.command)
 
 
 @app.command()
@@ -217,7 +258,7 @@ for _kind, _summary in {
     "retrieve": "Put passages of a corpus into prompts.",
     "init": "Make a smaller student out of a model.",
     "train": "Train a student on traces or cached logits.",
-    "merge": "Put an adapter's weights into its base's: a plain model.",
+    "merge": "Put an adapter's weights, or several joined, into their base's: a plain model.",
     "evaluate": "Compare models on held-out traces and tasks.",
 }.items():
     _step_command(_kind, _summary)
@@ -541,17 +582,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A console that cannot show a character shows a replacement instead of failing.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # both are TextIOWrapper on a console
-    # Must be set before torch allocates: huge pages for its tensors on Linux.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # PEFT asks every model for a property that transformers has renamed; its user can do nothing about it.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-    # bitsandbytes asks for a package with a kernel that is not used here: its layers have no gradient.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from potstill.core.environment import prepare_libraries
     from potstill.core.errors import Interrupted, PotstillError
 
+    prepare_libraries()
     signal.signal(signal.SIGTERM, _handle_signal)
     signal.signal(signal.SIGINT, _handle_signal)
     try:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -18,11 +18,14 @@ from potstill.models import EMBEDDED, TransformersModel
 from potstill.pipeline.graph import Graph, Node, nearest
 from potstill.pipeline.kinds import STEP_KINDS, settings_class
 from potstill.pipeline.outputs import Output, check_output
+from potstill.scale import Torchrun
 from potstill.teachers import AnyModel
 
 __all__ = ["Recipe", "json_schema", "load_recipe", "one_step_recipe", "shipped_recipes", "sweep_variants"]
 
-_TOP_KEYS = ("name", "description", "seed", "extends", "models", "steps", "outputs", "variants")
+Kind = TypeVar("Kind", bound=Settings)
+
+_TOP_KEYS = ("name", "description", "seed", "extends", "scale", "models", "steps", "outputs", "variants")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _COMMAND_LINE = "command line"
 # What a stage inherits in every case: what kind of step it is, and whom the first stage trains.
@@ -41,6 +44,7 @@ class Recipe:
     resolved: Mapping[str, Any]
     description: str = ""
     outputs: Sequence[Output] = ()
+    scale: Torchrun | None = None
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; running it makes the same artifacts."""
@@ -186,7 +190,7 @@ def _explain(error: ValidationError, raw: _Raw, prefix: KeyPath, root: type[Base
         shown = ".".join(path)
         if fault["type"] == "extra_forbidden":
             known = _keys_at(root, fault["loc"][:-1])
-            if root is not None and len(fault["loc"]) == 1:
+            if root is not None and prefix[0] == "steps" and len(fault["loc"]) == 1:
                 # What a step may have beside the settings of its kind.
                 known += ["each", "stages"] if root is settings_class("train") else ["each"]
             hint = nearest(path[-1], known) if known else "remove it"
@@ -226,7 +230,7 @@ def _settings_classes(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _settings_classes(annotation.__value__)
 
 
-def _validate(kind: type[Settings], value: Mapping[str, Any], raw: _Raw, path: KeyPath) -> Settings:
+def _validate(kind: type[Kind], value: Mapping[str, Any], raw: _Raw, path: KeyPath) -> Kind:
     try:
         return kind.model_validate(value, context={"folders": raw.folders})
     except ValidationError as error:
@@ -468,7 +472,21 @@ def _build(raw: _Raw) -> Recipe:
         {"name": name, "seed": seed, **resolved},
         str(mapping.get("description", "")),
         _outputs(raw, graph),
+        _scale(raw),
     )
+
+
+def _scale(raw: _Raw) -> Torchrun | None:
+    declared = raw.mapping.get("scale")
+    if declared is None:
+        return None
+    if not isinstance(declared, dict):
+        raise RecipeError(
+            f"scale: {declared!r} is not a mapping",
+            where=raw.where(["scale"]),
+            expected="scale: {engine: torchrun, nproc_per_node: 2}",
+        )
+    return _validate(Torchrun, declared, raw, ("scale",))
 
 
 def _outputs(raw: _Raw, graph: Graph) -> list[Output]:
@@ -527,7 +545,7 @@ def one_step_recipe(kind: str, assignments: Sequence[str]) -> Recipe:
     raw = _Raw({"name": kind, "steps": {kind: {"do": kind}}}, {(): Origin(_COMMAND_LINE)}, [Path.cwd()])
     for assignment in assignments:
         key = assignment.partition("=")[0].partition(".")[0]
-        _override(raw, assignment, None if key in ("name", "seed") else kind)
+        _override(raw, assignment, None if key in ("name", "seed", "scale") else kind)
     return _build(raw)
 
 
@@ -609,6 +627,7 @@ def json_schema() -> dict[str, Any]:
         "description": {"type": "string"},
         "seed": {"type": "integer"},
         "extends": {"type": "string"},
+        "scale": schema(Torchrun),
         "models": {"type": "object", "additionalProperties": schema(AnyModel)},
         "steps": {"type": "object", "additionalProperties": {"oneOf": steps}},
         "outputs": {"type": "object", "additionalProperties": {"type": "string"}},

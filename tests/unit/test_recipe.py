@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from potstill.core.errors import RecipeError
+from potstill.core.settings import meaning
 from potstill.recipe import json_schema, load_recipe, one_step_recipe, shipped_recipes, sweep_variants
 
 BASE: dict[str, Any] = {
@@ -119,6 +120,26 @@ def test_each_makes_one_step_a_value_and_fills_in_placeholders(tmp_path: Path) -
     loaded = load_recipe(write(tmp_path / "each.yaml", recipe))
     assert settings(loaded, "traces[products]").data.task == "products"
     assert loaded.graph.needs["student"] == ["traces[chain_sum]", "traces[products]"]
+
+
+def test_how_many_processes_train_is_said_apart_from_the_steps(base: str, tmp_path: Path) -> None:
+    over = write(
+        tmp_path / "over.yaml", {"extends": "base.yaml", "scale": {"engine": "torchrun", "nproc_per_node": 2}}
+    )
+    recipe = load_recipe(over, ["scale.nproc_per_node=4"])
+    assert recipe.scale is not None
+    assert (recipe.scale.nproc_per_node, recipe.scale.nnodes) == (4, 1)
+    assert recipe.resolved["scale"] == {"engine": "torchrun", "nproc_per_node": 4}
+    kept = load_recipe(base).graph.nodes
+    assert [one.settings for one in recipe.graph.nodes.values()] == [one.settings for one in kept.values()]
+    assert load_recipe(over, ["scale=null"]).scale is None
+    assert meaning(recipe.scale) == {}, "it never enters a fingerprint"
+    one_step = one_step_recipe(
+        "train", ["student=./a", "data=./b", "scale.engine=torchrun", "scale.nproc_per_node=2"]
+    )
+    assert one_step.scale is not None
+    with pytest.raises(RecipeError, match=r"base\.yaml:1: scale: 2 is not a mapping"):
+        load_recipe(write(tmp_path / "base.yaml", {"scale": 2, **BASE}))
 
 
 # --- stages

@@ -89,6 +89,7 @@ class Reporter:
     ) -> None:
         self.display: Display = display
         self.stream = stream if stream is not None else sys.stderr
+        self.events_path, self.log_path = events_path, log_path
         # Unbuffered: an event has left this process when `event` returns, and a full disk is told at once.
         self._events: IO[bytes] | None = None if events_path is None else events_path.open("ab", buffering=0)
         self._log: IO[bytes] | None = None if log_path is None else log_path.open("ab", buffering=0)

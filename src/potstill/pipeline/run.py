@@ -20,6 +20,7 @@ from potstill.pipeline.run_folder import (
 )
 from potstill.pipeline.runner import RunOptions, run_graph
 from potstill.report import RunView, model_card, write_comparison, write_report
+from potstill.scale import Torchrun
 
 __all__ = ["Runnable", "run_recipe", "run_sweep"]
 
@@ -42,6 +43,10 @@ class Runnable(Protocol):
     @property
     def outputs(self) -> Sequence[Output]:
         """What the run hands out beside its own files."""
+
+    @property
+    def scale(self) -> Torchrun | None:
+        """How many processes train, if it says so."""
 
     @property
     def resolved(self) -> Mapping[str, Any]:
@@ -89,6 +94,7 @@ def run_recipe(
             reporter,
             options,
             on_made=on_made,
+            scale=recipe.scale,
         )
         outcome = "finished"
     except (Interrupted, KeyboardInterrupt):

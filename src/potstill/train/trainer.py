@@ -353,6 +353,12 @@ class DistillationTrainer(Trainer):
         *totals, _ = by_rank.sum(0).tolist()
         return dict(zip(sums, totals, strict=True)), [int(one) for one in by_rank[:, -1].tolist()]
 
+    def on_any_rank(self, wish: bool) -> bool:
+        """Whether any rank wishes something; all of them have to ask, and wait here for the others."""
+        if self.args.world_size == 1:
+            return wish
+        return bool(self.accelerator.gather(torch.tensor([wish], device=self.args.device)).any())
+
     def _scales(self, rows: Rows, numbers: Sequence[int]) -> tuple[float, float, float]:
         """What some rows' divergence, feature loss and routers' loss are multiplied with, to be means."""
         supervised = sum(map(rows.supervised, numbers))

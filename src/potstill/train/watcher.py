@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from potstill.core.errors import Interrupted
 from potstill.core.step import StepContext
 from potstill.train import checkpoints
 from potstill.train.saving import kept_epochs, save_epoch
@@ -17,7 +18,6 @@ from potstill.train.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
     from potstill.core.events import Progress
-    from potstill.models import LoadedModel
 
 __all__ = ["Watcher", "expert_load", "history_point"]
 
@@ -57,18 +57,18 @@ class Watcher(TrainerCallback):
         self.steps_per_epoch, self.evaluates = 1, False
         self.saved_at = time.monotonic()
         self.progress: Progress
-        self.student: LoadedModel
+        self.trainer: DistillationTrainer
 
     def train(self, trainer: DistillationTrainer, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint where there is one. Raises Interrupted after saving another."""
         self.steps_per_epoch, self.evaluates = len(trainer.plan), len(trainer.held_out) > 0
-        self.student = trainer.loaded
+        self.trainer = trainer
         steps = self.settings.max_steps or math.ceil(self.settings.epochs * self.steps_per_epoch)
         done = 0
         if checkpoint is not None:
             done = int(checkpoint.name.rpartition("-")[2])
             self.context.say(f"goes on after step {done:,} of {steps:,}")
-        for name in kept_epochs(self.context.folder):
+        for name in kept_epochs(self.context.folder) if trainer.args.should_save else ():
             if int(name.removeprefix("epoch")) > done // self.steps_per_epoch:
                 shutil.rmtree(self.context.folder / name)  # left by an attempt that came further
         tokens = _tokens_before(steps, trainer) - _tokens_before(done, trainer)
@@ -87,13 +87,14 @@ class Watcher(TrainerCallback):
         counted = self.settings.early_stopping.every if self.settings.early_stopping else None
         due = is_last or any(step % one == 0 for one in (self.steps_per_epoch, every, counted) if one)
         control.should_evaluate = self.evaluates and due
-        if self.settings.keep_epochs is not None and step % self.steps_per_epoch == 0:
+        keep = self.settings.keep_epochs
+        if keep is not None and args.should_save and step % self.steps_per_epoch == 0:
             # Before the step's checkpoint, for the same reason.
             epoch, folder = step // self.steps_per_epoch, self.context.folder
-            save_epoch(self.student, epoch, folder, self.context.scratch, self.settings.keep_epochs)
+            save_epoch(self.trainer.loaded, epoch, folder, self.context.scratch, keep)
         if not is_last:
             waited_s = time.monotonic() - self.saved_at
-            control.should_save = (
+            control.should_save = self.trainer.on_any_rank(
                 self.context.stop.is_set() or waited_s >= 60 * self.settings.checkpoint_minutes
             )
 
@@ -101,9 +102,14 @@ class Watcher(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
         """Complete the checkpoint, and stop where the user asked for it."""
-        checkpoints.complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        # Every rank writes a file of it, and they end or go on together once it is whole.
+        is_asked_to_stop = self.trainer.on_any_rank(self.context.stop.is_set())
+        with args.main_process_first(local=False):
+            if args.should_save:
+                checkpoints.complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
         self.saved_at = time.monotonic()
-        self.context.check_stop()
+        if is_asked_to_stop:
+            raise Interrupted
 
     def on_log(
         self,

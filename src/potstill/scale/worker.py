@@ -1,0 +1,94 @@
+"""One of the processes that torchrun starts for a train step: python -m potstill.scale.worker JOB."""
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from potstill.core.environment import prepare_libraries
+
+__all__ = ["main"]
+
+_STOPPED = 128 + signal.SIGTERM  # where nobody waits who knows of it: for the script that started it by hand
+
+
+def main() -> None:
+    """Carry out the job's step with all other processes; the first one tells of it and leaves the outcome."""
+    started, path = time.monotonic(), Path(sys.argv[1])
+    rank, stop = int(os.environ["RANK"]), threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    # Before anything else is imported: who started this process may be gone already.
+    if json.loads(path.read_bytes())["elsewhere"] is None:
+        threading.Thread(target=_listen, args=(stop, rank), daemon=True).start()
+    prepare_libraries()
+    if rank != 0:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # one process speaks to people
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper, as in the command line
+    raise SystemExit(_work(path, rank, stop, started))
+
+
+def _listen(stop: threading.Event, rank: int) -> None:
+    """Hear the process that started this one, at the other end of standard input.
+
+    A byte there asks for a stop, for which one process is enough, since all agree on it. When it closes, that
+    process has ended or breaks off, and so does this one.
+    """
+    if rank == 0:
+        while os.read(0, 1):
+            stop.set()
+    else:
+        poll = select.poll()
+        poll.register(0, 0)  # for its closing alone, which is always told
+        poll.poll()
+    os._exit(1)
+
+
+def _work(path: Path, rank: int, stop: threading.Event, started: float) -> int:
+    from potstill.core.errors import Interrupted
+    from potstill.core.events import Reporter
+    from potstill.core.memory import PeakMemory
+    from potstill.core.store import Store
+    from potstill.scale.job import Failure, Job, Outcome
+    from potstill.train import run
+
+    job = Job.read(path)
+    reporter = Reporter(job.display, job.events, sys.stdout, job.log) if rank == 0 else Reporter("quiet")
+    alone: AbstractContextManager[None] = nullcontext()
+    if rank == 0 and job.elsewhere is not None:
+        alone = Store(job.store).lock(
+            job.elsewhere, on_wait=lambda pid: reporter.say("another run makes this now")
+        )
+    code = 0
+    try:
+        with alone:
+            memory = PeakMemory()
+            result = run(job.settings, job.context(reporter, stop))
+            if rank == 0:
+                outcome = Outcome(result=result, seconds=time.monotonic() - started, peaks=memory.read())
+                outcome.write(job.folder)
+    except Interrupted:
+        code = 0 if job.elsewhere is None else _STOPPED
+    except Exception as error:  # whatever it is, it ends the step, and is told there
+        traceback.print_exc()
+        Failure.of(error, rank).write(job.folder)
+        return 1
+    _leave_the_group()
+    return code
+
+
+def _leave_the_group() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
