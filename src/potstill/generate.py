@@ -18,7 +18,7 @@ from potstill.core.settings import ModelRef, Settings, execution
 from potstill.core.step import StepContext, StepResult
 from potstill.data.chat import Renderer, split_reasoning
 from potstill.data.responses import bytes_of_tokens
-from potstill.data.sources import Data, prompts, read
+from potstill.data.sources import Data, label_names, prompts, read
 from potstill.teachers import Answer, Request, Teacher, open_teacher
 from potstill.teachers.asking import FAILURES_FILE, Asking
 from potstill.teachers.budget import Budget
@@ -130,7 +130,7 @@ def _write_prompts(found: Iterator[Record], settings: GenerateSettings, context:
                 f"{context.name}:held_out will find nothing; a higher share holds some out"
             )
         if settings.verifier is not None:
-            check_verifiable(read_records(path), settings.verifier, where=f"step {context.name}, data")
+            check_verifiable(read_records(path), settings.verifier, where="data")
         return path
     if settings.continue_ is not None:
         raise DataError(
@@ -275,7 +275,8 @@ def _seal(
     asking: Asking[PlannedAnswer],
 ) -> StepResult:
     """Write the traces from the request store, in the plan's order."""
-    figures = _Figures()
+    labels = label_names(plan.settings.data, context)
+    figures, groups = _Figures(), _Groups(labels)
 
     def traces() -> Iterator[Record]:
         for planned in plan:
@@ -285,6 +286,8 @@ def _seal(
                 if plan.settings.verifier is not None:
                     _judge(trace, plan.settings.verifier, teacher)
                 figures.count(trace, answer)
+                if labels:
+                    groups.count(trace, _is_right(trace, plan.settings.verifier, teacher))
                 yield trace
 
     written = write_records(context.folder / RECORDS_FILE, traces())
@@ -297,7 +300,9 @@ def _seal(
             "reused": asking.reused,
         },
         metrics=figures.metrics()
+        | groups.metrics()
         | ({} if asking.budget.price is None else {"bought": asking.budget.totals()}),
+        extra={"labels": labels},
         tokenizer=figures.tokenizer,
         model_identity=teacher.identity,
         tokens=figures.tokens,
@@ -345,12 +350,24 @@ def _trace(planned: PlannedAnswer, answer: Answer, teacher: Teacher) -> Record:
 
 
 def _judge(trace: Record, verifier: Verifier, teacher: Teacher) -> None:
-    assert trace.response is not None
-    text, renderer = trace.response, teacher.renderer
-    if renderer is not None:
-        text = renderer.read_response(trace.messages, text)
-    found = judge(trace, text, verifier)
+    found = judge(trace, _read_response(trace, teacher), verifier)
     trace.verdicts, trace.scores = found.verdicts, found.scores
+
+
+def _is_right(trace: Record, verifier: Verifier | None, teacher: Teacher) -> bool | None:
+    """Whether a response is right, by the step's verifier or else the row's own; None where none can tell."""
+    if verifier is not None:
+        return trace.verdicts.get("correct")
+    try:
+        return judge(trace, _read_response(trace, teacher)).verdicts.get("correct")
+    except DataError:  # of rows that are not to be selected or evaluated, that is no error
+        return None
+
+
+def _read_response(trace: Record, teacher: Teacher) -> str:
+    assert trace.response is not None
+    renderer = teacher.renderer
+    return trace.response if renderer is None else renderer.read_response(trace.messages, trace.response)
 
 
 def _token_bytes(
@@ -414,3 +431,26 @@ class _Figures:
             metrics["mean_logprob"] = self.logprob_sum / self.logprobs
             metrics["unknown_logprobs"] = self.unknown_logprobs
         return metrics
+
+
+@dataclass
+class _Groups:
+    """How many traces each value of a label has, and how many of those that can be judged are right."""
+
+    labels: list[str]
+    found: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
+
+    def count(self, trace: Record, right: bool | None) -> None:
+        """Take one trace in, under each label that it has."""
+        for label in self.labels:
+            if label in trace.meta:
+                group = self.found.setdefault(label, {}).setdefault(str(trace.meta[label]), Counter())
+                group.update(traces=1, judged=right is not None, right=bool(right))
+
+    def metrics(self) -> dict[str, Any]:
+        """The counts by label and value; nothing where no trace has a label."""
+        found = {
+            label: {value: dict(count) for value, count in sorted(values.items())}
+            for label, values in self.found.items()
+        }
+        return {"groups": found} if found else {}

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from potstill.core.events import read_events
 from potstill.core.records import RECORDS_FILE, read_records
 from potstill.core.store import Artifact
+from potstill.logits.shards import LogitCache
+from potstill.losses.types import Sparse
+from potstill.models import TransformersModel, load
 from potstill.recipe import load_recipe
+from potstill.train.rows import read_caches
 
 from .conftest import Command, write_recipe
 
@@ -28,6 +33,7 @@ DOMAINS = {
 FOUR = [*DOMAINS][:4]
 TIMEOUT_S = 900.0
 UNFINISHED = "store/artifacts/train-*/scratch"
+RECIPES = Path(__file__).parents[2] / "recipes"
 EVIDENCE = Path(__file__).parents[2] / "benchmarks" / "evidence"
 
 
@@ -133,6 +139,79 @@ def test_arms_are_trained_on_as_many_tokens_and_shown_by_domain_with_their_costs
 
 
 @pytest.mark.slow
+def test_specialists_are_joined_by_their_traces_their_logits_or_their_weights(
+    potstill: Command, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    domains = FOUR[:2]
+    recipe = cascade(tiny_model_folder, domains, lr=0.05)
+    shipped = yaml.safe_load((RECIPES / "cmoe-small.yaml").read_text(encoding="utf-8"))["variants"]
+    shipped = {way: shipped[way] for way in ("traces", "logits", "ties")}
+    shipped["logits"]["steps"]["cached"]["each"] = {"category": domains}
+    shipped["logits"]["steps"]["student"] = shipped["logits"]["steps"].pop("cascade")
+    path = write_recipe(tmp_path / "recipe.yaml", {**recipe, "variants": shipped})
+    outcome = potstill("run", path, "--output", "run", "--sweep", ",".join(shipped))
+    assert outcome.code == 0, outcome.err
+    ways = {way: made(tmp_path / "run" / way) for way in shipped}
+    for way, artifacts in ways.items():
+        for domain in domains:
+            specialist = f"specialist[{domain}]"
+            assert artifacts[specialist].folder == ways["traces"][specialist].folder, "trained anew"
+        assert 3000 <= artifacts["student"].manifest.tokens < 3000 + 4 * 200
+        if way == "ties":
+            merged = artifacts["merged"].manifest
+            assert [*merged.extra["merged"]["weights"]] == [f"specialist[{one}]" for one in domains]
+            assert "merged" in artifacts["exam"].manifest.metrics["models"]
+            told = [*read_records(artifacts["retold"].folder / RECORDS_FILE)]
+            assert {one.meta["category"] for one in told} == {*domains}
+            assert {one.model for one in told} == {merged.model_identity}
+    assert len({artifacts["student"].manifest.model_identity for artifacts in ways.values()}) == len(ways)
+
+
+@pytest.mark.slow
+def test_each_row_s_logits_are_those_of_its_own_domain_s_specialist(
+    potstill: Command, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    domains = FOUR[:2]
+    recipe = cascade(tiny_model_folder, domains, lr=0.05)
+    recipe["steps"]["cached"] = {
+        "do": "cache",
+        "each": {"category": domains},
+        "model": "specialist",
+        "data": "retold",
+        "top_k": 4,
+    }
+    recipe["steps"]["student"] |= {"data": "cached", "alpha": 1.0}
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    assert potstill("run", path, "--output", "run").code == 0
+    artifacts = made(tmp_path / "run")
+    specialists = [
+        load(TransformersModel(path=str(artifacts[f"specialist[{one}]"].folder))) for one in domains
+    ]
+    caches = [LogitCache.open(artifacts[f"cached[{one}]"].folder) for one in domains]
+    manifest = artifacts["student"].manifest
+    assert manifest.counts["rows"] == sum(len(one) - one.held_out.sum() for one in caches)
+    assert manifest.metrics["history"][-1]["eval_kl"] > 0
+    rows, teacher = read_caches(
+        [(one, None) for one in caches],
+        vocabulary_size=specialists[0].vocabulary_size,
+        temperature=1.0,
+        top_k=None,
+        max_length=10_000,
+    )
+    for place, own, other in ((0, 0, 1), (len(rows.train) - 1, 1, 0)):
+        signal, row = teacher(rows.train, [place]), rows.train[place]
+        assert isinstance(signal, Sparse)
+        first = row.mask.index(1)
+        found = []
+        for specialist in (specialists[own], specialists[other]):
+            logits = specialist.model(torch.tensor([row.ids]), use_cache=False).logits[0, first - 1 : -1]
+            log_probs = logits[:, : specialist.vocabulary_size].float().log_softmax(-1)
+            found.append((log_probs.gather(-1, signal.ids_NK.long()) - signal.log_probs_NK).abs().max())
+        assert found[0] < 0.1
+        assert found[1] > 3 * found[0]
+
+
+@pytest.mark.slow
 def test_a_run_killed_in_its_third_specialist_makes_nothing_before_it_again(
     shared_model_folder: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +292,21 @@ def test_five_hundred_questions_of_mmlu_go_the_same_way(
     assert all(0 <= one["correct"]["low"] <= one["correct"]["high"] <= 1 for one in groups.values())
 
 
+@pytest.mark.parametrize("way", ["traces", "logits", "linear", "ties", "dare"])
+def test_each_way_to_join_specialists_is_a_variant_that_can_run(potstill: Command, way: str) -> None:
+    recipe = yaml.safe_load((RECIPES / "cmoe-small.yaml").read_text(encoding="utf-8"))
+    assert way in recipe["variants"]
+    graph = load_recipe("cmoe-small", variant=way).graph
+    domains = recipe["steps"]["specialist"]["each"]["category"]
+    behind = {"traces": "retold", "logits": "cached"}.get(way)
+    if behind is None:
+        assert graph.needs["merged"] == [f"specialist[{one}]" for one in domains]
+        assert graph.needs["cascade"] == ["small", "retold"]
+        assert graph.needs["retold"] == ["merged", "traces"]
+    else:
+        assert {*graph.needs["cascade"]} == {"small", *(f"{behind}[{one}]" for one in domains)}
+
+
 @pytest.mark.parametrize("name", ["cmoe", "cmoe-small"])
 def test_shipped_cascades_pair_each_specialist_with_its_domain(name: str) -> None:
     graph = load_recipe(name).graph
@@ -225,9 +319,8 @@ def test_shipped_cascades_pair_each_specialist_with_its_domain(name: str) -> Non
 
 
 def test_the_categories_of_mmlu_are_those_of_the_recipe() -> None:
-    recipes = Path(__file__).parents[2] / "recipes"
-    text = (recipes / "mmlu-categories.csv").read_text(encoding="utf-8")
+    text = (RECIPES / "mmlu-categories.csv").read_text(encoding="utf-8")
     subjects = [line.rpartition(",") for line in text.splitlines()[1:]]
-    declared = yaml.safe_load((recipes / "cmoe.yaml").read_text(encoding="utf-8"))
+    declared = yaml.safe_load((RECIPES / "cmoe.yaml").read_text(encoding="utf-8"))
     assert {category for *_, category in subjects} == {*declared["steps"]["specialist"]["each"]["category"]}
     assert len({subject for subject, *_ in subjects}) == 57

@@ -657,6 +657,70 @@ class TestSolver:
         assert len({trace.reference for trace in kitchen.traces()}) > 10
 
 
+class TestGroups:
+    """Traces and right answers by the labels that the rows of a step have."""
+
+    def data(self, folder, **of_label):
+        """A labelled source a value, its questions and their right answers."""
+        sources = []
+        for value, rows in of_label.items():
+            path = folder / f"{value}.jsonl"
+            lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows]
+            path.write_text("\n".join(lines), encoding="utf-8")
+            sources.append({"path": str(path), "labels": {"category": value}})
+        return sources
+
+    def test_the_row_s_own_verifier_judges_the_traces_of_each_label(self, kitchen, server, tmp_path):
+        server.always = lambda body: Reply(body=completion("The answer is 4"))
+        data = self.data(
+            tmp_path,
+            sums=[("2 + 2", "#### 4"), ("2 + 3", "#### 5"), ("1 + 3", "#### 4")],
+            odd=[("?", "#### 7")],
+        )
+        result = kitchen.run(data=data, samples=2)
+        assert result.metrics["groups"] == {
+            "category": {
+                "odd": {"traces": 2, "judged": 2, "right": 0},
+                "sums": {"traces": 6, "judged": 6, "right": 4},
+            }
+        }
+        assert result.extra["labels"] == ["category"]
+        assert kitchen.traces()[0].verdicts == {}, (
+            "it is counted, and traces stay as they are without a verifier"
+        )
+
+    def test_the_step_s_verifier_stands_in_its_place(self, kitchen, server, tmp_path):
+        (tmp_path / "mine.py").write_text(
+            "def right(answer, row):\n    return 'no' in answer\n", encoding="utf-8"
+        )
+        server.always = lambda body: Reply(body=completion("no idea"))
+        data = self.data(tmp_path, sums=[("2 + 2", "#### 4")])
+        result = kitchen.run(data=data, verifier={"function": f"{tmp_path}/mine.py:right"})
+        assert result.metrics["groups"] == {"category": {"sums": {"traces": 1, "judged": 1, "right": 1}}}
+
+    def test_what_cannot_be_judged_is_counted_alone(self, kitchen, tmp_path):
+        path = tmp_path / "open.jsonl"
+        path.write_text('{"prompt": "tell me"}', encoding="utf-8")
+        result = kitchen.run(data={"path": str(path), "labels": {"category": "open"}})
+        assert result.metrics["groups"] == {"category": {"open": {"traces": 1, "judged": 0, "right": 0}}}
+
+    def test_labels_go_on_through_the_steps_behind(self, kitchen, tmp_path, seal):
+        folder = tmp_path / "told"
+        folder.mkdir()
+        asked = [{"role": "user", "content": "2 + 2"}]
+        write_records(folder / RECORDS_FILE, [Record("p", asked, meta={"category": "sums", "level": "low"})])
+        told = seal(folder, "select", StepResult(extra={"labels": ["category"]}))
+        kitchen.step_context = partial(kitchen.step_context, data={"told": [told]})
+        assert set(kitchen.run(data="told:prompts").metrics["groups"]) == {"category"}
+        part = {"step": "told", "where": {"level": "low"}}
+        assert set(kitchen.run(folder="part", data=part).metrics["groups"]) == {"level", "category"}
+
+    def test_without_labels_nothing_is_judged_or_counted(self, kitchen):
+        result = kitchen.run(limit=1)
+        assert "groups" not in result.metrics
+        assert result.extra["labels"] == []
+
+
 def rollouts_of(path: Path, *responses: tuple[str, str], sample: int = 0, **fields: Any) -> None:
     """An artifact's records: a student's responses, each with how it ended."""
     records = [

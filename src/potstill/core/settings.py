@@ -12,6 +12,7 @@ __all__ = [
     "DataRef",
     "InputPath",
     "ModelRef",
+    "ModelsRef",
     "Part",
     "Reference",
     "Settings",
@@ -95,6 +96,10 @@ class Reference(str):
 
 class ModelRef(Reference):
     """A reference to a declared model, to a step that makes one, or a path or hub id."""
+
+
+class ModelsRef(ModelRef):
+    """A reference to a model, or to a step with `each`, which means the models of all its values."""
 
 
 class DataRef(Reference):

@@ -1,7 +1,7 @@
 """What a step function is given and what it gives back."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 from potstill.core.errors import Interrupted
 from potstill.core.events import Progress, Reporter
 from potstill.core.hashing import derive_seed
-from potstill.core.settings import DataRef, ModelRef, Settings
+from potstill.core.settings import DataRef, ModelRef, ModelsRef, Settings
 from potstill.core.store import SCRATCH_FOLDER, Artifact
 
 __all__ = ["StepContext", "StepResult"]
@@ -43,7 +43,7 @@ class StepContext:
     seed: int
     cache_folder: Path
     reporter: Reporter
-    resolve_model: Callable[[ModelRef], Settings]
+    resolve_models: Callable[[ModelRef], Mapping[str, Settings]]
     resolve_data: Callable[[DataRef], list[tuple[Artifact, str | None]]]
     stop: threading.Event = field(default_factory=threading.Event)
 
@@ -60,7 +60,12 @@ class StepContext:
 
     def model(self, reference: ModelRef) -> Settings:
         """The settings of the model a reference names, whether declared, made by a step or a path."""
-        return self.resolve_model(reference)
+        [found] = self.resolve_models(reference).values()
+        return found
+
+    def models(self, reference: ModelsRef) -> Mapping[str, Settings]:
+        """The settings of the models a reference names, each by its own name."""
+        return self.resolve_models(reference)
 
     def artifacts(self, reference: DataRef) -> list[tuple[Artifact, str | None]]:
         """The artifacts a reference names, each with its view; several where it means every `each` value."""

@@ -53,6 +53,7 @@ __all__ = [
     "TaskSource",
     "count_rows",
     "first_prompts",
+    "label_names",
     "prompts",
     "read",
     "read_file",
@@ -79,6 +80,21 @@ def read(data: Data, context: StepContext) -> Iterator[Record]:
         raise DataError(
             "there are no rows", where=", ".join(map(_label, members)), expected="at least one row"
         )
+
+
+def label_names(data: Data, context: StepContext) -> list[str]:
+    """The labels that rows of this data are given or chosen by, here or in the steps that they come from."""
+    names: list[str] = []
+    for one in data if isinstance(data, list) else [data]:
+        if not isinstance(one, DataRef | StepPart):
+            names += one.labels
+            continue
+        names += one.where if isinstance(one, StepPart) else ()
+        reference = one.step if isinstance(one, StepPart) else one
+        if not (reference.is_path and not Path(reference).is_dir()):
+            for artifact, _ in context.artifacts(reference):
+                names += artifact.manifest.extra.get("labels", ())
+    return list(dict.fromkeys(names))
 
 
 def count_rows(data: Data, seed: int) -> int | None:
@@ -125,7 +141,7 @@ def _outside_a_run(seed: int) -> StepContext:
         seed=seed,
         cache_folder=Path(),
         reporter=Reporter("quiet"),
-        resolve_model=_unresolved,
+        resolve_models=_unresolved,
         resolve_data=_unresolved,
     )
 

@@ -1,4 +1,4 @@
-"""The `merge` step: load in full weights, merge, save, and check what was saved.
+"""The `merge` step: load in full weights, merge or join, save, and check what was saved.
 
 Shapes: T positions, N supervised tokens, V vocabulary.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from potstill.core.errors import DataError, ModelError
 from potstill.core.step import StepContext, StepResult
@@ -22,6 +22,7 @@ from potstill.losses.head import TokenFunction
 from potstill.losses.metrics import comparison
 from potstill.losses.types import Live
 from potstill.merge import MergeSettings
+from potstill.merge.joining import join_adapters, untie
 from potstill.models import (
     LoadedModel,
     TransformersModel,
@@ -30,6 +31,7 @@ from potstill.models import (
     forward_inputs,
     identity,
     load,
+    local_model,
     output_head,
     save_model,
     stored_dtype,
@@ -48,8 +50,8 @@ _TOLERANCE = 1e-3
 class Merged:
     """A merged model as it was saved.
 
-    `logit_difference` is the largest from the adapter on its base in fp32, on a probe, as a share of the
-    logits' standard deviation; beyond a thousandth it is the rounding to `dtype` alone.
+    `logit_difference` is the largest from the adapter on its base in fp32, or from the joined adapters, on a
+    probe, as a share of the logits' standard deviation; beyond a thousandth it is the rounding to `dtype`.
     """
 
     parameters: int
@@ -60,25 +62,58 @@ class Merged:
 
 def merge(settings: MergeSettings, context: StepContext) -> StepResult:
     """Carry out a merge step."""
+    return _merge_one(settings, context) if settings.models is None else _merge_several(settings, context)
+
+
+def _merge_one(settings: MergeSettings, context: StepContext) -> StepResult:
+    assert settings.model is not None
     model = transformers_model(context, settings.model, device=settings.device)
     merged = merge_into(context.folder, model, settings.dtype, name=str(settings.model))
-    saved = TransformersModel(path=str(context.folder), device=model.device)
     base = adapter_base(find_source(model.path).folder)
     in_use = model.quantize or base.quantize
     context.say(
         f"merged in full weights and saved in {merged.dtype}; logits are at most "
         f"{merged.logit_difference:.1e} of their standard deviation from those of the adapter on its base"
     )
-    metrics: dict[str, Any] = {"logit_difference": merged.logit_difference}
+    result = _result(merged, context, base, in_use)
     if settings.data is not None:
-        metrics["compared"] = found = _compare(settings, context, load(model), load(saved))
+        saved = TransformersModel(path=str(context.folder), device=model.device)
+        result.metrics["compared"] = found = _compare(settings, context, load(model), load(saved))
         context.say(
             f"KL from the adapter on its base{f' in {in_use}' if in_use else ''} to the merged model: "
             f"{found['mean_kl']:.2g} nats a token, at most {found['largest_kl']:.2g}"
         )
+    return result
+
+
+def _merge_several(settings: MergeSettings, context: StepContext) -> StepResult:
+    models: dict[str, TransformersModel] = {}
+    for reference in settings.named_models:
+        for name, found in context.models(reference).items():
+            if name in models:
+                raise ModelError("is named twice", where=name, mend="name each model once, and give weights")
+            models[name] = local_model(context, name, found, device=settings.device)
+    weights = settings.weights_of([*models])
+    joined = join_adapters(
+        models, weights, settings.method, settings.kept_share, partial(context.derive_seed, "dare")
+    )
+    base = adapter_base(find_source(next(iter(models.values())).path).folder)
+    merged = _save(joined, _probe_logits(joined), settings.dtype or stored_dtype(base), context.folder)
+    context.say(
+        f"{len(models)} adapters joined by {settings.method} and saved in {merged.dtype}; rounding to it "
+        f"moves logits by at most {merged.logit_difference:.1e} of their standard deviation"
+    )
+    result = _result(merged, context, base, base.quantize)
+    result.extra["merged"] |= {"method": settings.method, "weights": dict(zip(models, weights, strict=True))}
+    if settings.method != "linear":
+        result.extra["merged"]["density"] = settings.kept_share
+    return result
+
+
+def _result(merged: Merged, context: StepContext, base: TransformersModel, in_use: str | None) -> StepResult:
     return StepResult(
         counts={"parameters": merged.parameters},
-        metrics=metrics,
+        metrics={"logit_difference": merged.logit_difference},
         extra={
             "merged": {
                 "base": base.model_dump(mode="json", exclude={"device", "dtype"}, exclude_none=True),
@@ -88,7 +123,7 @@ def merge(settings: MergeSettings, context: StepContext) -> StepResult:
             }
         },
         tokenizer=merged.tokenizer_hash,
-        model_identity=identity(saved),
+        model_identity=identity(TransformersModel(path=str(context.folder))),
     )
 
 
@@ -118,24 +153,29 @@ def merge_into(folder: Path, model: TransformersModel, dtype: str | None = None,
             expected=f"at most {_TOLERANCE:g}",
             mend="use the adapter on its base",
         )
-    saved_type = getattr(torch, dtype or stored_dtype(adapter_base(source.folder)))
-    parameters, renderer = plain.model.num_parameters(), Renderer(loaded.tokenizer)
+    return _save(plain, expected_TV, dtype or stored_dtype(adapter_base(source.folder)), folder, where=name)
+
+
+def _save(
+    plain: LoadedModel, expected_TV: Tensor, dtype: str, folder: Path, *, where: str | None = None
+) -> Merged:
+    """Write a model in fp32 as another type. Raises ModelError where that loses more than precision."""
+    saved_type, device = getattr(torch, dtype), plain.model.device
+    parameters, renderer = plain.model.num_parameters(), Renderer(plain.tokenizer)
     plain.model.to(saved_type)
     if not all(one.isfinite().all() for one in plain.model.parameters()):
         raise ModelError(
-            f"merged weights are too large for {str(saved_type).removeprefix('torch.')}",
-            where=name,
-            mend="set dtype: bfloat16 or float32",
+            f"merged weights are too large for {dtype}", where=where, mend="set dtype: bfloat16 or float32"
         )
-    save_model(plain.model, loaded.tokenizer, folder, renderer.end_of_turn_ids)
-    saved = load(TransformersModel(path=str(folder), device=model.device), dtype=torch.float32)
+    save_model(plain.model, plain.tokenizer, folder, renderer.end_of_turn_ids)
+    saved = load(TransformersModel(path=str(folder), device=str(device)), dtype=torch.float32)
     found, rounded = (dict(one.model.named_parameters()) for one in (saved, plain))
     if found.keys() != rounded.keys() or not all(
         torch.equal(one, rounded[key].float()) for key, one in found.items()
     ):
         raise ModelError("what was saved of the merged model is not what is read back", where=str(folder))
     difference = _difference(_probe_logits(saved), expected_TV)
-    return Merged(parameters, str(saved_type).removeprefix("torch."), difference, renderer.tokenizer_hash)
+    return Merged(parameters, dtype, difference, renderer.tokenizer_hash)
 
 
 def _difference(found_TV: Tensor, expected_TV: Tensor) -> float:
@@ -144,7 +184,11 @@ def _difference(found_TV: Tensor, expected_TV: Tensor) -> float:
 
 def merged_model(adapted: Any, name: str = "adapter") -> Any:
     """The base of an adapted model with the adapter in its weights; the adapted model is used up."""
-    _untie(adapted.get_base_model())
+    plain = adapted.get_base_model()
+    if any(
+        hasattr(one, "base_layer") for one in (plain.get_output_embeddings(), plain.get_input_embeddings())
+    ):
+        untie(plain)
     try:
         plain = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -152,17 +196,6 @@ def merged_model(adapted: Any, name: str = "adapter") -> Any:
             f"cannot be merged ({error})", where=name, mend="train the adapter again, or use it on its base"
         ) from error
     return plain.requires_grad_(requires_grad=False)
-
-
-def _untie(plain: Any) -> None:
-    """Part a head from the embedding whose weights it shares, where either has an adapter of its own."""
-    head, embedding = plain.get_output_embeddings(), plain.get_input_embeddings()
-    bare = [getattr(module, "base_layer", module) for module in (head, embedding)]
-    if bare[0].weight is not bare[1].weight or bare == [head, embedding]:
-        return
-    bare[0].weight = nn.Parameter(bare[0].weight.detach().clone(), requires_grad=False)
-    for config in {id(one): one for one in (plain.config, plain.config.get_text_config())}.values():
-        config.tie_word_embeddings = False
 
 
 @torch.no_grad()

@@ -21,7 +21,15 @@ from potstill.models.heads import (
     output_head,
     output_projection,
 )
-from potstill.models.loading import LoadedModel, choose_device, frozen_weight_bytes, load, supports_bf16
+from potstill.models.loading import (
+    LoadedModel,
+    SharedWeights,
+    choose_device,
+    frozen_weight_bytes,
+    load,
+    share_weights,
+    supports_bf16,
+)
 from potstill.models.routers import Routed, dead_experts, find_routers, listen_to_routers, load_entropy
 from potstill.models.saving import save_model, writing
 from potstill.models.source import (
@@ -31,12 +39,14 @@ from potstill.models.source import (
     find_source,
     identity,
     is_encoder_decoder,
+    local_model,
     original_model,
     parameter_count,
     recorded_base,
     shares_experts,
     stored_dtype,
     stored_quantization,
+    stored_vocabulary_size,
     transformers_model,
 )
 from potstill.models.tokenizers import (
@@ -64,6 +74,7 @@ __all__ = [
     "OutputHead",
     "Quantize",
     "Routed",
+    "SharedWeights",
     "TransformersModel",
     "adapter_base",
     "cached_file_hash",
@@ -91,6 +102,7 @@ __all__ = [
     "load_encoder",
     "load_entropy",
     "load_tokenizer",
+    "local_model",
     "original_model",
     "output_head",
     "output_projection",
@@ -99,9 +111,11 @@ __all__ = [
     "recorded_base",
     "save_model",
     "set_rendering",
+    "share_weights",
     "shares_experts",
     "stored_dtype",
     "stored_quantization",
+    "stored_vocabulary_size",
     "supports_bf16",
     "template_hash",
     "token_bytes",

@@ -1,8 +1,10 @@
 """Loading a model for use or for training."""
 
+import copy
+import itertools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import ModelError
@@ -25,7 +27,15 @@ from potstill.models.tokenizers import load_tokenizer, new_token_ids, vocabulary
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoadedModel", "choose_device", "frozen_weight_bytes", "load", "supports_bf16"]
+__all__ = [
+    "LoadedModel",
+    "SharedWeights",
+    "choose_device",
+    "frozen_weight_bytes",
+    "load",
+    "share_weights",
+    "supports_bf16",
+]
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,68 @@ def _weight_type(settings: TransformersModel, device: "torch.device", *, all_tra
     return torch.bfloat16 if supports_bf16(device) and not all_trained else torch.float32
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """Which weights `load` reads from files: those of a model, or of an adapter's base."""
+
+    model: TransformersModel
+    stored: str | None
+    dtype: "torch.dtype"
+    device: "torch.device"
+    full_weights: bool
+    all_trained: bool
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What they are known by: the same files, read in the same way."""
+        read = (self.model.quantize, self.dtype, self.device, self.full_weights)
+        return identity(self.model), *map(str, read)
+
+    def read(self) -> Any:
+        """The model of these weights."""
+        model = _load_full(self.model, self.stored, self.dtype, self.device)
+        return dequantized(model, self.dtype) if self.full_weights and self.stored is not None else model
+
+
+def _weights(
+    settings: TransformersModel, dtype: "torch.dtype | None", *, trainable: bool, full_weights: bool
+) -> _Weights:
+    source, device = find_source(settings.path), choose_device(settings)
+    is_adapter = source.kind == "adapter"
+    base = adapter_base(source.folder) if is_adapter else settings
+    quantize = None if full_weights else settings.quantize or base.quantize
+    stored = _stored_quantization(base, find_source(base.path))
+    all_trained = trainable and not is_adapter and quantize is None and (stored is None or full_weights)
+    if dtype is None:
+        dtype = _weight_type(settings, device, all_trained=all_trained)
+    model = base.model_copy(update={"quantize": quantize})
+    return _Weights(model, stored, dtype, device, full_weights, all_trained)
+
+
+def share_weights(model: Any) -> Any:
+    """The same model anew with its parameters and buffers: an adapter on it leaves the given model alone."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+@dataclass
+class SharedWeights:
+    """Weights that were read, so that a base and all adapters on it have the same ones and no copies."""
+
+    models: dict[tuple[str, ...], Any] = field(default_factory=dict)
+
+    def of(self, weights: _Weights) -> Any:
+        """A model of these weights, which are read where they are not there."""
+        if weights.key not in self.models:
+            self.models[weights.key] = weights.read()
+        return share_weights(self.models[weights.key])
+
+    def keep(self, models: Iterable[TransformersModel]) -> None:
+        """Let go of the weights that none of these models has, as `load` would load it."""
+        wanted = {_weights(one, None, trainable=False, full_weights=False).key for one in models}
+        self.models = {key: one for key, one in self.models.items() if key in wanted}
+
+
 def load(
     settings: TransformersModel,
     *,
@@ -112,6 +184,7 @@ def load(
     trainable: bool = False,
     say: Callable[[str], None] | None = None,
     full_weights: bool = False,
+    shared: SharedWeights | None = None,
 ) -> LoadedModel:
     """Load a model, or a base with its adapter.
 
@@ -119,29 +192,21 @@ def load(
     and bfloat16, where the device has it, for frozen weights. With `trainable` an adapter's weights
     (float32), or all of a full model's, take gradients; without it none do, and never those in 4 or 8 bits.
     With `full_weights` none are in 4 or 8 bits: `quantize` is passed over, for an adapter's base as well,
-    and what the files hold quantised is dequantised. `say` hears what `load_tokenizer` tells. Raises
-    ModelError, also for a model whose logits would come out wrong from its halves (`hidden_states`,
-    `output_head`).
+    and what the files hold quantised is dequantised. `say` hears what `load_tokenizer` tells. With `shared`
+    frozen weights are read once: all models that are loaded with it have the same ones. Raises ModelError,
+    also for a model whose logits would come out wrong from its halves (`hidden_states`, `output_head`).
     """
-    source = find_source(settings.path)
-    tokenizer, device = load_tokenizer(settings, say=say), choose_device(settings)
+    source, tokenizer = find_source(settings.path), load_tokenizer(settings, say=say)
     is_adapter = source.kind == "adapter"
-    base = adapter_base(source.folder) if is_adapter else settings
-    quantize = None if full_weights else settings.quantize or base.quantize
     with quiet_transformers():
-        stored = _stored_quantization(base, find_source(base.path))
-        all_trained = trainable and not is_adapter and quantize is None and (stored is None or full_weights)
-        if dtype is None:
-            dtype = _weight_type(settings, device, all_trained=all_trained)
-        model = _load_full(base.model_copy(update={"quantize": quantize}), stored, dtype, device)
-        if full_weights and stored is not None:
-            model = dequantized(model, dtype)
+        weights = _weights(settings, dtype, trainable=trainable, full_weights=full_weights)
+        model = weights.read() if shared is None or weights.all_trained else shared.of(weights)
         if is_adapter:
             model = read_adapter(model, str(source.folder), trainable=trainable)
     model.eval()
-    if not (all_trained or (trainable and is_adapter)):
+    if not (weights.all_trained or (trainable and is_adapter)):
         model.requires_grad_(requires_grad=False)
-    loaded = LoadedModel(model, tokenizer, identity(settings), stored)
+    loaded = LoadedModel(model, tokenizer, identity(settings), weights.stored)
     _check_halves(loaded, settings.path)
     return loaded
 

@@ -72,13 +72,29 @@ class SharedExperts(nn.Module):
         tokens, per_token = top_k_index_NK.shape
         order_S = top_k_index_NK.flatten().argsort(stable=True)
         token_S = order_S // per_token
-        counts = torch.bincount(top_k_index_NK.flatten(), minlength=self.num_experts).tolist()
-        core_N2F = functional.linear(hidden_states_NH, self.shared_core_gate_up)
-        weights_S1 = top_k_weights_NK.flatten()[order_S, None].to(core_N2F.dtype)
-        # Divided once: a gradient of a part taken by itself would be as large as the whole.
-        rows = (
-            torch.split(one, counts) for one in (hidden_states_NH[token_S], core_N2F[token_S], weights_S1)
+        # What each expert is given is handed over without a name, so that it is freed before the sums.
+        parts = self._each_expert(
+            torch.bincount(top_k_index_NK.flatten(), minlength=self.num_experts).tolist(),
+            hidden_states_NH[token_S],
+            functional.linear(hidden_states_NH, self.shared_core_gate_up)[token_S],
+            top_k_weights_NK.flatten()[order_S, None],
         )
+        place_S = order_S.argsort()
+        inner_NF, delta_NH = (
+            torch.cat(of_experts)[place_S].view(tokens, per_token, -1).sum(1) for of_experts in parts
+        )
+        output_NH = functional.linear(inner_NF, self.shared_core_down) + delta_NH
+        return output_NH.to(hidden_states_NH.dtype)
+
+    def _each_expert(
+        self, counts: list[int], hidden_SH: Tensor, core_S2F: Tensor, weights_S1: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each expert with tokens what `down` is given, and what its delta makes of it, times the weights.
+
+        Rows are sorted by expert, and `counts` says how many are each one's.
+        """
+        # Divided once: a gradient of a part taken by itself would be as large as the whole.
+        rows = (torch.split(one, counts) for one in (hidden_SH, core_S2F, weights_S1.to(core_S2F.dtype)))
         deltas = (self.delta_gate_up_in, self.delta_gate_up_out, self.delta_down_in, self.delta_down_out)
         inners, outputs = [], []
         for count, hidden, core, weights, up_in, up_out, down_in, down_out in zip(
@@ -91,12 +107,7 @@ class SharedExperts(nn.Module):
             inner = self.act_fn(gate) * up * weights
             inners.append(inner)
             outputs.append(functional.linear(functional.linear(inner, down_in), down_out))
-        place_S = order_S.argsort()
-        inner_NF, delta_NH = (
-            torch.cat(parts)[place_S].view(tokens, per_token, -1).sum(1) for parts in (inners, outputs)
-        )
-        output_NH = functional.linear(inner_NF, self.shared_core_down) + delta_NH
-        return output_NH.to(hidden_states_NH.dtype)
+        return inners, outputs
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Every expert's whole weights, gate and up [E, 2F, H] and down [E, H, F]."""

@@ -32,6 +32,7 @@ __all__ = [
     "find_source",
     "identity",
     "is_encoder_decoder",
+    "local_model",
     "original_model",
     "parameter_count",
     "quantization_scheme",
@@ -39,6 +40,7 @@ __all__ = [
     "shares_experts",
     "stored_dtype",
     "stored_quantization",
+    "stored_vocabulary_size",
     "transformers_model",
 ]
 
@@ -132,11 +134,16 @@ def transformers_model(
 
     `why` says what for. Raises ModelError for a model of another engine.
     """
-    found = context.model(reference)
+    return local_model(context, reference, context.model(reference), device=device, why=why)
+
+
+def local_model(
+    context: "StepContext", name: str, found: Settings, *, device: str | None = None, why: str | None = None
+) -> TransformersModel:
+    """`transformers_model` of a model whose settings were looked up already."""
     if not isinstance(found, TransformersModel):
         raise ModelError(
-            f"{reference} is a model of engine {getattr(found, 'engine', type(found).__name__)}",
-            where=f"step {context.name}",
+            f"{name} is a model of engine {getattr(found, 'engine', type(found).__name__)}",
             expected="a model that transformers loads" + ("" if why is None else f", because {why}"),
             mend="declare the same weights with a path (a folder, hub id or .gguf file), or name a step that "
             "makes a model",
@@ -292,6 +299,19 @@ def stored_dtype(settings: TransformersModel) -> str:
     found = {} if folder is None else _read_json(folder / "config.json")
     stated = found.get("dtype") or found.get("torch_dtype") or found.get("text_config", {}).get("dtype")
     return stated if stated in ("bfloat16", "float16") else "float32"
+
+
+def stored_vocabulary_size(settings: TransformersModel) -> int | None:
+    """How many ids a model's configuration states; None where it is a file's, or is not here."""
+    source = find_source(settings.path)
+    if source.kind in ("embedded", "gguf"):
+        return None
+    if source.kind == "adapter":
+        return stored_vocabulary_size(adapter_base(source.folder))
+    folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
+    found = {} if folder is None else _read_json(folder / "config.json")
+    stated = found.get("vocab_size") or found.get("text_config", {}).get("vocab_size")
+    return stated if type(stated) is int else None
 
 
 def shares_experts(folder: Path) -> bool:

@@ -141,7 +141,7 @@ def test_an_adapter_on_a_checkpoint_in_4_bits_is_merged_into_its_dequantised_wei
 def test_weights_are_saved_in_the_type_of_the_base_s_files_unless_another_is_asked_for(
     adapter: Any, merge: Merging
 ) -> None:
-    made = adapter(dtype=torch.bfloat16)
+    made = adapter(dtype="bfloat16")
     result, folder, _ = merge(made)
     assert result.extra["merged"]["dtype"] == "bfloat16"
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
