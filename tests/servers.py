@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from potstill.models import LoadedModel
 
 Body = dict[str, Any]
 _DRIP_S = 0.02
@@ -56,6 +59,27 @@ def with_logprobs(body: Body) -> Body:
     text = body["choices"][0]["message"]["content"]
     body["choices"][0]["logprobs"] = {"content": [{"token": text, "logprob": -0.5}]}
     return body
+
+
+def prompt_logprobs(model: "LoadedModel", body: Body) -> Body:
+    """What vLLM answers: entry i holds the k likeliest ids in the place of token i, and token i itself."""
+    import torch
+
+    ids = body["prompt"]
+    with torch.no_grad():
+        logits_TV = model.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    log_probs_TV = logits_TV[:, : model.vocabulary_size].log_softmax(-1)
+    entries: list[Any] = [None]
+    for log_probs_V, id_ in zip(log_probs_TV, ids[1:], strict=False):
+        chosen = {*log_probs_V.topk(body["prompt_logprobs"]).indices.tolist(), id_}
+        entries.append({str(one): {"logprob": log_probs_V[one].item(), "rank": 1} for one in chosen})
+    return {"choices": [{"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": entries}]}
+
+
+def vllm(answer: Callable[[Body], Reply], max_model_len: int | None = 4096) -> Callable[[Body], Reply]:
+    """A vLLM server of a model "tiny": its list of models, and its answers to prompts of token ids."""
+    models = {"object": "list", "data": [{"id": "other"}, {"id": "tiny", "max_model_len": max_model_len}]}
+    return lambda body: answer(body) if "prompt" in body else Reply(body=models)
 
 
 class Faults:

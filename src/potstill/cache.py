@@ -3,7 +3,6 @@
 Shapes: B rows, T positions, N supervised tokens, H hidden size, V vocabulary.
 """
 
-import asyncio
 import json
 import time
 from array import array
@@ -28,14 +27,14 @@ from potstill.models import (
     output_head,
     vocabulary_size,
 )
-from potstill.teachers import OpenAIModel, OpenAITeacher, RequestError, server_context_tokens
+from potstill.teachers import GivenTokens, OpenAIModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
-    from potstill.logits.codecs import Codec, TopK
+    from potstill.logits.codecs import Codec
     from potstill.logits.shards import CachedRow
 
 __all__ = ["CacheSettings", "import_artifact", "run"]
@@ -176,11 +175,7 @@ def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Sc
                 expected="codec: topk with temperatures: [1.0]",
                 mend="let transformers run the teacher here for other temperatures or codec: sampled",
             )
-        context.say(
-            "a server's log-probabilities depend on the order of requests while it caches prefixes: "
-            "serve by vLLM with --no-enable-prefix-caching"
-        )
-        with closing(_ServerScorer(model)) as scorer:
+        with closing(_ServerScorer(model, context)) as scorer:
             if scorer.context_tokens is None and settings.max_length is None:
                 raise ModelError(
                     f"the server of {settings.model!r} does not say how long a prompt may be",
@@ -240,21 +235,14 @@ class _LocalScorer:
 class _ServerScorer:
     """A server that gives the log-probabilities of a prompt's tokens, asked by token ids."""
 
-    def __init__(self, model: OpenAIModel) -> None:
+    def __init__(self, model: OpenAIModel, context: StepContext) -> None:
         assert model.tokenizer is not None
-        served = server_context_tokens(model)
-        # One token is always generated.
-        self.context_tokens = None if served is None else served - 1
         self.renderer = Renderer(load_tokenizer(TransformersModel(path=model.tokenizer)))
         self.vocabulary_size = vocabulary_size(self.renderer.tokenizer)
-        self._runner = asyncio.Runner()
-        self._server = OpenAITeacher(model)
-        self.identity = self._server.identity
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._runner.run(self._server.close())
-        self._runner.close()
+        self.identity = model.known_as()
+        self._server = GivenTokens(model, context)
+        self.context_tokens = self._server.context_tokens
+        self.close = self._server.close
 
     def batch_tokens(self) -> int:
         """Enough for the server to have many rows at once."""
@@ -265,32 +253,16 @@ class _ServerScorer:
         from potstill.logits.codecs import TopK
 
         assert isinstance(codec, TopK)
-        return self._runner.run(self._score(codec, batch))
+        kept: dict[int, dict[str, Tensor]] = {}
 
-    async def _score(self, codec: "TopK", batch: "list[CachedRow]") -> "list[dict[str, Tensor]]":
-        async def one(row: "CachedRow") -> "dict[str, Tensor]":
-            try:
-                found = await self._server.prompt_logprobs(row.token_ids, codec.k)
-            except RequestError as error:
-                raise RequestError(
-                    error.what,
-                    status=error.status,
-                    blames_row=error.blames_row,
-                    where=f"{error.where}, record {row.record_id}",
-                    expected=error.expected,
-                    mend=error.mend,
-                ) from error
-            return codec.from_log_probs(
-                [likeliest for likeliest, supervised in zip(found, row.mask[1:], strict=True) if supervised]
+        def keep(number: int, found: list[dict[int, float]]) -> None:
+            mask = batch[number].mask[1:]
+            kept[number] = codec.from_log_probs(
+                [likeliest for likeliest, supervised in zip(found, mask, strict=True) if supervised]
             )
 
-        asked = [asyncio.create_task(one(row)) for row in batch]
-        try:
-            return await asyncio.gather(*asked)
-        finally:  # where one failed, the others still hold connections
-            for request in asked:
-                request.cancel()
-            await asyncio.gather(*asked, return_exceptions=True)
+        self._server.ask([(f"record {row.record_id}", row.token_ids) for row in batch], codec.k, keep)
+        return [kept[number] for number in range(len(batch))]
 
 
 class _BatchSize:

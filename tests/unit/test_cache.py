@@ -43,7 +43,7 @@ from potstill.models import (
 from potstill.scoring import hidden_of_rows
 from potstill.teachers import OpenAIModel
 
-from ..servers import Reply, ScriptedServer, error, running_server
+from ..servers import Reply, ScriptedServer, error, prompt_logprobs, running_server, vllm
 
 # Rows of several lengths; the last is the first again, under another id.
 RESPONSES = [
@@ -90,7 +90,7 @@ class Bench:
             seed=1,
             cache_folder=self.store.root,
             reporter=Reporter(stream=self.said),
-            resolve_model=lambda reference: self.model,
+            resolve_models=lambda reference: {str(reference): self.model},
             resolve_data=lambda reference: [(self._traces(), None)],
         )
 
@@ -422,26 +422,6 @@ def test_the_batch_size_is_what_a_quarter_of_the_free_memory_holds_within_bounds
     assert found == tokens
 
 
-def _prompt_logprobs(teacher: LoadedModel, body: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM answers: entry i holds the k likeliest ids in the place of token i, and token i itself."""
-    ids = body["prompt"]
-    with torch.no_grad():
-        logits_TV = teacher.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :, :300]
-    entries: list[Any] = [None]
-    for log_probs_V, id_ in zip(logits_TV.log_softmax(-1), ids[1:], strict=False):
-        chosen = {*log_probs_V.topk(body["prompt_logprobs"]).indices.tolist(), id_}
-        entries.append({str(one): {"logprob": log_probs_V[one].item(), "rank": 1} for one in chosen})
-    return {"choices": [{"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": entries}]}
-
-
-def _vllm(
-    answer: Callable[[dict[str, Any]], Reply], max_model_len: int | None = 4096
-) -> Callable[[dict[str, Any]], Reply]:
-    """A server's list of models, and its answers to prompts."""
-    models = {"object": "list", "data": [{"id": "other"}, {"id": "tiny", "max_model_len": max_model_len}]}
-    return lambda body: answer(body) if "prompt" in body else Reply(body=models)
-
-
 @pytest.fixture
 def tiny_teacher(tiny_model_folder: Path) -> LoadedModel:
     """The tiny model in memory."""
@@ -455,7 +435,7 @@ def server(bench: Bench, tiny_model_folder: Path, tiny_teacher: LoadedModel) -> 
         bench.model = OpenAIModel(
             engine="openai", base_url=running.base_url, model="tiny", tokenizer=str(tiny_model_folder)
         )
-        running.always = _vllm(lambda body: Reply(body=_prompt_logprobs(tiny_teacher, body)))
+        running.always = vllm(lambda body: Reply(body=prompt_logprobs(tiny_teacher, body)))
         yield running
 
 
@@ -489,7 +469,7 @@ def test_a_server_gives_its_likeliest_ids_at_temperature_1_only(
 
 
 def test_a_server_without_prompt_logprobs_is_refused(bench: Bench, server: ScriptedServer) -> None:
-    server.always = _vllm(lambda body: Reply(body={"choices": [{"text": "x"}]}))
+    server.always = vllm(lambda body: Reply(body={"choices": [{"text": "x"}]}))
     with pytest.raises(EngineError, match="the answer holds no log-probabilities of the prompt's"):
         bench.run()
 
@@ -497,8 +477,8 @@ def test_a_server_without_prompt_logprobs_is_refused(bench: Bench, server: Scrip
 def test_a_server_that_gives_fewer_ids_than_asked_for_is_refused(
     bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel
 ) -> None:
-    server.always = _vllm(
-        lambda body: Reply(body=_prompt_logprobs(tiny_teacher, {**body, "prompt_logprobs": 3}))
+    server.always = vllm(
+        lambda body: Reply(body=prompt_logprobs(tiny_teacher, {**body, "prompt_logprobs": 3}))
     )
     with pytest.raises(EngineError, match=r"ids for a token, though 8 were asked for"):
         bench.run()
@@ -508,7 +488,7 @@ def test_a_vllm_that_allows_fewer_log_probabilities_is_told_how_to_be_served(
     bench: Bench, server: ScriptedServer
 ) -> None:
     refusal = "Requested prompt logprobs of 64, which is greater than max allowed: 20"
-    server.always = _vllm(lambda body: Reply(400, error(refusal)))
+    server.always = vllm(lambda body: Reply(400, error(refusal)))
     with pytest.raises(EngineError, match=r"max allowed: 20(.|\n)*--max-logprobs of at least top_k"):
         bench.run()
 
@@ -522,9 +502,9 @@ def test_rows_past_a_servers_context_are_left_out(
     def answer(body: dict[str, Any]) -> Reply:
         if len(body["prompt"]) + body["max_tokens"] > lengths[3] + 1:
             return Reply(400, error("this model's maximum context length is exceeded"))
-        return Reply(body=_prompt_logprobs(tiny_teacher, body))
+        return Reply(body=prompt_logprobs(tiny_teacher, body))
 
-    server.always = _vllm(answer, max_model_len=lengths[3] + 1)
+    server.always = vllm(answer, max_model_len=lengths[3] + 1)
     result, cache = bench.run("fitting")
     assert cache.lengths.max() == lengths[3]
     assert result.counts["too_long"] == 7 - len(cache) > 0
@@ -533,7 +513,7 @@ def test_rows_past_a_servers_context_are_left_out(
 def test_a_server_that_does_not_say_its_context_needs_max_length(
     bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel
 ) -> None:
-    server.always = _vllm(lambda body: Reply(body=_prompt_logprobs(tiny_teacher, body)), max_model_len=None)
+    server.always = vllm(lambda body: Reply(body=prompt_logprobs(tiny_teacher, body)), max_model_len=None)
     with pytest.raises(ModelError, match=r"does not say how long a prompt may be(.|\n)*`max_length`"):
         bench.run()
     assert not [request for request in server.requests if "prompt" in request]
@@ -551,9 +531,9 @@ def test_pitfall_20_a_row_that_the_server_refuses_is_named(
     def answer(body: dict[str, Any]) -> Reply:
         if body["prompt"] == refused.token_ids:
             return Reply(400, error("the prompt holds what may not be"))
-        return Reply(body=_prompt_logprobs(tiny_teacher, body))
+        return Reply(body=prompt_logprobs(tiny_teacher, body))
 
-    server.always = _vllm(answer)
+    server.always = vllm(answer)
     with pytest.raises(EngineError, match=rf"record {refused.record_id}: HTTP 400: the prompt holds"):
         bench.run("refused")
 

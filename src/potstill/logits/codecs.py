@@ -119,7 +119,7 @@ class TopK:
         }
 
     def from_log_probs(self, likeliest: Sequence[Mapping[int, float]]) -> dict[str, Tensor]:
-        """What `encode` gives at T = 1, from each token's k likeliest ids and their log-probabilities.
+        """What `encode` gives at T = 1, from the log-probabilities of each token's k likeliest ids or more.
 
         An id past the vocabulary is left to the tail, and one without probability stands in its place. The
         logsumexp of logits that nobody saw is NaN.
@@ -128,10 +128,8 @@ class TopK:
         kept = []
         for token in likeliest:
             others = ((id_, -math.inf) for id_ in range(self.vocabulary_size) if id_ not in token)
-            known = sorted(
-                ((id_, one) for id_, one in token.items() if id_ < self.vocabulary_size),
-                key=lambda pair: -pair[1],
-            )
+            first = sorted(token.items(), key=lambda pair: -pair[1])[: self.k]
+            known = [(id_, one) for id_, one in first if id_ < self.vocabulary_size]
             kept.append([*known, *itertools.islice(others, self.k - len(known))])
         ids_NK = torch.tensor([[id_ for id_, _ in token] for token in kept])
         log_probs_NK = torch.tensor([[one for _, one in token] for token in kept], dtype=torch.float64)

@@ -6,7 +6,7 @@ from typing import Any
 
 from potstill.core.errors import RecipeError
 from potstill.core.hashing import hash_json
-from potstill.core.settings import ModelRef, Part, Reference, Settings, meaning
+from potstill.core.settings import ModelRef, ModelsRef, Part, Reference, Settings, meaning
 from potstill.core.store import MANIFEST_FILE, Artifact
 from potstill.data.parts import part_content
 from potstill.data.source_settings import StepPart, source_of_path
@@ -39,26 +39,34 @@ class Inputs:
         ]
 
     def model(self, reference: ModelRef) -> Settings:
-        """The settings of the model a reference names."""
-        if reference.is_path:
-            return TransformersModel(path=str(reference))
-        if reference.target in self.graph.models:
-            return self.graph.models[reference.target]
-        artifact = self._made_model(reference)
-        folder = artifact.folder if reference.view is None else artifact.folder / reference.view
-        return TransformersModel(path=str(folder), quantize=artifact.manifest.extra.get("quantize"))
+        """The settings of the model a reference names; of several the first's."""
+        return next(iter(self.models(reference).values()))
 
-    def _made_model(self, reference: ModelRef) -> Artifact:
-        step = self.graph.steps_named(reference, self.node)[0].name
-        artifact = self._made(step)
-        if reference.view is not None and reference.view not in artifact.views:
-            raise RecipeError(
-                f"{self.node.name} wants {str(reference)!r}, and {step} kept no such epoch",
-                where=f"step {self.node.name}",
-                expected=", ".join(artifact.views) or "an epoch that training came to",
-                mend=f"name another, or {step} itself",
-            )
-        return artifact
+    def models(self, reference: ModelRef) -> dict[str, Settings]:
+        """The settings of the models a reference names, each by its step's name, its own or its path."""
+        if reference.is_path:
+            return {str(reference): TransformersModel(path=str(reference))}
+        if reference.target in self.graph.models:
+            return {reference.target: self.graph.models[reference.target]}
+        found: dict[str, Settings] = {}
+        for step, artifact in self._made_models(reference).items():
+            folder = artifact.folder if reference.view is None else artifact.folder / reference.view
+            quantize = artifact.manifest.extra.get("quantize")
+            found[step] = TransformersModel(path=str(folder), quantize=quantize)
+        return found
+
+    def _made_models(self, reference: ModelRef) -> dict[str, Artifact]:
+        found = {}
+        for step in self.graph.steps_named(reference, self.node):
+            artifact = found[step.name] = self._made(step.name)
+            if reference.view is not None and reference.view not in artifact.views:
+                raise RecipeError(
+                    f"{self.node.name} wants {str(reference)!r}, and {step.name} kept no such epoch",
+                    where=f"step {self.node.name}",
+                    expected=", ".join(artifact.views) or "an epoch that training came to",
+                    mend=f"name another, or {step.name} itself",
+                )
+        return found
 
     def _made(self, step: str) -> Artifact:
         if step not in self.made:
@@ -73,16 +81,12 @@ class Inputs:
             return {"part": rows, "weight": reference.weight}
         assert isinstance(reference, Reference), reference
         if isinstance(reference, ModelRef):
-            if not reference.is_path and reference.target not in self.graph.models:
-                artifact = self._made_model(reference)
-                extra = artifact.manifest.extra
-                quantized = {key: extra[key] for key in ("quantize",) if key in extra}
-                content = artifact.content_of(reference.view)
-                if reference.view is not None:
-                    # By its base and not by the artifact's identity, which is that of the last weights.
-                    return {"content": content, "base": extra.get("base_identity"), **quantized}
-                return {"content": content, "identity": artifact.manifest.model_identity, **quantized}
-            return meaning(self.model(reference))
+            if reference.is_path or reference.target in self.graph.models:
+                return meaning(self.model(reference))
+            contents = [
+                _model_content(artifact, reference.view) for artifact in self._made_models(reference).values()
+            ]
+            return contents if isinstance(reference, ModelsRef) else contents[0]
         if reference.is_path and not (Path(reference) / MANIFEST_FILE).is_file():
             return meaning(source_of_path(reference))
         return [
@@ -110,6 +114,17 @@ class Inputs:
         if version is None:
             raise RecipeError(f"steps of kind {self.node.kind} state no schema_version")
         return hash_json([self.node.kind, version, seed, meaning(settings, self.identify)])
+
+
+def _model_content(artifact: Artifact, view: str | None) -> dict[str, Any]:
+    """What stands for the model that a step made, or for a view of it."""
+    extra = artifact.manifest.extra
+    quantized = {key: extra[key] for key in ("quantize",) if key in extra}
+    content = artifact.content_of(view)
+    if view is not None:
+        # By its base and not by the artifact's identity, which is that of the last weights.
+        return {"content": content, "base": extra.get("base_identity"), **quantized}
+    return {"content": content, "identity": artifact.manifest.model_identity, **quantized}
 
 
 def _rendering(artifact: Artifact) -> list[str]:

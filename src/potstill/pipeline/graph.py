@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from potstill.core.errors import RecipeError
-from potstill.core.settings import DataRef, ModelRef, Reference, Settings, references
+from potstill.core.settings import DataRef, ModelRef, ModelsRef, Reference, Settings, references
 
 __all__ = ["VIEWS", "Graph", "Node", "nearest"]
 
@@ -109,7 +109,7 @@ class Graph:
                     expected=f"a step of kind {' or '.join(sorted(makers))}"
                     + (" or a declared model" if isinstance(reference, ModelRef) else ""),
                 )
-        if len(found) > 1 and not isinstance(reference, DataRef):
+        if len(found) > 1 and not isinstance(reference, DataRef | ModelsRef):
             raise RecipeError(
                 f"{key}: {str(reference)!r} means several models: {', '.join(one.name for one in found)}",
                 where=where,

@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 from potstill.core.errors import DataError
 from potstill.core.records import RECORDS_FILE, Record, count_records, read_records, write_records
 from potstill.core.step import StepContext, StepResult
-from potstill.data.sources import read
+from potstill.data.sources import label_names, read
 from potstill.select.filters import Dropped, FilterSettings, filter_records
 from potstill.select.settings import SelectSettings
 
@@ -87,7 +87,7 @@ class Pool:
                     "the trace has no log-probabilities of its teacher",
                     where=f"row {number} (record {record.id})",
                     expected="log p of every response token, from the model that wrote it",
-                    mend="set `logprobs: 1` in the generate step, or name a local `teacher` here to score "
+                    mend="set `logprobs: 1` in the generate step, or name a `teacher` here to score "
                     "the traces",
                 )
             yield record
@@ -170,7 +170,12 @@ class Pool:
         counts |= {f"dropped_by_{name}": count for name, count in sorted(reasons.items()) if count}
         if chosen is not None:
             counts[f"dropped_by_{chosen.by}"] = len(self.numbers) - held_out - len(unscored) - kept
-        return StepResult(counts=counts, metrics=chosen.metrics if chosen else {}, tokens=tokens)
+        return StepResult(
+            counts=counts,
+            metrics=chosen.metrics if chosen else {},
+            extra={"labels": label_names(self.settings.data, self.context)},
+            tokens=tokens,
+        )
 
 
 def _dropped_line(

@@ -1,8 +1,9 @@
 """How likely a response and its sentences are to a model, from the log-probabilities of its tokens."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +27,14 @@ from potstill.models import (
 from potstill.scoring import micro_batch_tokens, run_shared_prefix, token_logprobs
 from potstill.select.score_store import open_score_store
 from potstill.select.sentences import tokens_of_spans
+from potstill.teachers import GivenTokens, OpenAIModel
 from potstill.teachers.transformers import context_tokens
 
 __all__ = [
+    "LocalScores",
     "ModelScores",
     "SentenceClass",
+    "ServedScores",
     "TokenScores",
     "probability",
     "sentence_class",
@@ -131,19 +135,24 @@ def stored_scores(record: Record, renderer: Renderer) -> TokenScores | str:
     return TokenScores(logprobs, sizes if sizes is not None and len(sizes) == len(logprobs) else None)
 
 
-class ModelScores:
+class _Window(NamedTuple):
+    """Rows that are in memory together: what errors call them, their tokens, the keys of their scores."""
+
+    names: list[str]
+    rows: list[Rendered]
+    keys: list[bytes]
+
+
+class ModelScores(ABC):
     """What one model gives to the tokens of responses: scored once, kept in the store from then on.
 
-    Scores are known by the model, its precision, and the token ids of prompt and response.
+    Scores are known by `known_as` (JSON-able) and the token ids of prompt and response. `called` is the model
+    in errors and reasons.
     """
 
-    def __init__(self, settings: TransformersModel, context: StepContext, max_tokens: int | None) -> None:
-        self.settings, self.context = settings, context
-        device = choose_device(settings)
-        self.max_tokens = max_tokens or micro_batch_tokens(device)
-        self.renderer = Renderer(load_tokenizer(settings, say=context.say))
-        dtype = settings.dtype or ("bfloat16" if supports_bf16(device) else "float32")
-        self._store = open_score_store(context.cache_folder, [identity(settings), settings.quantize, dtype])
+    def __init__(self, called: str, renderer: Renderer, known_as: Any, context: StepContext) -> None:
+        self.called, self.renderer, self.context = called, renderer, context
+        self._store = open_score_store(context.cache_folder, known_as)
 
     def close(self) -> None:
         """Close the store."""
@@ -152,20 +161,28 @@ class ModelScores:
     def fill(self, records: Iterable[tuple[int, Record]], progress: Callable[[int], None]) -> int:
         """Score each row (its number, its record) that is not in the store; returns the tokens of all.
 
-        Rows that begin alike are scored in one batch, in which that beginning is run once. Whole batches are
-        kept or lost together, so that an interruption changes no numbers. `progress` hears how many rows are
-        done. The model is loaded when the first row has to be scored, and let go at the end.
+        `progress` hears how many rows are done. The model is opened when the first row has to be scored, and
+        let go at the end.
         """
-        total, loaded = 0, None
-        for window, skipped in self._windows(records):
-            loaded = self._fill_window(window, loaded, progress)
-            progress(skipped)
-            total += sum(len(row.ids) for row in window)
+        total = 0
+        try:
+            for window, skipped in self._windows(records):
+                self._fill_window(window, progress)
+                progress(skipped)
+                total += sum(len(row.ids) for row in window.rows)
+        finally:
+            self._let_go()
         return total
 
-    def _windows(self, records: Iterable[tuple[int, Record]]) -> Iterator[tuple[list[Rendered], int]]:
+    @abstractmethod
+    def _fill_window(self, window: _Window, progress: Callable[[int], None]) -> None: ...
+
+    @abstractmethod
+    def _let_go(self) -> None: ...
+
+    def _windows(self, records: Iterable[tuple[int, Record]]) -> Iterator[tuple[_Window, int]]:
         """Rendered rows, as many as may be in memory at once, and how many between cannot be rendered."""
-        window: list[Rendered] = []
+        window = _Window([], [], [])
         tokens = skipped = 0
         for number, record in records:
             self.context.check_stop()
@@ -173,37 +190,14 @@ class ModelScores:
             if isinstance(rendered, str):
                 skipped += 1
                 continue
-            window.append(rendered)
+            window.names.append(f"row {number} (record {record.id})")
+            window.rows.append(rendered)
+            window.keys.append(row_key(rendered.ids, rendered.mask))
             tokens += len(rendered.ids)
             if tokens >= _WINDOW_TOKENS:
                 yield window, skipped
-                window, tokens, skipped = [], 0, 0
+                window, tokens, skipped = _Window([], [], []), 0, 0
         yield window, skipped
-
-    def _fill_window(
-        self, window: list[Rendered], loaded: LoadedModel | None, progress: Callable[[int], None]
-    ) -> LoadedModel | None:
-        keys = [row_key(row.ids, row.mask) for row in window]
-        lengths = [len(row.ids) for row in window]
-        prefix = None
-        for batch in batches_by_prefix(window, self.max_tokens, start=shared_prefix(window)):
-            self.context.check_stop()
-            if any(keys[number] not in self._store for number in batch):
-                loaded = loaded or load(self.settings)
-                limit = context_tokens(loaded) or max(lengths)
-                prefix = prefix or run_shared_prefix(
-                    loaded.model, [row for row in window if len(row.ids) <= limit]
-                )
-                fits = [number for number in batch if lengths[number] <= limit]
-                rows = [window[number] for number in fits]
-                scored = (
-                    token_logprobs(loaded, rows, max_tokens=self.max_tokens, prefix=prefix) if rows else []
-                )
-                found = {number: logprobs.numpy() for number, logprobs in zip(fits, scored, strict=True)}
-                nothing = np.zeros(0, dtype=np.float32)
-                self._store.put((keys[number], found.get(number, nothing)) for number in batch)
-            progress(len(batch))
-        return loaded
 
     def of(self, number: int, record: Record, *, with_bytes: bool) -> TokenScores | str:
         """The scores of a row that was filled in, or why it has none.
@@ -213,11 +207,11 @@ class ModelScores:
         rendered = self._render(number, record)
         if isinstance(rendered, str):
             return rendered
-        logprobs = self._store[row_key(rendered.ids, rendered.mask)]
-        if not len(logprobs):
-            return f"its {len(rendered.ids):,} tokens exceed the context of {self.settings.path}"
+        key = row_key(rendered.ids, rendered.mask)
+        if key not in self._store or not len(logprobs := self._store[key]):
+            return f"its {len(rendered.ids):,} tokens exceed the context of {self.called}"
         if not np.isfinite(logprobs).all():
-            return f"{self.settings.path} gives some of its tokens no probability (NaN or infinity)"
+            return f"{self.called} gives some of its tokens no probability (NaN or infinity)"
         sizes = None
         if with_bytes:
             ids = [id_ for id_, supervised in zip(rendered.ids, rendered.mask, strict=True) if supervised]
@@ -236,3 +230,85 @@ class ModelScores:
             return self.renderer.without_end_of_turn(self.renderer.render(record, row_number=number))
         except DataError as error:
             return error.what
+
+
+class LocalScores(ModelScores):
+    """What a model gives that runs here; its scores are known by its precision, too.
+
+    Rows that begin alike are scored in one batch, in which that beginning is run once. Whole batches are kept
+    or lost together, so that an interruption changes no numbers.
+    """
+
+    def __init__(self, settings: TransformersModel, context: StepContext, max_tokens: int | None) -> None:
+        device = choose_device(settings)
+        dtype = settings.dtype or ("bfloat16" if supports_bf16(device) else "float32")
+        renderer = Renderer(load_tokenizer(settings, say=context.say))
+        super().__init__(settings.path, renderer, [identity(settings), settings.quantize, dtype], context)
+        self._settings, self._max_tokens = settings, max_tokens or micro_batch_tokens(device)
+        self._loaded: LoadedModel | None = None
+
+    def _fill_window(self, window: _Window, progress: Callable[[int], None]) -> None:
+        rows, keys = window.rows, window.keys
+        lengths = [len(row.ids) for row in rows]
+        prefix = None
+        for batch in batches_by_prefix(rows, self._max_tokens, start=shared_prefix(rows)):
+            self.context.check_stop()
+            if any(keys[number] not in self._store for number in batch):
+                loaded = self._loaded = self._loaded or load(self._settings)
+                limit = context_tokens(loaded) or max(lengths)
+                prefix = prefix or run_shared_prefix(
+                    loaded.model, [row for row in rows if len(row.ids) <= limit]
+                )
+                fits = [number for number in batch if lengths[number] <= limit]
+                scored = (
+                    token_logprobs(
+                        loaded, [rows[number] for number in fits], max_tokens=self._max_tokens, prefix=prefix
+                    )
+                    if fits
+                    else []
+                )
+                found = {number: logprobs.numpy() for number, logprobs in zip(fits, scored, strict=True)}
+                nothing = np.zeros(0, dtype=np.float32)
+                self._store.put((keys[number], found.get(number, nothing)) for number in batch)
+            progress(len(batch))
+
+    def _let_go(self) -> None:
+        self._loaded = None
+
+
+class ServedScores(ModelScores):
+    """What a server's model gives. A row is asked once, and kept as its answer arrives."""
+
+    def __init__(self, settings: OpenAIModel, context: StepContext) -> None:
+        assert settings.tokenizer is not None
+        renderer = Renderer(load_tokenizer(TransformersModel(path=settings.tokenizer), say=context.say))
+        called = settings.known_as()
+        super().__init__(called, renderer, [settings.engine, called], context)
+        self._settings = settings
+        self._server: GivenTokens | None = None
+
+    def _fill_window(self, window: _Window, progress: Callable[[int], None]) -> None:
+        missing = {key: (name, row) for name, row, key in zip(*window, strict=True) if key not in self._store}
+        progress(len(window.rows) - len(missing))
+        if not missing:
+            return
+        server = self._server = self._server or GivenTokens(self._settings, self.context)
+        limit = server.context_tokens
+        fitting = [
+            (key, name, row) for key, (name, row) in missing.items() if limit is None or len(row.ids) <= limit
+        ]
+        progress(len(missing) - len(fitting))
+
+        def keep(number: int, found: list[dict[int, float]]) -> None:
+            key, _, row = fitting[number]
+            own = [one[id_] for id_, one in zip(row.ids[1:], found, strict=True)]
+            logprobs = [one for one, supervised in zip(own, row.mask[1:], strict=True) if supervised]
+            self._store.put([(key, np.array(logprobs, dtype=np.float32))])
+            progress(1)
+
+        server.ask([(name, row.ids) for _, name, row in fitting], 1, keep)
+
+    def _let_go(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None

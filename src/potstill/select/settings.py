@@ -44,8 +44,8 @@ class SelectSettings(Settings):
     student: ModelRef | None = Field(None, description="the model to be trained, as it is before training")
     teacher: ModelRef | None = Field(
         None,
-        description="a local model that scores at temperature 1 the traces whose log-probabilities are "
-        "missing or at another temperature",
+        description="scores at temperature 1 the traces whose log-probabilities are missing or at another "
+        "temperature: a model that runs here, or on a vLLM server",
     )
     distilled: ModelRef | None = Field(
         None, description="the student after a first training: tells boosted sentences from shared ones"

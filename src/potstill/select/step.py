@@ -16,7 +16,9 @@ from potstill.select.figures import arm, histogram, warnings
 from potstill.select.pool import MISSING, Chosen, Pool, logprob_temperature
 from potstill.select.rules import Candidate, at_random, best, of_like_length
 from potstill.select.scores import (
+    LocalScores,
     ModelScores,
+    ServedScores,
     TokenScores,
     probability,
     sentence_class,
@@ -26,12 +28,13 @@ from potstill.select.scores import (
 )
 from potstill.select.sentences import sentences
 from potstill.select.settings import SelectSettings
+from potstill.teachers import OpenAIModel, check_gives_logprobs
 
 __all__ = ["select"]
 
 _UNPLACED = "nobody knows which bytes of the response its tokens stand for"
 _MEND_UNPLACED = (
-    "generate again with `logprobs: 1`, which notes the bytes, name a local `teacher`, or take "
+    "generate again with `logprobs: 1`, which notes the bytes, name a `teacher` that scores them, or take "
     "`level: response`"
 )
 
@@ -53,9 +56,12 @@ def select(settings: SelectSettings, context: StepContext) -> StepResult:
 
 
 def _open(role: str, reference: ModelRef, settings: SelectSettings, context: StepContext) -> ModelScores:
-    why = f"the {role} scores given responses"
-    model = transformers_model(context, reference, device=settings.device, why=why)
-    return ModelScores(model, context, settings.max_tokens)
+    model = context.model(reference)
+    check_gives_logprobs(model, f"the {role} {reference}")
+    if isinstance(model, OpenAIModel):
+        return ServedScores(model, context)
+    model = transformers_model(context, reference, device=settings.device)
+    return LocalScores(model, context, settings.max_tokens)
 
 
 def _fill(role: str, scorer: ModelScores, pool: Pool) -> int:
@@ -176,7 +182,6 @@ def _choose(settings: SelectSettings, context: StepContext, scored: _Scored, poo
         highest = max(one.score for one in candidates)
         raise DataError(
             f"no row reaches the threshold of {keep.threshold:g}; the highest score is {highest:.4g}",
-            where=f"step {context.name}",
             expected="a threshold that some rows reach",
             mend="lower it, or keep a share of the rows: `keep: {top: 0.6}`",
         )
@@ -228,7 +233,8 @@ def _temperature_warnings(settings: SelectSettings, pool: Pool) -> list[str]:
             f"{sum(others.values()):,} traces have log-probabilities at {named}, which are not log p at "
             "temperature 1: below 1 the teacher looks surer than it is, above it less sure, and every "
             "divergence shifts with it. Shares (`top`, `per_prompt`) within one temperature suffer less than "
-            "thresholds and sentence classes. Name a local `teacher` to score them at 1, or state the "
-            "server's `logprob_temperature` on its model where it is known (vLLM's default is 1)"
+            "thresholds and sentence classes. Name a `teacher` to score them at 1 (a model that runs here "
+            "or on a vLLM server), or state the server's `logprob_temperature` on its model where it is "
+            "known (vLLM's default is 1)"
         )
     ]

@@ -8,8 +8,9 @@ from pydantic import Discriminator, Tag
 from potstill.core.errors import EngineError, PotstillError
 from potstill.core.settings import Settings
 from potstill.models import EMBEDDED, TransformersModel, embedded_path, identity
+from potstill.teachers.given_tokens import GivenTokens, check_gives_logprobs
 from potstill.teachers.llama_cpp import LlamaCppModel, LlamaCppTeacher
-from potstill.teachers.openai import OpenAIModel, OpenAITeacher, check_server, server_context_tokens
+from potstill.teachers.openai import OpenAIModel, OpenAITeacher, check_server
 from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError, Teacher
 from potstill.teachers.solver import SolverModel, SolverTeacher
 from potstill.teachers.transformers import TransformersTeacher
@@ -18,6 +19,7 @@ __all__ = [
     "Answer",
     "AnyModel",
     "Capabilities",
+    "GivenTokens",
     "LlamaCppModel",
     "OpenAIModel",
     "OpenAITeacher",
@@ -25,9 +27,9 @@ __all__ = [
     "RequestError",
     "SolverModel",
     "Teacher",
+    "check_gives_logprobs",
     "check_teacher",
     "open_teacher",
-    "server_context_tokens",
 ]
 
 

@@ -21,6 +21,7 @@ OWN_KEYS = frozenset(
 )
 ASK_IDS = "return_token_ids"  # vLLM; others leave it unread or refuse it by name
 _SEEDS = 2**31  # what every server takes
+_NO_PROBABILITY = -9999.0  # vLLM writes it for minus infinity, which JSON has not
 _FINISHED: dict[str, Literal["stop", "length"]] = {"stop": "stop", "eos": "stop", "end_turn": "stop"}
 _FINISHED |= {"length": "length", "max_tokens": "length"}
 
@@ -156,25 +157,25 @@ class Completions:
         }
 
     def prompt_logprobs(
-        self, response: "httpx2.Response", found: Mapping[str, Any], tokens: int, k: int
+        self, response: "httpx2.Response", found: Mapping[str, Any], token_ids: Sequence[int], k: int
     ) -> list[dict[int, float]]:
-        """Of each of so many tokens but the first, the k likeliest ids and their log-probabilities.
+        """Of each token but the first, the log-probabilities of at least the k likeliest ids and its own.
 
-        Raises RequestError where the answer has not as many.
+        Raises RequestError where the answer lacks any of them.
         """
         entries = self._choice(response, found).get("prompt_logprobs")
-        if not isinstance(entries, list) or len(entries) != tokens:
+        if not isinstance(entries, list) or len(entries) != len(token_ids):
             raise RequestError(
-                f"the answer holds no log-probabilities of the prompt's {tokens} tokens",
+                f"the answer holds no log-probabilities of the prompt's {len(token_ids)} tokens",
                 where=self._errors.base_url,
                 expected="a server with `prompt_logprobs` in /completions, such as vLLM",
                 mend="serve the model by vLLM, or let transformers run it here",
             )
-        return [self._likeliest(entry, k) for entry in entries[1:]]
+        return [self._of_token(entry, id_, k) for entry, id_ in zip(entries[1:], token_ids[1:], strict=True)]
 
-    def _likeliest(self, entry: Any, k: int) -> dict[int, float]:
+    def _of_token(self, entry: Any, own_id: int, k: int) -> dict[int, float]:
         found = {
-            int(id_): float(value["logprob"])
+            int(id_): -math.inf if value["logprob"] == _NO_PROBABILITY else float(value["logprob"])
             for id_, value in mapping(entry).items()
             if id_.isdigit() and isinstance(mapping(value).get("logprob"), int | float)
         }
@@ -185,8 +186,14 @@ class Completions:
                 expected="a server that gives as many as it is asked for, or refuses, as vLLM does",
                 mend="lower top_k, or serve the model by vLLM",
             )
-        # The prompt's own token comes as well where it is not among the k likeliest.
-        return dict(sorted(found.items(), key=lambda one: -one[1])[:k])
+        if own_id not in found:
+            raise RequestError(
+                f"the answer says nothing of id {own_id}, which stands in the prompt",
+                where=self._errors.base_url,
+                expected="each of the prompt's ids beside the likeliest ones, as vLLM gives it",
+                mend="see that `tokenizer` is that of the model which is served",
+            )
+        return found
 
     def _choice(self, response: "httpx2.Response", found: Mapping[str, Any]) -> Mapping[str, Any]:
         choices = found.get("choices")

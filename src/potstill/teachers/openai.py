@@ -198,14 +198,14 @@ class OpenAITeacher:
         return self._completions.answer(response, found, request)
 
     async def prompt_logprobs(self, token_ids: Sequence[int], k: int) -> list[dict[int, float]]:
-        """Of each token but the first, the k likeliest ids in its place and their log-probabilities at T = 1.
+        """Of each token but the first, log p at T = 1 of the k likeliest ids in its place and of its own.
 
-        Asks /completions for vLLM's `prompt_logprobs`, by token ids; entry i of these is about token i.
+        Asks /completions for vLLM's `prompt_logprobs`, by token ids; there are k or k + 1 of them.
         Raises RequestError for an answer without them, and as `answer` does.
         """
         body = self._completions.prompt_logprobs_body(token_ids, k)
         response, found = await self._post(self._completions_url, body)
-        return self._completions.prompt_logprobs(response, found, len(token_ids), k)
+        return self._completions.prompt_logprobs(response, found, token_ids, k)
 
     async def _post(
         self, url: "httpx2.URL", body: dict[str, Any]

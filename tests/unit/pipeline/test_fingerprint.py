@@ -9,7 +9,7 @@ import pytest
 from potstill.cache import CacheSettings
 from potstill.core.errors import DataError, RecipeError
 from potstill.core.records import RECORDS_FILE, Record, write_records
-from potstill.core.settings import ModelRef
+from potstill.core.settings import ModelRef, ModelsRef
 from potstill.core.store import Artifact, Store
 from potstill.generate import GenerateSettings
 from potstill.merge import MergeSettings
@@ -99,6 +99,36 @@ def test_an_epoch_that_training_did_not_come_to_is_told(graph: Graph, epochs: di
     with pytest.raises(RecipeError, match="student kept no such epoch") as caught:
         exam(graph, "student:epoch7", epochs["with"]).fingerprint(1)
     assert caught.value.expected == "epoch1, epoch2"
+
+
+def test_several_models_are_meant_by_the_content_of_each_and_in_their_order(
+    graph: Graph, tmp_path: Path
+) -> None:
+    train = graph.nodes["student"].settings
+    experts = [Node(f"expert[{one}]", "expert", "train", train, {"k": one}) for one in "ab"]
+    merge = MergeSettings.model_validate({"do": "merge", "models": "expert"})
+    joined = Node("joined", "joined", "merge", merge)
+    several = Graph({one.name: one for one in (*graph.nodes.values(), *experts, joined)}, graph.models)
+
+    def adapter(name: str, weights: bytes) -> Artifact:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(weights)
+        fields: dict[str, Any] = {"settings": {}, "seed": 1, "seconds": 0.0, "model_identity": name}
+        return Store(tmp_path).seal(tmp_path / name, kind="train", fingerprint=name, **fields)
+
+    one, two, other = adapter("one", b"1"), adapter("two", b"2"), adapter("other", b"3")
+
+    def inputs(first: Artifact, second: Artifact) -> Inputs:
+        return Inputs(several, joined, {"expert[a]": first, "expert[b]": second})
+
+    models = inputs(one, two).models(ModelsRef("expert"))
+    assert [*models] == ["expert[a]", "expert[b]"]
+    assert [getattr(model, "path", None) for model in models.values()] == [str(one.folder), str(two.folder)]
+    fingerprints = [inputs(*given).fingerprint(1) for given in ((one, two), (two, one), (one, other))]
+    assert len({*fingerprints}) == 3
+    assert inputs(one, two).described() == {
+        "expert": {"expert[a]": one.manifest.fingerprint, "expert[b]": two.manifest.fingerprint}
+    }
 
 
 def test_cached_logits_mean_their_chat_template_too(graph: Graph, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from potstill.core.errors import RecipeError
-from potstill.core.settings import DataRef, ModelRef, Settings
+from potstill.core.settings import DataRef, ModelRef, ModelsRef, Settings
 from potstill.pipeline.graph import Graph, Node
 
 
@@ -79,6 +79,23 @@ def test_one_model_is_wanted_where_a_reference_means_several() -> None:
             node("expert[b]", "train", {"k": "b"}),
             node("x", "train", model="expert"),
         )
+
+
+class Joins(Settings):
+    """Settings of a made-up step that takes several models."""
+
+    models: ModelsRef | list[ModelsRef]
+
+
+def test_where_several_models_are_wanted_a_step_with_each_means_all_of_its_own() -> None:
+    experts = [node(f"expert[{one}]", "train", {"k": one}) for one in "ab"]
+    joined = Node("joined", "joined", "merge", Joins.model_validate({"models": "expert"}))
+    one = Node("one", "one", "merge", Joins.model_validate({"models": ["expert[b]", "./a/folder"]}))
+    own = Node("own[a]", "own", "merge", Joins.model_validate({"models": "expert"}), {"k": "a"})
+    needs = graph(*experts, joined, one, own).needs
+    assert needs["joined"] == ["expert[a]", "expert[b]"]
+    assert needs["one"] == ["expert[b]"]
+    assert needs["own[a]"] == ["expert[a]"]
 
 
 class Trains(Makes):

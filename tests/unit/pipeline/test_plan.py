@@ -10,7 +10,7 @@ import yaml
 
 from potstill.core.errors import RecipeError
 from potstill.core.store import Store
-from potstill.models import parameter_count
+from potstill.models import frozen_weight_bytes, parameter_count
 from potstill.models.source import TransformersModel
 from potstill.pipeline.plan import Plan, PlannedStep, make_plan
 from potstill.recipe import load_recipe, one_step_recipe
@@ -196,6 +196,20 @@ def test_frozen_weights_count_in_the_type_that_they_are_loaded_in(
     )
 
 
+NEW_MIXTURE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -203,6 +217,8 @@ def test_frozen_weights_count_in_the_type_that_they_are_loaded_in(
         {"layers": 1, "hidden_size": 16, "intermediate_size": 32, "attention_heads": 2},
         {"method": "fresh", "hidden_size": 24},
         {"depth_by": [1]},
+        {"method": "copy", "layers": 1},
+        {"method": "from_config", "config": NEW_MIXTURE},
     ],
     ids=str,
 )
@@ -221,6 +237,42 @@ def test_a_students_parameters_are_planned_as_they_will_be(
     settings = {"do": "init", "model": "base", "data": "traces", "device": "cpu", **sizes}
     made = student.run(student.InitSettings.model_validate(settings), context)
     assert step.parameters == made.counts["parameters"]
+
+
+def test_a_mixtures_blocks_are_told_apart_in_what_is_planned(
+    tmp_path: Path, texts: Path, build_tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    mixture = build_tiny_model("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1])
+    mixture.save_pretrained(tmp_path / "mixture")
+    tiny_tokenizer.save_pretrained(tmp_path / "mixture")
+
+    def planned(*stated: str) -> int | None:
+        arguments = [f"model={tmp_path / 'mixture'}", f"data={texts}", *stated]
+        return make_plan(one_step_recipe("init", arguments), Store(tmp_path / "store")).steps[0].parameters
+
+    blocks = [sum(one.numel() for one in block.parameters()) for block in mixture.model.layers]
+    whole = mixture.num_parameters()
+    assert blocks[1] < blocks[0] == blocks[2]
+    assert planned("depth_by=[0,2]") == whole - blocks[1]
+    assert planned("depth_by=[1,2]") == whole - blocks[0]
+    assert planned("method=copy", "layers=2") == whole - blocks[1]
+    assert planned("layers=3", "intermediate_size=40") is not None
+    assert planned("layers=2") is None
+
+
+def test_a_configuration_that_makes_no_model_is_a_problem_of_the_plan(
+    tmp_path: Path, texts: Path, shared_model_folder: Path
+) -> None:
+    def plan(**fields: Any) -> Plan:
+        config = f"config={json.dumps(NEW_MIXTURE | fields)}"
+        arguments = [f"model={shared_model_folder}", f"data={texts}", "method=from_config", config]
+        return make_plan(one_step_recipe("init", arguments), Store(tmp_path / "store"))
+
+    assert ["has no field 'num_expert'" in one for one in plan(num_expert=6).problems] == [True]
+    assert ["no room for the tokenizer" in one for one in plan(vocab_size=100).problems] == [True]
+    small, large = (plan(num_experts=count).steps[0] for count in (6, 60))
+    assert small.disk_gb < large.disk_gb
+    assert small.memory_gb < large.memory_gb
 
 
 def test_a_target_is_the_most_that_a_student_has_and_sizes_out_of_reach_are_a_problem(
@@ -262,8 +314,86 @@ def test_the_size_of_a_hub_model_that_is_not_here_is_what_its_name_says(texts: P
         return memory_gb(texts, name, "max_tokens=1")
 
     assert planned("Qwen/Qwen3-4B-Instruct-2507") == pytest.approx(4e9 * 16 / 1e9, rel=0.01)
-    assert planned("HuggingFaceTB/SmolLM2-135M") == pytest.approx(135e6 * 16 / 1e9, rel=0.05)
+    # Beside a chunk of logits over the widest vocabulary.
+    assert planned("HuggingFaceTB/SmolLM2-135M") == pytest.approx(135e6 * 16 / 1e9, abs=0.4)
     assert planned("some/model-v4") is None
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`machine(gpu_gb, memory_gb)`: this one has a GPU with so much memory free, and so much of its own."""
+
+    def have(gpu_gb: float, memory_gb: float) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+        monkeypatch.setattr(
+            "torch.cuda.mem_get_info", lambda device: (int(gpu_gb * 1e9), int(gpu_gb * 1.1e9))
+        )
+        monkeypatch.setattr("potstill.train.throughput.peak_flops_per_s", lambda device, dtype: 1e14)
+        monkeypatch.setattr(
+            "os.sysconf",
+            lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(memory_gb * 1e9 / 4096)}[name],
+        )
+
+    return have
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu_gb", "memory_gb", "device", "problem"),
+    [
+        ("some/model-1.2B", 8, 1000, "", "needs about 20 GB of memory; cuda:0 has 8.0 of its 8.8 GB free"),
+        ("some/model-2.4B", 80, 25, "", None),
+        ("some/model-2.4B", 80, 25, "device=cpu", "needs about 39 GB of memory; this machine has 25 GB"),
+        ("some/model-1.2B", 8, 1000, "device=cpu", None),
+    ],
+)
+def test_a_step_has_the_memory_of_the_device_that_it_runs_on(
+    texts: Path,
+    machine: Callable[..., None],
+    name: str,
+    gpu_gb: float,
+    memory_gb: float,
+    device: str,
+    problem: str | None,
+) -> None:
+    machine(gpu_gb, memory_gb)
+    arguments = [f"student={name}", f"data={texts}", "max_tokens=64", *filter(None, [device])]
+    plan = make_plan(one_step_recipe("train", arguments), Store(texts.parent / "store"))
+    assert plan.steps[0].device == ("cpu" if device else "cuda:0")
+    # The model itself is not here, which is a problem as well.
+    found = [one for one in plan.problems if "of memory" in one]
+    assert found == ([] if problem is None else [f"step train {problem}"])
+
+
+def test_a_training_on_a_gpu_holds_a_chunk_of_logits(texts: Path, machine: Callable[..., None]) -> None:
+    machine(80, 25)
+
+    def planned(*device: str) -> float:
+        arguments = ["student=some/model-1B", f"data={texts}", "max_tokens=1", *device]
+        (step,) = make_plan(one_step_recipe("train", arguments), Store(texts.parent / "store")).steps
+        assert step.memory_gb is not None
+        return step.memory_gb
+
+    # 2,048 tokens in 16 bits over a vocabulary such as Qwen's; on a CPU 512, which may have no 16 bits.
+    assert planned("device=cpu") + (2048 * 2 - 512 * 4) * 150_000 / 1e9 < planned()
+
+
+def test_the_steps_of_dasd_fit_a_gpu_of_8_gb(tmp_path: Path, machine: Callable[..., None]) -> None:
+    machine(8, 16)
+    (tmp_path / "songs.jsonl").write_text('{"lyrics": "la la"}\n' * 150, encoding="utf-8")
+    own = {"dataset": None, "streaming": None, "path": str(tmp_path / "songs.jsonl")}
+    recipe = {
+        "extends": "dasd",
+        "models": {"big": {"base_url": "http://127.0.0.1:9/v1", "api_key_env": None}},
+        "steps": {"calm": {"data": own}},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    plan = make_plan(load_recipe(str(tmp_path / "recipe.yaml")), Store(tmp_path / "store"))
+    assert not [one for one in plan.problems if "of memory" in one]
+    steps = {step.name: step for step in plan.steps}
+    for name in ("calm-picked", "lively-picked", "stage1", "stage2", "exam"):
+        assert steps[name].device == "cuda:0"
+        assert 2.5 < (steps[name].memory_gb or 0) < 8, name
 
 
 # --- select
@@ -321,12 +451,33 @@ def test_what_a_selection_scores_and_what_it_leaves_to_train_on_is_planned(
     assert (steps["picked"].rows, steps["student"].tokens) == (160, 2 * 1600)
 
 
-def test_a_student_in_four_bits_needs_less_memory(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_a_student_in_four_bits_needs_less_memory(
+    tmp_path: Path, recipe: dict[str, Any], shared_model_folder: Path
+) -> None:
     whole = _planned(recipe, tmp_path)[1]["picked"].memory_gb
     small = _planned(recipe, tmp_path, student="small")[1]["picked"].memory_gb
     assert whole is not None
     assert small is not None
-    assert small < whole / 2
+    model = TransformersModel(path=str(shared_model_folder))
+    saved = frozen_weight_bytes(model) - frozen_weight_bytes(model.model_copy(update={"quantize": "nf4"}))
+    # The embedding stays in 16 bits: a fifth of a byte a weight more.
+    assert whole - small == pytest.approx((parameter_count(model) or 0) * (saved - 0.2) / 1e9)
+
+
+def test_scoring_takes_activations_and_logits_beside_the_weights(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    def memory_gb(**settings: Any) -> float:
+        found = _planned(recipe, tmp_path, **settings)[1]["picked"].memory_gb
+        assert found is not None
+        return found
+
+    one, two, three = (memory_gb(max_tokens=tokens) for tokens in (1000, 2000, 3000))
+    assert three - two == pytest.approx(two - one)
+    assert two > one
+    recipe["models"]["wide"] = {"path": "some/model-4B"}
+    # 4 billion weights in two or four bytes, and 256 tokens of logits.
+    assert memory_gb(student="wide", max_tokens=1) % 4 > 256 * 150_000 * 4 / 1e9
 
 
 def test_traces_that_will_have_no_log_probabilities_are_a_problem(
@@ -338,6 +489,30 @@ def test_traces_that_will_have_no_log_probabilities_are_a_problem(
     assert "the traces of traces have no log-probabilities; set `traces.logprobs=1`" in problem
     plan, _ = _planned(recipe, tmp_path, teacher="teacher")
     assert plan.problems == []
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_that_cannot_score_a_selection_is_a_problem_before_anything_is_bought(
+    tmp_path: Path, recipe: dict[str, Any], role: str
+) -> None:
+    served = {"engine": "openai", "base_url": "http://127.0.0.1:9/v1", "model": "big"}
+    recipe["models"]["big"] = served
+    plan, _ = _planned(recipe, tmp_path, **{role: "big"})
+    problem = f"step picked: the {role} big is a server, which is asked by token ids, and no tokenizer makes"
+    assert [one for one in plan.problems if one.startswith(problem)]
+    recipe["models"]["big"] = served | {"tokenizer": recipe["models"]["base"]["path"]}
+    plan, _ = _planned(recipe, tmp_path, **{role: "big"})
+    assert all("model big: " in one for one in plan.problems), "only the server is missing"
+
+
+def test_what_a_served_model_bills_for_scoring_is_planned(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    big = {"engine": "openai", "base_url": "http://127.0.0.1:9/v1", "model": "big"}
+    big |= {"tokenizer": recipe["models"]["base"]["path"], "price": {"input": 1.0, "output": 10.0}}
+    recipe["models"]["big"] = big
+    plan, steps = _planned(recipe, tmp_path, teacher="big")
+    # 160 responses of at most 10 tokens are read, and one token is written a row.
+    assert steps["picked"].cost_usd == pytest.approx((1600 * 1.0 + 160 * 10.0) / 1e6)
+    assert "step picked: its cost is without that of the prompts" in plan.notes
 
 
 def test_that_a_file_may_lack_log_probabilities_is_noted(tmp_path: Path, recipe: dict[str, Any]) -> None:
@@ -391,6 +566,40 @@ def test_what_a_retrieval_adds_to_what_is_trained_on_is_planned(
     steps["found"]["corpus"] = {"path": str(tmp_path / "none.jsonl")}
     plan, _ = _planned(recipe, tmp_path)
     assert any("no such data file" in problem for problem in plan.problems)
+
+
+# --- evaluate
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"lm_eval": {"tasks": ["arc_easy"]}}, "potstill[lm-eval]"),
+        ({"tasks": {"mine": "texts"}, "rouge": True}, "potstill[rouge]"),
+    ],
+)
+def test_a_package_that_an_evaluation_lacks_is_a_problem_before_anything_is_made(
+    tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], missing: str
+) -> None:
+    if "tasks" in given:
+        given = {**given, "tasks": {"mine": str(texts)}}
+    model = {"engine": "openai", "base_url": "http://127.0.0.1:1/v1", "model": "m"}
+    exam = {"do": "evaluate", "models": {"base": "served"}, **given}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        json.dumps({"name": "exam", "models": {"served": model}, "steps": {"exam": exam}}), encoding="utf-8"
+    )
+
+    def missed() -> list[str]:
+        plan = make_plan(load_recipe(str(path)), Store(tmp_path / "store"))
+        return [problem for problem in plan.problems if "pip install" in problem]
+
+    monkeypatch.setattr("potstill.evaluate.harness.harness_version", lambda: None)
+    monkeypatch.setattr("potstill.evaluate.rouge.importlib.util.find_spec", lambda _: None)
+    assert [missing in problem for problem in missed()] == [True]
+    monkeypatch.undo()
+    monkeypatch.setattr("potstill.evaluate.harness.harness_version", lambda: "0")
+    assert missed() == []
 
 
 # --- cost
@@ -495,6 +704,19 @@ def test_merging_what_will_be_no_adapter_is_a_problem(two_steps: Any) -> None:
     (problem,) = two_steps(merge)
     assert "step merged: student is no adapter" in problem
     assert two_steps(merge, ", lora: {rank: 2}") == []
+
+
+def test_several_adapters_to_be_joined_are_planned_for_as_one_is(two_steps: Any) -> None:
+    experts = (
+        "expert: {do: train, each: {k: [a, b]}, student: base, data: traces%s}\n"
+        "  joined: {do: merge, models: expert%s}"
+    )
+    assert two_steps(experts % (", lora: {rank: 2}", ", method: ties")) == []
+    (problem,) = two_steps(experts % ("", ""))
+    assert "step joined: expert is no adapter" in problem
+    (problem,) = two_steps(experts % (", lora: {rank: 2}", ", weights: [1.0]"))
+    assert "1 weights are given, and there are 2 models" in problem
+    assert "expert[a], expert[b]" in problem
 
 
 def test_epochs_are_planned_for_and_named_before_they_are_there(two_steps: Any) -> None:

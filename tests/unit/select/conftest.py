@@ -1,10 +1,12 @@
 """Traces that a tiny model wrote, with its log-probabilities, and two tiny models to select for."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from potstill.core.records import RECORDS_FILE, Record, read_records, write_records
 from potstill.core.settings import Settings
@@ -86,6 +88,20 @@ def written_by(loaded: LoadedModel, records: Sequence[Record]) -> list[Record]:
         record.logprobs = token_logprobs(loaded, [rendered])[0].tolist()
         record.sampling = {"logprob_temperature": 1.0}
     return [*records]
+
+
+def naive_probability(bench: Bench, role: str, record: Record, *, behind: int = 0) -> float:
+    """From whole logits in float64 of one row, over its response's tokens behind the first so many."""
+    settings = bench.models[role]
+    assert isinstance(settings, TransformersModel)
+    loaded = load(settings)
+    ids = record.response_token_ids or []
+    prompt = Renderer(loaded.tokenizer).prompt_ids(record.messages)
+    with torch.no_grad():
+        logits_TV = loaded.model.double()(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, :, :300]
+    logprobs = logits_TV.log_softmax(-1)[len(prompt) - 1 : -1]
+    found = [float(logprobs[at, id_]) for at, id_ in enumerate(ids)][behind:]
+    return math.exp(math.fsum(found) / len(found))
 
 
 @pytest.fixture

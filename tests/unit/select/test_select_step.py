@@ -15,14 +15,15 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from potstill import scoring
 from potstill.core.errors import DataError, Interrupted, ModelError
 from potstill.core.records import RECORDS_FILE, Record, read_records
+from potstill.core.settings import Settings
 from potstill.data.chat import Rendered, Renderer
 from potstill.models import TransformersModel, load, load_tokenizer
 from potstill.scoring import token_logprobs
 from potstill.select.scores import sentence_class
 from potstill.select.sentences import sentences, tokens_of_spans
-from potstill.teachers import OpenAIModel
+from potstill.teachers import OpenAIModel, SolverModel
 
-from .conftest import Bench, written_by
+from .conftest import Bench, naive_probability, written_by
 
 
 @pytest.fixture
@@ -48,20 +49,6 @@ def _ids(records: list[Record]) -> list[str]:
     return [record.id for record in records]
 
 
-def _probability(bench: Bench, role: str, record: Record, *, behind: int = 0) -> float:
-    """From whole logits in float64 of one row, over its response's tokens behind the first so many."""
-    settings = bench.models[role]
-    assert isinstance(settings, TransformersModel)
-    loaded = load(settings)
-    ids = record.response_token_ids or []
-    prompt = Renderer(loaded.tokenizer).prompt_ids(record.messages)
-    with torch.no_grad():
-        logits_TV = loaded.model.double()(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, :, :300]
-    logprobs = logits_TV.log_softmax(-1)[len(prompt) - 1 : -1]
-    found = [float(logprobs[at, id_]) for at, id_ in enumerate(ids)][behind:]
-    return math.exp(math.fsum(found) / len(found))
-
-
 def test_a_student_that_takes_the_plain_template_is_told_once(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "student" / "chat_template.jinja").unlink()
     bench.run(rule="divergence", level="response")
@@ -79,7 +66,7 @@ def test_scores_are_the_two_models_probabilities_of_the_response(
         if record.held_out:
             assert record.scores == {}
             continue
-        teacher, student = (_probability(bench, role, record) for role in ("teacher", "student"))
+        teacher, student = (naive_probability(bench, role, record) for role in ("teacher", "student"))
         assert record.scores["teacher_probability"] == pytest.approx(teacher, rel=1e-4)
         assert record.scores["student_probability"] == pytest.approx(student, rel=1e-4)
         assert record.scores["divergence"] == pytest.approx(teacher - student, rel=1e-3, abs=1e-7)
@@ -189,7 +176,7 @@ def test_a_prompt_is_run_once_for_all_its_candidates(
     assert len(kept) == 24
     for record in kept[:3]:
         assert record.scores["student_probability"] == pytest.approx(
-            _probability(bench, "student", record), rel=1e-4
+            naive_probability(bench, "student", record), rel=1e-4
         )
 
 
@@ -250,7 +237,7 @@ def test_what_the_student_wrote_before_the_teacher_went_on_counts_for_neither(
     bench.give(records)
     (found,) = [one for one in bench.run(keep={"top": 1.0}, level=level) if one.id == record.id]
     for role in ("teacher", "student"):
-        expected = _probability(bench, role, record, behind=3)
+        expected = naive_probability(bench, role, record, behind=3)
         assert found.scores[f"{role}_probability"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -389,10 +376,20 @@ def test_data_that_are_all_held_out_are_an_error(bench: Bench) -> None:
     assert len(bench.run(data="traces:held_out", rule="none", student=None, keep=None)) == 6
 
 
-def test_a_model_that_does_not_score_given_text_is_refused(bench: Bench) -> None:
-    bench.models["student"] = OpenAIModel(engine="openai", base_url="http://127.0.0.1:1/v1", model="big")
-    with pytest.raises(ModelError, match="student is a model of engine openai"):
-        bench.run()
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (OpenAIModel(engine="openai", base_url="http://127.0.0.1:1/v1", model="big"), "no tokenizer makes"),
+        (SolverModel(engine="solver", function="solver.py:solve"), "engine solver, which gives no log-prob"),
+    ],
+)
+def test_a_model_that_does_not_score_given_text_is_refused(
+    bench: Bench, model: Settings, reason: str
+) -> None:
+    bench.models["big"] = model
+    for role in ("student", "teacher"):
+        with pytest.raises(ModelError, match=rf"the {role} big is a .*{reason}"):
+            bench.run(**{role: "big"})
 
 
 def test_a_student_in_four_bits_is_scored_as_such(
@@ -464,7 +461,7 @@ def test_what_the_teachers_server_gives_no_log_p_of_counts_for_no_model(
     for record in bench.run(level=level, keep={"top": 1.0}):
         if not record.held_out:
             known += 1
-            expected = _probability(bench, "student", record, behind=hidden)
+            expected = naive_probability(bench, "student", record, behind=hidden)
             assert record.scores["teacher_probability"] == pytest.approx(math.exp(-1))
             assert record.scores["student_probability"] == pytest.approx(expected, rel=1e-4)
     assert known > 5

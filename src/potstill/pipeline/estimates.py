@@ -1,0 +1,499 @@
+"""What a step of each kind takes at most (rows, tokens, dollars, memory, disk, time), and what it refuses."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from potstill.core.errors import PotstillError
+from potstill.core.settings import DataRef, ModelRef, meaning
+from potstill.core.store import MANIFEST_FILE, Artifact
+from potstill.data.sources import StepPart
+from potstill.evaluate.harness import check_harness
+from potstill.evaluate.rouge import check_rouge
+from potstill.generate import GenerateSettings, check_budget
+from potstill.models import (
+    TransformersModel,
+    choose_device,
+    stored_quantization,
+    stored_vocabulary_size,
+    supports_bf16,
+)
+from potstill.pipeline.graph import Node
+from potstill.pipeline.planner import (
+    GB,
+    PlannedStep,
+    Planner,
+    is_adapter,
+    kept_ids,
+    model_names,
+    parameters_of,
+    trains_adapter,
+)
+from potstill.retrieval.dense import check_qdrant
+from potstill.student.sizes import planned_parameters
+from potstill.teachers import OpenAIModel, check_gives_logprobs
+from potstill.teachers.continuation import check_continues
+from potstill.teachers.solver import SolverModel
+from potstill.train.settings import default_max_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ESTIMATES", "guessed_seconds"]
+
+_LETTERS_A_TOKEN = 3.0
+# Bytes a parameter: fp32 weight, gradient and AdamW's two moments; a weight on disk.
+_TRAINED_BYTES, _STORED_BYTES = 16, 4
+_TRACE_TOKEN_BYTES = 16
+_ADAPTER_BYTES = 0.16  # an adapter has about a hundredth of the weights, which are trained
+_WIDTH_TO_DEPTH = 70  # hidden size a block of common language models
+_BLOCK_TOKEN_BYTES = 34  # that a block keeps, in multiples of the hidden size (Korthikanti et al. 2022)
+_WIDE_VOCABULARY = 152_000  # Qwen's, where a model's own is not known
+_LOGITS_COPIES = 3  # of a chunk in fp32: logits, their normalised ones, what is made of them
+# Where nothing was measured: what an API writes a request, and the share of a matrix product's speed.
+_STREAM_TOKENS_PER_S, _PEAK_SHARE = 40.0, 0.35
+# Bytes of a token's cached logits: a kept or drawn id, a temperature's sums, ids and key of the row itself.
+_TOP_K_ID_BYTES, _SAMPLED_ID_BYTES, _TEMPERATURE_BYTES, _ROW_BYTES = 1.85, 1.9, 4.0, 4.0
+
+
+def _plan_generate(planner: Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    if settings.continue_ is not None and (model := planner.graph.models.get(settings.model.target)):
+        try:
+            check_continues(model, f"model {settings.model}")
+        except PotstillError as error:
+            planner.problem(f"step {node.name}: {error}")
+    # A limit bounds what cannot be counted beforehand.
+    bounds = [
+        planner.rows_of(node, settings.data),
+        settings.limit,
+        getattr(settings.data, "limit", None),
+    ]
+    if known := [bound for bound in bounds if bound is not None]:
+        planned.rows = min(known) * settings.samples
+        if not isinstance(
+            planner.graph.models.get(settings.model.target), SolverModel
+        ):  # a function writes as much as it likes, and at once
+            planned.tokens = planned.rows * settings.max_new_tokens
+            planned.disk_gb = planned.tokens * _TRACE_TOKEN_BYTES / GB
+    _plan_cost(planner, node, planned)
+
+
+def guessed_seconds(planner: Planner, node: Node, planned: PlannedStep) -> float | None:
+    """How long a step may take that nothing like it has been made before; noted, since it is a guess."""
+    settings: Any = node.settings
+    if node.kind == "train":
+        # Forward, to the inputs, and to the weights where they are trained; once more forward to recompute.
+        passes = 3 - trains_adapter(planner, node) + settings.activation_checkpointing
+
+        def seconds(model: TransformersModel) -> float | None:
+            import torch
+
+            from potstill.train.throughput import peak_flops_per_s
+
+            device = choose_device(model.model_copy(update={"device": settings.device or model.device}))
+            dtype = torch.bfloat16 if supports_bf16(device) else torch.float32
+            flops = 2.0 * passes * (parameters_of(model) or 0) * (planned.tokens or 0)
+            return flops / (_PEAK_SHARE * peak_flops_per_s(device, dtype)) or None
+
+        planner.notes.append(
+            f"step {node.name}: its time is a guess, from what this machine's matrix products reach"
+        )
+        return planner.of_model(node, settings.student, seconds)
+    model = planner.graph.models.get(settings.model.target) if node.kind == GenerateSettings.kind else None
+    if not isinstance(model, OpenAIModel) or not planned.rows:
+        return None
+    at_once = min(settings.concurrency or model.concurrency, planned.rows)
+    planner.notes.append(
+        f"step {node.name}: its time is a guess, {at_once} requests at once at {_STREAM_TOKENS_PER_S:g} "
+        "tokens/s each"
+    )
+    return (planned.tokens or 0) / (at_once * _STREAM_TOKENS_PER_S)
+
+
+def _plan_cost(planner: Planner, node: Node, planned: PlannedStep) -> None:
+    """About the most that a generate step can cost, with its prompts where they can be read beforehand."""
+    settings: Any = node.settings
+    model = planner.graph.models.get(settings.model.target)
+    try:
+        check_budget(settings, model)
+        prompts = planner.prompts_of(node, settings.data)
+    except PotstillError as error:
+        planner.problem(f"step {node.name}: {error}")
+        return
+    if not isinstance(model, OpenAIModel) or model.price is None or planned.rows is None:
+        return
+    letters = sum(len(message["content"]) for prompt in prompts for message in prompt.messages)
+    prompt_tokens = planned.rows * letters / len(prompts) / _LETTERS_A_TOKEN if prompts else 0.0
+    if not prompts:
+        planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
+    planned.cost_usd = model.price.cost(prompt_tokens, planned.tokens or 0)
+    if settings.max_cost is not None:
+        planned.cost_usd = min(planned.cost_usd, settings.max_cost)
+
+
+def _plan_select(planner: Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    read = planner.rows_of(node, settings.data)
+    planned.rows = None if read is None else math.ceil(read * _kept_share(planner, node))
+    upstream = _upstream_tokens(planner, node)
+    if upstream is not None:
+        planned.disk_gb = upstream * _TRACE_TOKEN_BYTES / GB
+        # A teacher that fills in what is missing may have to score everything.
+        planned.tokens = upstream * len(settings.models)
+        served = [planner.graph.models.get(one.target) for one in settings.models.values()]
+        if prices := [price for one in served if (price := getattr(one, "price", None))]:
+            # Of each row the server generates one token.
+            planned.cost_usd = sum(price.cost(upstream, read or 0) for price in prices)
+            planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
+    needed = [
+        found for reference in settings.models.values() if (found := _scoring_bytes(planner, node, reference))
+    ]
+    if needed:
+        planned.memory_gb = max(needed) / GB  # one after the other
+    _check_scorers(planner, node)
+    if settings.rule == "none" or settings.teacher is not None:
+        return
+    for maker in planner.writers(node):
+        if getattr(maker.settings, "logprobs", None) is None:
+            planner.problem(
+                f"step {node.name}: the traces of {maker.name} have no log-probabilities; set "
+                f"`{maker.name}.logprobs=1`, or name a `teacher` in {node.name}"
+            )
+    if planner.reads_files(settings.data):
+        planner.notes.append(
+            f"step {node.name}: whether all its rows have log-probabilities shows when they are read"
+        )
+
+
+def _check_scorers(planner: Planner, node: Node) -> None:
+    """A problem for each model of a select step that cannot score given text."""
+    settings: Any = node.settings
+    for role, reference in settings.models.items():
+        if (model := planner.graph.models.get(reference.target)) is not None:
+            try:
+                check_gives_logprobs(model, f"the {role} {reference}")
+            except PotstillError as error:
+                planner.problem(f"step {node.name}: {error}")
+
+
+def _kept_share(planner: Planner, node: Node) -> float:
+    """At most this share of what a select step reads is kept, as far as its settings say."""
+    settings: Any = node.settings
+    if settings.keep is None or settings.keep.threshold is not None:
+        return 1.0
+    if settings.keep.top is not None:
+        return float(settings.keep.top)
+    samples = [getattr(maker.settings, "samples", None) for maker in planner.makers(node, settings.data)]
+    known = [one for one in samples if one is not None]
+    if len(known) < len(samples) or not known or planner.reads_files(settings.data):
+        return 1.0
+    return min(1.0, float(settings.keep.per_prompt / min(known)))
+
+
+def _plan_cache(planner: Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    planned.rows = planner.rows_of(node, settings.data)
+    planned.tokens = _upstream_tokens(planner, node)
+    if planned.tokens is None and planned.rows and settings.max_length:
+        planned.tokens = planned.rows * settings.max_length
+    if planned.tokens:
+        planned.disk_gb = planned.tokens * _cache_bytes_a_token(settings) / GB
+    if parameters := planner.parameters(node, settings.model):
+        planned.memory_gb = parameters * _STORED_BYTES / GB
+
+
+def _cache_bytes_a_token(settings: Any) -> float:
+    """About what a token takes, from benchmarks/logit_cache.py; other traces differ by some percent."""
+    if settings.codec == "sampled":
+        # The distinct ids among n draws grow with about the square root of n.
+        return float(_SAMPLED_ID_BYTES * settings.draws**0.5 + _ROW_BYTES)
+    ids = settings.top_k * _TOP_K_ID_BYTES
+    return float(ids + len(settings.temperatures) * _TEMPERATURE_BYTES + _ROW_BYTES)
+
+
+def _plan_init(planner: Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    planned.rows = planner.rows_of(node, settings.data)
+    planned.parameters = planner.of_model(
+        node, settings.model, lambda model: planned_parameters(settings, model)
+    )
+    if parameters := planner.parameters(node, settings.model):
+        # The model and its student, or two students of a search; a new model may be larger than its lender.
+        student = (planned.parameters if settings.method == "from_config" else None) or parameters
+        planned.memory_gb = (parameters + student) * _STORED_BYTES / GB
+        planned.disk_gb = student * _STORED_BYTES / GB
+    if planned.parameters:
+        most = "at most " if settings.target_params or settings.target_ratio else ""
+        planner.notes.append(f"step {node.name}: a student of {most}{planned.parameters:,} parameters")
+
+
+def _plan_train(planner: Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    planned.rows = planner.rows_of(node, settings.data)
+    epochs = settings.epochs
+    if settings.max_steps and planned.rows:
+        epochs = settings.max_steps * settings.batch / planned.rows
+    if settings.tokens is not None:
+        planned.tokens = settings.tokens
+    elif tokens := _upstream_tokens(planner, node):
+        planned.tokens = int(tokens * epochs)
+    if settings.top_k is not None:
+        _check_top_k(planner, node)
+    _check_temperature(planner, node)
+    if settings.feature is not None:
+        _check_feature(planner, node)
+    adapter = trains_adapter(planner, node)
+    _check_student(planner, node, adapter=adapter)
+    if parameters := planner.parameters(node, settings.student):
+        frozen = planner.frozen_bytes(node, settings.student, settings.device) if adapter else None
+        weights = frozen + parameters * _ADAPTER_BYTES if frozen else parameters * _TRAINED_BYTES
+        planned.memory_gb = weights / GB
+        device = planner.device(node)
+        max_tokens = settings.max_tokens or default_max_tokens(device.type)
+        planned.memory_gb += _activation_bytes(settings, parameters, max_tokens) / GB
+        planned.memory_gb += _loss_bytes(planner, node, device) / GB
+        if settings.base_kl and not adapter:
+            planned.memory_gb += parameters * _STORED_BYTES / GB
+        # A checkpoint holds the weights and both moments while the next one is written.
+        planned.disk_gb = parameters * (0.1 if adapter else 2 * 12 + _STORED_BYTES) / GB
+        if settings.keep_epochs is not None:
+            kept = math.floor(epochs) if settings.keep_epochs == "all" else settings.keep_epochs
+            planned.disk_gb += kept * parameters * _STORED_BYTES * (0.01 if adapter else 1) / GB
+        if settings.teacher is not None:
+            teacher = planner.frozen_bytes(node, settings.teacher, settings.device)
+            planned.memory_gb += (teacher or 0.0) / GB
+
+
+def _check_student(planner: Planner, node: Node, *, adapter: bool) -> None:
+    """Problems where the student cannot be trained as the step asks."""
+    settings: Any = node.settings
+    if settings.lora is not None and is_adapter(planner, node, settings.student):
+        planner.problem(
+            f"step {node.name}: {settings.student} is an adapter, and lora asks for another one on top of "
+            "it; leave lora out to train the adapter on"
+        )
+    quantised = planner.of_model(
+        node, settings.student, lambda model: model.quantize or stored_quantization(model)
+    )
+    if quantised and not adapter:
+        planner.problem(
+            f"step {node.name}: {settings.student} is quantised to {quantised}, and quantised weights cannot "
+            "be trained; add lora"
+        )
+    if settings.mask_prefix and kept_ids(planner, node):
+        planner.problem(
+            f"step {node.name}: {settings.data} holds a teacher's logits, which have their own mask; set "
+            "mask_prefix in the cache step"
+        )
+    elif settings.mask_prefix and not planner.reads_files(settings.data):
+        writers = planner.writers(node)
+        if writers and all(getattr(one.settings, "continue_", None) is None for one in writers):
+            names = ", ".join(one.name for one in writers)
+            planner.problem(
+                f"step {node.name}: mask_prefix leaves nothing out, as {names} continues no response; leave "
+                "it out, or set continue: there"
+            )
+
+
+def _activation_bytes(settings: Any, parameters: int, max_tokens: int) -> float:
+    """About what a micro-batch's activations take, from the size of the model alone.
+
+    A block keeps 34 H bytes a token in 16 bits; with checkpointing its input alone, and one block is made
+    again at a time.
+    """
+    hidden = _hidden_size(parameters)
+    blocks = hidden / _WIDTH_TO_DEPTH
+    if settings.activation_checkpointing:
+        token_bytes = 2 * hidden * blocks + _BLOCK_TOKEN_BYTES * hidden
+    else:
+        token_bytes = _BLOCK_TOKEN_BYTES * hidden * blocks
+    return float(token_bytes * max_tokens)
+
+
+def _hidden_size(parameters: int) -> float:
+    """About the hidden size of a model of so many parameters: a block has 12 H^2 of them."""
+    return float((parameters * _WIDTH_TO_DEPTH / 12) ** (1 / 3))
+
+
+def _loss_bytes(planner: Planner, node: Node, device: "torch.device") -> float:
+    """What the longest chunk of a training's logits takes, which become their gradient in place."""
+    from potstill.losses.head import FUSED_CHUNK_TOKENS, FUSED_CHUNK_TOKENS_GPU
+
+    settings: Any = node.settings
+    tokens = FUSED_CHUNK_TOKENS if device.type == "cpu" else FUSED_CHUNK_TOKENS_GPU
+    vocabulary = planner.of_model(node, settings.student, stored_vocabulary_size) or _WIDE_VOCABULARY
+    return float(tokens * vocabulary * (2 if supports_bf16(device) else 4))
+
+
+def _scoring_bytes(planner: Planner, node: Node, reference: ModelRef) -> float | None:
+    """What a model takes that scores rows: its weights, one block's activations, a chunk of logits."""
+    from potstill.losses.head import CHUNK_TOKENS
+    from potstill.scoring import micro_batch_tokens
+
+    settings: Any = node.settings
+    weights = planner.frozen_bytes(node, reference, settings.device)
+    parameters = planner.parameters(node, reference)
+    if weights is None or parameters is None:
+        return weights
+    tokens = settings.max_tokens or micro_batch_tokens(planner.device(node))
+    vocabulary = planner.of_model(node, reference, stored_vocabulary_size) or _WIDE_VOCABULARY
+    activations = _BLOCK_TOKEN_BYTES * _hidden_size(parameters) * tokens
+    return weights + activations + _LOGITS_COPIES * 4 * CHUNK_TOKENS * vocabulary
+
+
+def _check_top_k(planner: Planner, node: Node) -> None:
+    """A problem where a train step asks for more ids than its data keep, or for any where they were drawn."""
+    settings: Any = node.settings
+    asked = f"step {node.name}: top_k is {settings.top_k}, but"
+    kept = kept_ids(planner, node)
+    if not kept:
+        planner.problem(f"{asked} its data are no cached logits")
+    for name, k in kept.items():
+        if k is None:
+            planner.problem(f"{asked} {name} keeps drawn ids, not the most probable ones")
+        elif k < settings.top_k:
+            planner.problem(f"{asked} {name} keeps {k}")
+
+
+def _check_temperature(planner: Planner, node: Node) -> None:
+    """A problem where a train step asks for a temperature that its data, cached logits, are not kept for."""
+    settings: Any = node.settings
+    data = settings.data
+    if not isinstance(data, DataRef):
+        return
+    if data.is_path:
+        found = Artifact.open(Path(data)) if (Path(data) / MANIFEST_FILE).is_file() else None
+        kept = {str(data): found.manifest.settings.get("temperatures")} if found is not None else {}
+    else:
+        makers: dict[str, Any] = {one.name: one.settings for one in planner.graph.steps_named(data, node)}
+        kept = {name: getattr(maker, "temperatures", None) for name, maker in makers.items()}
+    for name, temperatures in kept.items():
+        if temperatures and settings.temperature not in temperatures:
+            stated = ", ".join(f"{one:g}" for one in temperatures)
+            planner.problem(
+                f"step {node.name}: temperature is {settings.temperature:g}, and {name} keeps {stated}: "
+                "cache it with this one, or train at one of those"
+            )
+
+
+def _check_feature(planner: Planner, node: Node) -> None:
+    """A problem where a train step compares inner states, and no teacher in memory has any."""
+    settings: Any = node.settings
+    if caches := kept_ids(planner, node):
+        planner.problem(
+            f"step {node.name}: feature compares inner states with the teacher's, and {', '.join(caches)} "
+            "holds the teacher's answers alone; name the traces as data, and the model as teacher"
+        )
+    elif settings.teacher is None:
+        planner.problem(
+            f"step {node.name}: feature compares inner states with the teacher's, and there is no teacher; "
+            f"set `{node.name}.teacher` to a model of the student's tokenizer"
+        )
+
+
+def _plan_merge(planner: Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    models = settings.named_models or [settings.model]
+    for reference in models:
+        if not is_adapter(planner, node, reference):
+            planner.problem(f"step {node.name}: {reference} is no adapter: there is nothing to merge")
+    if settings.models is not None:
+        try:
+            settings.weights_of([name for one in models for name in model_names(planner, node, one)])
+        except PotstillError as error:
+            planner.problem(f"step {node.name}: {error}")
+    if settings.data is not None:
+        planned.rows = planner.rows_of(node, settings.data)
+        planned.rows = None if planned.rows is None else min(planned.rows, settings.limit)
+    if parameters := planner.parameters(node, models[0]):
+        # Full weights to merge, and what was saved to compare them with.
+        planned.memory_gb = 2 * parameters * _STORED_BYTES / GB
+        planned.disk_gb = parameters * _STORED_BYTES / GB
+
+
+def _plan_retrieve(planner: Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    planned.rows = planner.rows_of(node, settings.data)
+    planner.rows_of(node, settings.corpus)  # for what is wrong with it
+    try:
+        meaning(settings)  # likewise of the encoders
+        if settings.method != "bm25":
+            check_qdrant()
+    except PotstillError as error:
+        planner.problem(f"step {node.name}: {error}")
+    upstream = _upstream_tokens(planner, node)
+    if upstream is not None and planned.rows is not None:
+        planned.tokens = upstream + planned.rows * settings.document_tokens
+
+
+def _plan_evaluate(planner: Planner, node: Node, planned: PlannedStep) -> None:
+    settings: Any = node.settings
+    for wanted, check in ((settings.lm_eval is not None, check_harness), (settings.rouge, check_rouge)):
+        try:
+            if wanted:
+                check()
+        except PotstillError as error:
+            planner.problem(f"step {node.name}: {error}")
+    names = list(settings.roles.values())
+    needed = [found for one in names if (found := _scoring_bytes(planner, node, one))]
+    if needed:
+        # Models take turns; their teacher stays.
+        teacher = settings.teacher and planner.frozen_bytes(node, settings.teacher, settings.device)
+        planned.memory_gb = (max(needed) + (teacher or 0.0)) / GB
+    compared = None if settings.teacher is None else planner.graph.models.get(settings.teacher.target)
+    if compared is not None and not isinstance(compared, TransformersModel):
+        planner.problem(
+            f"step {node.name}: the teacher {settings.teacher} is of another engine, and KL needs whole "
+            "distributions; name the same weights by a path, or leave teacher out"
+        )
+    answers, tokens = [], 0
+    for task in settings.all_tasks.values():
+        decoding, limit = settings.decoding(task), task.limit or settings.limit
+        rows = planner.rows_of(node, task.data)
+        answers.append(None if rows is None else min(rows, limit or rows) * decoding.samples)
+        tokens += (answers[-1] or 0) * decoding.max_new_tokens * task.generates
+    if answers and None not in answers:
+        planned.rows = sum(one or 0 for one in answers) * len(names)
+        served = [planner.graph.models.get(one.target) for one in names]
+        prices = [price for one in served if (price := getattr(one, "price", None))]
+        if prices:
+            planned.cost_usd = sum(price.cost(0, tokens) for price in prices)
+            planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
+
+
+def _upstream_tokens(planner: Planner, node: Node) -> int | None:
+    """At most so many tokens of traces or logits a step reads, less what selections before it drop."""
+    tokens: list[int | None] = []
+    settings: Any = node.settings
+    for maker in planner.makers(node, settings.data):
+        if maker.kind != "select":
+            tokens.append(planner.steps[maker.name].tokens)
+        else:
+            read = _upstream_tokens(planner, maker)
+            made = planner.made.get(maker.name)
+            share = (
+                _kept_share(planner, maker)
+                if made is None
+                else made.manifest.counts["records"] / made.manifest.counts["rows"]
+            )
+            tokens.append(None if read is None else math.ceil(read * share))
+    if not tokens or None in tokens:
+        return None
+    whole, known = sum(one or 0 for one in tokens), planner.steps[node.name].rows
+    if isinstance(settings.data, StepPart) and known and (rows := planner.rows_of(node, settings.data.step)):
+        return math.ceil(whole * min(1.0, known / rows))
+    return whole
+
+
+ESTIMATES: dict[str, Callable[[Planner, Node, PlannedStep], None]] = {
+    "generate": _plan_generate,
+    "select": _plan_select,
+    "cache": _plan_cache,
+    "init": _plan_init,
+    "train": _plan_train,
+    "merge": _plan_merge,
+    "retrieve": _plan_retrieve,
+    "evaluate": _plan_evaluate,
+}
