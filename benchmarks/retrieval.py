@@ -83,7 +83,7 @@ def settings(folder: Path, method: str) -> tuple[Any, Any, Any]:
         seed=1,
         cache_folder=folder / "store",
         reporter=Reporter("quiet"),
-        resolve_model=lambda _: student,
+        resolve_models=lambda _: {"student": student},
         resolve_data=lambda _: [],
     )
     return found, context, load_tokenizer(student)

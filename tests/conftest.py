@@ -165,9 +165,9 @@ def build_tiny_model(_quiet_libraries: None) -> TinyModelBuilder:
     return _build
 
 
-@pytest.fixture(params=TINY_FAMILIES)
+@pytest.fixture(params=(*TINY_FAMILIES, *MOE_FAMILIES))
 def tiny_family(request: pytest.FixtureRequest) -> str:
-    """Each family's name in turn."""
+    """Each family's name in turn, those of mixtures of experts among them."""
     return str(request.param)
 
 
@@ -175,6 +175,12 @@ def tiny_family(request: pytest.FixtureRequest) -> str:
 def tiny_model(tiny_family: str, build_tiny_model: TinyModelBuilder) -> "PreTrainedModel":
     """A tiny model of each family in turn."""
     return build_tiny_model(tiny_family)
+
+
+@pytest.fixture(params=TINY_FAMILIES)
+def dense_family(request: pytest.FixtureRequest) -> str:
+    """The name of each family without experts in turn."""
+    return str(request.param)
 
 
 @pytest.fixture(params=MOE_FAMILIES)

@@ -13,6 +13,7 @@ from potstill.data.chat import Rendered, Renderer
 from potstill.losses.head import weighted_loss
 from potstill.losses.response import response_loss
 from potstill.models import (
+    LoadedModel,
     TransformersModel,
     isolates_packed_rows,
     load,
@@ -36,9 +37,14 @@ FAMILIES = (
     "gpt_neox",
     "gpt2",
     "opt",
+    "qwen3_moe",
+    "mixtral",
+    "olmoe",
 )
-# What is right for the others is refused for these: windows in attention, positions counted from a mask.
-WHOLE_PREFIXES = {"gemma3", "opt"}
+MIXTURES = {"qwen3_moe", "mixtral", "olmoe"}
+# What is right for the others is refused for these: windows in attention, positions counted from a mask; and
+# routers are counted over whole rows.
+WHOLE_PREFIXES = {"gemma3", "opt", *MIXTURES}
 WHOLE_PACKS = {"opt"}
 
 IDS = torch.tensor([[5, 17, 200, 299, 13, 8], [260, 11, 44, 91, 12, 7]])
@@ -91,6 +97,14 @@ def test_a_conversation_is_rendered_by_the_template_and_only_the_last_answer_is_
         assert rendered.ids.count(tokenizer.bos_token_id) == 1
 
 
+def load_float64(settings: TransformersModel) -> LoadedModel:
+    loaded = load(settings, trainable=True)
+    if loaded.model.config.model_type in MIXTURES:
+        loaded.model.set_experts_implementation("eager")  # grouped products are not made in float64
+    loaded.model.double()
+    return loaded
+
+
 def reference(model: Any, rows: list[Rendered], size: int) -> torch.Tensor:
     """The mean cross-entropy of supervised tokens, row by row through transformers' own forward."""
     losses = []
@@ -120,7 +134,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_the_chunked_heads_loss_and_gradients_are_those_of_transformers_forward(
     settings: TransformersModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, rows = load(settings, dtype=torch.float64, trainable=True), rows_of(settings)
+    loaded, rows = load_float64(settings), rows_of(settings)
     model, size = loaded.model, loaded.vocabulary_size
     assert model.get_output_embeddings().weight.shape[0] > size, "the head is padded"
     monkeypatch.setattr("potstill.scoring.can_share_prefix", lambda model: False)
@@ -141,7 +155,7 @@ def test_the_chunked_heads_loss_and_gradients_are_those_of_transformers_forward(
 def test_shared_prefixes_and_packs_give_the_gradients_of_whole_rows_or_are_refused(
     family: str, settings: TransformersModel, way: str
 ) -> None:
-    loaded, rows = load(settings, dtype=torch.float64, trainable=True), rows_of(settings)
+    loaded, rows = load_float64(settings), rows_of(settings)
     model, student = loaded.model, StudentWithLoss(loaded.model, loaded.vocabulary_size)
     allowed = can_share_prefix(model) if way == "shared prefix" else isolates_packed_rows(model)
     assert allowed is (family not in (WHOLE_PREFIXES if way == "shared prefix" else WHOLE_PACKS))

@@ -20,11 +20,14 @@ _SIZES = {
 
 
 def student_sections(run: RunView) -> dict[str, Any] | None:
-    """What the init steps made: a row of quality each, and their charts and candidates; None without any."""
+    """What the init steps made: a row of quality each, their charts, and tables of sizes and experts.
+
+    None without any.
+    """
     steps = run.steps_of("init")
     if not steps:
         return None
-    rows, charts, searches = [], [], []
+    rows, charts, tables = [], [], []
     for step in steps:
         assert step.manifest is not None
         counts, metrics = step.manifest.counts, step.manifest.metrics
@@ -32,9 +35,11 @@ def student_sections(run: RunView) -> dict[str, Any] | None:
             rows.append([step.name, *_quality(counts, metrics)])
         charts += _charts(step.name, metrics)
         if isinstance(metrics.get("candidates"), list):
-            searches.append(_search(step.name, metrics["candidates"], metrics["chosen_candidate"]))
+            tables.append(_search(step.name, metrics["candidates"], metrics["chosen_candidate"]))
+        if isinstance(metrics.get("experts"), list):
+            tables.append(_experts(step.name, metrics))
     head = ["checkpoint 0", "parameters", "KL, nats", "agreement", "perplexity", "measured on"]
-    return {"head": head, "rows": rows, "charts": charts, "searches": searches}
+    return {"head": head, "rows": rows, "charts": charts, "tables": tables}
 
 
 def _quality(counts: dict[str, int], metrics: dict[str, Any]) -> list[str]:
@@ -92,4 +97,39 @@ def _search(name: str, tried: list[dict[str, Any]], chosen: int) -> dict[str, An
         ]
         for place in order
     ]
-    return {"name": name, "head": ["candidate", *_SIZES.values(), "parameters", "loss, nats"], "rows": rows}
+    return {
+        "title": f"{name}: sizes that were tried",
+        "head": ["candidate", *_SIZES.values(), "parameters", "loss, nats"],
+        "rows": rows,
+        "note": "Loss: cross-entropy of the calibration traces before any training. Which of two candidates "
+        "is ahead can change with training.",
+    }
+
+
+def _experts(name: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What became of each layer's experts: how many are left, what they take, and what they have lost."""
+    layers: list[dict[str, Any]] = metrics["experts"]
+    columns: dict[str, list[str]] = {}
+    columns["busiest expert"] = [f"{max(one['frequency']):.1%} of tokens" for one in layers]
+    if all("kept" in one for one in layers):
+        columns["experts"] = [f"{len(one['kept'])} of {len(one['frequency'])}" for one in layers]
+    if all("parameters" in one for one in layers):
+        columns["parameters"] = [_of(one["parameters"], one["parameters_before"]) for one in layers]
+        columns["MB"] = [_of(one["bytes"] / 1e6, one["bytes_before"] / 1e6, ".1f") for one in layers]
+    errors = ""
+    if all("error" in one for one in layers):
+        errors = "Errors: of a layer's outputs on the calibration traces, as a share of their norm. "
+        for part, head in (("gate_up", "error of gate and up"), ("down", "error of down")):
+            columns[head] = [f"{one['error'][part]:.1%}" for one in layers]
+    cells = zip(*columns.values(), strict=True)
+    memory = _of(metrics["weight_bytes"] / 1e6, metrics["weight_bytes_before"] / 1e6, ",.1f")
+    return {
+        "title": f"{name}: its experts",
+        "head": ["layer", *columns],
+        "rows": [[str(one["layer"]), *row] for one, row in zip(layers, cells, strict=True)],
+        "note": f"{errors}All weights of the model take {memory} MB in the type that they were measured in.",
+    }
+
+
+def _of(now: float, before: float, form: str = ",") -> str:
+    return f"{now:{form}} of {before:{form}}"

@@ -26,7 +26,12 @@ def prune_experts(original: Original) -> Made:
         f"{original.settings.experts} of {original.model.config.num_experts} experts a layer kept",
         counts={"experts": original.settings.experts},
         metrics={
-            "experts": [{**row, "kept": kept[row["layer"]]} for row in _routing_rows(routing)],
+            "experts": [
+                {**row, "kept": kept[row["layer"]], **sizes}
+                for row, sizes in zip(
+                    _routing_rows(routing), _layer_sizes(original.model, student), strict=True
+                )
+            ],
             **_bytes(original.model, student),
         },
     )
@@ -77,7 +82,10 @@ def shared_experts(original: Original) -> Made:
         f"outputs are off by {worst:.1%} at most",
         counts={"rank": rank},
         metrics={
-            "experts": [{**row, "error": errors[row["layer"]]} for row in _routing_rows(routing)],
+            "experts": [
+                {**row, "error": errors[row["layer"]], **sizes}
+                for row, sizes in zip(_routing_rows(routing), _layer_sizes(model, student), strict=True)
+            ],
             "expert_parameters_before": _expert_parameters(model),
             "expert_parameters": _expert_parameters(student),
             **_bytes(model, student),
@@ -100,6 +108,19 @@ def _routing_rows(routing: dict[int, Routing]) -> list[dict[str, Any]]:
         }
         for number, found in routing.items()
     ]
+
+
+def _layer_sizes(before: Any, after: Any) -> list[dict[str, int]]:
+    """Of each mixture-of-experts layer what its experts are and were in parameters and bytes of memory."""
+    sizes = []
+    for old, new in zip(expert_blocks(before).values(), expert_blocks(after).values(), strict=True):
+        row = {}
+        for block, suffix in ((new, ""), (old, "_before")):
+            weights = [*block.experts.parameters()]
+            row[f"parameters{suffix}"] = sum(one.numel() for one in weights)
+            row[f"bytes{suffix}"] = sum(one.nbytes for one in weights)
+        sizes.append(row)
+    return sizes
 
 
 def _expert_parameters(model: Any) -> int:

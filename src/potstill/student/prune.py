@@ -16,7 +16,7 @@ from potstill.student.anatomy import Anatomy, dissect
 from potstill.student.depth import block_importance, bypass, choose_blocks, decoder_blocks, drop_blocks
 from potstill.student.making import Made, Original, check_same, with_shared_weights
 from potstill.student.search import candidates
-from potstill.student.sizes import Sizes, asked_layers, asked_sizes
+from potstill.student.sizes import Sizes, asked_layers, asked_sizes, stated_blocks
 from potstill.student.width import Importance, Kept, cut, masked, measure, most_important
 
 __all__ = ["copy_blocks", "described", "prune", "stated_sizes"]
@@ -39,9 +39,8 @@ def prune(original: Original) -> Made:
 
 def copy_blocks(original: Original) -> Made:
     """Keep blocks that are evenly spaced from the first to the last (after Sanh et al. 2019)."""
-    count = len(decoder_blocks(original.model))
-    layers = asked_layers(original.settings, count)
-    kept = [round(place * (count - 1) / max(layers - 1, 1)) for place in range(layers)]
+    kept = stated_blocks(original.settings, len(decoder_blocks(original.model)))
+    assert kept is not None
     return _with_blocks(original, kept)
 
 
@@ -53,13 +52,10 @@ def _states_width(settings: InitSettings) -> bool:
 def _blocks(original: Original) -> tuple[list[int], dict[str, Any]]:
     """The blocks that stay, and what was measured to choose them."""
     settings, count = original.settings, len(decoder_blocks(original.model))
-    stated = asked_layers(settings, count)
-    if isinstance(settings.depth_by, list):
-        return [*settings.depth_by], {}
-    if stated == count:
-        return [*range(count)], {}
+    if (kept := stated_blocks(settings, count)) is not None:
+        return kept, {}
     worth = _Worth(original)
-    kept = choose_blocks(worth, count, stated, settings.depth_choice)
+    kept = choose_blocks(worth, count, asked_layers(settings, count), settings.depth_choice)
     return kept, worth.metrics
 
 

@@ -1,12 +1,21 @@
 """A decoder's sizes in its configuration, read and written; no weights are needed."""
 
 import copy
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from potstill.core.errors import ModelError
-from potstill.models import TransformersModel, converted_embedded, find_source, parameter_count
+from potstill.models import (
+    TransformersModel,
+    converted_embedded,
+    find_source,
+    load_tokenizer,
+    parameter_count,
+)
 from potstill.student import InitSettings
 
 __all__ = [
@@ -18,10 +27,35 @@ __all__ = [
     "queries_a_group",
     "resized",
     "sizes_of",
+    "stated_blocks",
 ]
 
-# Configuration fields that hold one entry a block.
-_PER_BLOCK_FIELDS = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+# Configuration fields that hold one entry a block, that hold numbers of blocks, and that say of how many of
+# the first blocks something is true.
+_PER_BLOCK_FIELDS = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "no_rope_layers",
+    "indexer_types",
+    "layer_rope_theta",
+    "num_attention_heads_per_layer",
+    "attention_layers",
+    "intermediate_size",
+    "activation_sparsity_pattern",
+)
+_BLOCK_NUMBER_FIELDS = (
+    "mlp_only_layers",
+    "moe_layers",
+    "full_attn_idxs",
+    "attn_layer_indices",
+    "hybrid_layer_ids",
+    "local_layer_ids",
+    "ple_layer_ids",
+    "cross_attention_layers",
+)
+_FIRST_BLOCKS_FIELDS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+_BLOCK_NUMBER = re.compile(r"\.(\d+)\.")
 _INTERMEDIATE_FIELDS = ("intermediate_size", "ffn_dim", "n_inner")
 
 
@@ -67,11 +101,33 @@ def sizes_of(config: Any) -> Sizes:
 def keep_block_fields(text: Any, kept: Sequence[int]) -> None:
     """Leave in a configuration what belongs to the blocks at the indices `kept`, in place."""
     count = text.num_hidden_layers
+    _state_sparse_blocks(text)
     for name in _PER_BLOCK_FIELDS:
         entries = getattr(text, name, None)
-        if isinstance(entries, list) and len(entries) == count:
+        if isinstance(entries, list | tuple) and len(entries) == count:
             setattr(text, name, [entries[index] for index in kept])
+    for name in _BLOCK_NUMBER_FIELDS:
+        numbers = getattr(text, name, None)
+        if isinstance(numbers, list | tuple):
+            setattr(text, name, [place for place, index in enumerate(kept) if index in numbers])
+    for name in _FIRST_BLOCKS_FIELDS:
+        first = getattr(text, name, None)
+        if isinstance(first, int):
+            setattr(text, name, sum(index < first for index in kept))
+    if isinstance(last := getattr(text, "moe_layer_end_index", None), int):
+        text.moe_layer_end_index = sum(index <= last for index in kept) - 1
+    if hasattr(text, "attention_types"):  # GPT-Neo's attention_layers are made of it
+        text.attention_types = [[text.attention_layers, 1]]
     text.num_hidden_layers = len(kept)
+
+
+def _state_sparse_blocks(text: Any) -> None:
+    """Name the dense blocks of a mixture whose experts are in every so many blocks, which cutting ends."""
+    step = getattr(text, "decoder_sparse_step", None)
+    if isinstance(step, int) and step > 1:
+        between = {index for index in range(text.num_hidden_layers) if (index + 1) % step}
+        text.mlp_only_layers = sorted({*(text.mlp_only_layers or ()), *between})
+        text.decoder_sparse_step = 1
 
 
 def resized(config: Any, sizes: Sizes, kept_blocks: Sequence[int], *, head_size: int | None) -> Any:
@@ -132,6 +188,19 @@ def asked_layers(settings: InitSettings, count: int) -> int:
     return layers
 
 
+def stated_blocks(settings: InitSettings, count: int) -> list[int] | None:
+    """Which of `count` blocks stay, where nothing has to be measured for that: listed, all, evenly spaced.
+
+    Raises ModelError as `asked_layers` does.
+    """
+    layers = asked_layers(settings, count)
+    if isinstance(settings.depth_by, list):
+        return [*settings.depth_by]
+    if settings.method == "prune" and layers < count:
+        return None
+    return [round(place * (count - 1) / max(layers - 1, 1)) for place in range(layers)]
+
+
 def asked_sizes(settings: InitSettings, have: Sizes, queries: int, head_size: int | None) -> Sizes:
     """The sizes that settings state of a model with `have.layers` blocks; what they leave out stays as it is.
 
@@ -188,19 +257,26 @@ def _one_of_two(
 def planned_parameters(settings: InitSettings, model: TransformersModel) -> int | None:
     """How many parameters a student will have, at most those of a target; None where only a run can tell.
 
-    Raises ModelError for sizes that the model does not have.
+    Raises ModelError for sizes that the model does not have, and for a configuration of which none is made.
     """
     whole = parameter_count(model)
     if settings.target_params is not None:
         return settings.target_params
     if settings.target_ratio is not None:
         return None if whole is None else int(whole * settings.target_ratio)
-    source = find_source(model.path)
-    if settings.method not in ("prune", "fresh", "copy") or source.kind not in ("folder", "embedded"):
-        return None
-    folder = source.folder if source.kind == "folder" else converted_embedded(source.name)
+    source, folder = find_source(model.path), None
+    if source.kind in ("folder", "embedded"):
+        folder = source.folder if source.kind == "folder" else converted_embedded(source.name)
     if folder is None:
         return None
+    if settings.method == "from_config":
+        from potstill.student.configured import configured_parameters
+
+        return configured_parameters(settings, load_tokenizer(model))
+    return _cut_parameters(settings, folder) if settings.method in ("prune", "fresh", "copy") else None
+
+
+def _cut_parameters(settings: InitSettings, folder: Path) -> int | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -213,9 +289,23 @@ def planned_parameters(settings: InitSettings, model: TransformersModel) -> int 
     sizes = replace(asked_sizes(settings, have, queries, None), layers=layers)
     text = config.get_text_config(decoder=True)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    new = resized(config, sizes, range(layers), head_size=head_size)
+    kept = stated_blocks(settings, have.layers)
+    new = resized(config, sizes, kept or range(layers), head_size=head_size)
     try:
         with torch.device("meta"):
+            if kept is None and not _blocks_alike(config):
+                return None
             return int(AutoModelForCausalLM.from_config(new).num_parameters())
     except ValueError:  # heads that make up the hidden size, which only the model itself can tell
         return None
+
+
+def _blocks_alike(config: Any) -> bool:
+    """Whether all blocks have as many parameters, so that it does not matter which ones stay."""
+    from transformers import AutoModelForCausalLM
+
+    sizes: Counter[str] = Counter()
+    for name, parameter in AutoModelForCausalLM.from_config(config).named_parameters():
+        if number := _BLOCK_NUMBER.search(name):
+            sizes[number[1]] += parameter.numel()
+    return len({*sizes.values()}) == 1

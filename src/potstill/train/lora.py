@@ -9,11 +9,13 @@ import torch
 
 from potstill.core.errors import TrainingError
 from potstill.core.store import MODEL_CARD_FILE
-from potstill.models import decoder_start_id
+from potstill.models import decoder_start_id, find_routers
 from potstill.models.pretrained import HARMLESS_PEFT_WARNINGS
 from potstill.train.settings import LoraSettings
 
 __all__ = ["add_adapter", "save_adapter"]
+
+_NAMES_OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj"})
 
 
 def add_adapter(model: Any, settings: LoraSettings, seed: int, token_ids: Sequence[int] = ()) -> Any:
@@ -29,7 +31,7 @@ def add_adapter(model: Any, settings: LoraSettings, seed: int, token_ids: Sequen
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=settings.target,
+        target_modules=_targets(model, settings.target),
         trainable_token_indices=_trained_rows(model, token_ids) if token_ids else None,
         use_dora=settings.dora,
         use_rslora=settings.rslora,
@@ -66,6 +68,23 @@ def add_adapter(model: Any, settings: LoraSettings, seed: int, token_ids: Sequen
     if settings.dora:
         _set_magnitudes(adapted)
     return adapted
+
+
+def _targets(model: Any, target: str | list[str]) -> str | list[str]:
+    """The layers to adapt; all linear ones of a mixture of experts by their names.
+
+    PEFT takes "all-linear" of a mixture for its routers and experts as well, of which it then makes whole
+    matrices in every pass, and by the names of their products even those of dense layers between.
+    """
+    if target != "all-linear" or not find_routers(model):
+        return target
+    head = model.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, one in model.named_modules()
+        if isinstance(one, torch.nn.Linear) and one is not head
+    }
+    return sorted(linear - _NAMES_OF_EXPERTS)
 
 
 @torch.no_grad()

@@ -92,14 +92,104 @@ def test_a_pruned_model_computes_what_skipping_the_blocks_computes(
     assert loaded.config.tie_word_embeddings == deep_model.config.tie_word_embeddings
 
 
-def test_kinds_of_attention_move_with_their_blocks(build_tiny_model: Any, tmp_path: Any) -> None:
-    from transformers import AutoConfig
+WINDOWED = {"sliding_window": 4, "max_position_embeddings": 64}
+SPARSE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+KINDS = ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "full_attention"]
+# Families whose blocks differ, with how their configuration says so, and what it says without blocks 0 and 3.
+UNEVEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("qwen3_moe", SPARSE | {"mlp_only_layers": [0, 2]}, {"mlp_only_layers": [1]}),
+    ("qwen3_moe", SPARSE | {"decoder_sparse_step": 2}, {"mlp_only_layers": [1, 2]}),
+    (
+        "qwen2_moe",
+        SPARSE | {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 3, "mlp_only_layers": [2]},
+        {"mlp_only_layers": [0, 1, 2], "decoder_sparse_step": 1},
+    ),
+    (
+        "qwen3",
+        WINDOWED | {"use_sliding_window": True, "layer_types": KINDS},
+        {"layer_types": KINDS[1:3] + KINDS[4:]},
+    ),
+    ("gemma3_text", WINDOWED | {"layer_types": KINDS}, {"layer_types": KINDS[1:3] + KINDS[4:]}),
+    (
+        "gpt_oss",
+        WINDOWED | {"layer_types": KINDS, "num_local_experts": 4},
+        {"layer_types": KINDS[1:3] + KINDS[4:]},
+    ),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0]}, {"no_rope_layers": [0, 1, 0]}),
+    (
+        "llama4_text",
+        {
+            "moe_layers": [1, 3, 4],
+            "no_rope_layers": [1, 0, 1, 1, 0],
+            "num_local_experts": 4,
+            "attention_chunk_size": 4,
+        },
+        {"moe_layers": [0, 2], "no_rope_layers": [0, 1, 0]},
+    ),
+    (
+        "lfm2",
+        {"full_attn_idxs": [1, 3], "conv_L_cache": 3},
+        {"full_attn_idxs": [0], "layer_types": ["full_attention", "conv", "conv"]},
+    ),
+    ("glm4_moe", SPARSE | {"n_routed_experts": 4, "first_k_dense_replace": 2}, {"first_k_dense_replace": 1}),
+    (
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 16,
+            "moe_layer_start_index": 2,
+            "moe_layer_end_index": 3,
+        },
+        {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
+    ),
+    (
+        "gpt_neo",
+        {"attention_types": [[["global"], 1], [["local", "global"], 2]], "window_size": 4},
+        {"attention_layers": ["local", "global", "global"]},
+    ),
+]
 
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    model = build_tiny_model("gemma3", num_hidden_layers=3, layer_types=kinds)
-    drop_blocks(model, [1, 2])
+
+@pytest.mark.parametrize(
+    ("family", "fields", "expected"), UNEVEN, ids=lambda one: one if isinstance(one, str) else ""
+)
+@pytest.mark.usefixtures("_quiet_libraries")
+def test_what_a_configuration_says_of_single_blocks_moves_with_them(
+    family: str, fields: dict[str, Any], expected: dict[str, Any], tmp_path: Any
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 300,
+        "pad_token_id": 0,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 40,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.2,
+    }
+    known = AutoConfig.for_model(family)
+    sizes = {name: value for name, value in sizes.items() if hasattr(known, name)}
+    config = AutoConfig.for_model(family, **sizes, **fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    ids_BT = padded_batch()[0]
+    with torch.no_grad(), bypass(model, [0, 3]):
+        expected_BTV = model(ids_BT, use_cache=False).logits
+    drop_blocks(model, [1, 2, 4])
     model.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).layer_types == ["full_attention", "sliding_attention"]
+    saved = AutoConfig.from_pretrained(tmp_path)
+    assert {name: getattr(saved, name) for name in expected} == expected
+    naive = AutoModelForCausalLM.from_config(saved).eval()
+    naive.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(naive(ids_BT, use_cache=False).logits, expected_BTV)
+        torch.testing.assert_close(model(ids_BT, use_cache=False).logits, expected_BTV)
 
 
 def test_a_pruned_model_generates_with_its_cache(deep_model: Any) -> None:

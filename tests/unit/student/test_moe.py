@@ -40,6 +40,11 @@ def init(step_context: Any, build_tiny_model: Any, tiny_tokenizer: Any, traces: 
     return make
 
 
+def generated(model: Any) -> tuple[int, ...]:
+    found = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    return tuple(found.shape)
+
+
 def test_shared_experts_are_saved_measured_and_reported(moe_family: str, init: Init) -> None:
     result, context = init(moe_family, method="share_experts", keep_ratio=0.5)
     student = load(TransformersModel(path=str(context.folder))).model
@@ -53,6 +58,11 @@ def test_shared_experts_are_saved_measured_and_reported(moe_family: str, init: I
         assert 0 < layer["error"]["gate_up"] < 1
         assert 0 < layer["error"]["down"] < 1
         assert sum(layer["frequency"]) == pytest.approx(1)
+        assert layer["bytes"] == 4 * layer["parameters"]
+        assert layer["bytes_before"] == 4 * layer["parameters_before"]
+    for key in ("parameters", "parameters_before"):
+        total = result.metrics[f"expert_{key}"]
+        assert sum(layer[key] for layer in result.metrics["experts"]) == total
     assert result.metrics["quality"]["measured_on"] == "held-out"
     assert any("share a core, with deltas of rank 6" in line for line in context.reporter.said)
 
@@ -80,6 +90,7 @@ def test_pruned_experts_leave_a_plain_model(moe_family: str, init: Init) -> None
         worth = layer["mean_contribution"]
         dropped = [worth[expert] for expert in range(8) if expert not in layer["kept"]]
         assert min(worth[expert] for expert in layer["kept"]) >= max(dropped)
+    assert generated(student) == (1, 6)
 
 
 @pytest.mark.parametrize("experts", [None, 2])
@@ -91,6 +102,7 @@ def test_a_dense_student_is_a_plain_model(family: str, dense: str, experts: int 
     student, info = AutoModelForCausalLM.from_pretrained(context.folder, output_loading_info=True)
     assert not any(info.values())
     assert student.config.model_type == dense
+    assert generated(student) == (1, 6)
     assert result.counts["parameters"] == student.num_parameters() < result.metrics["parameters_before"]
 
 

@@ -72,6 +72,30 @@ def test_the_student_is_a_plain_folder_with_tokenizer_and_template(
     assert result.model_identity == identity(TransformersModel(path=str(context.folder)))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"hidden_size": 16, "intermediate_size": 32, "attention_heads": 2},
+        {"layers": None, "target_ratio": 0.5, "candidates": 2},
+        {"method": "copy"},
+        {"method": "fresh", "hidden_size": 16},
+        {"method": "fresh", "weights": "random"},
+    ],
+    ids=str,
+)
+def test_a_student_made_in_any_way_is_whole_and_generates_in_plain_transformers(
+    prune: Pruning, fields: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    _, context = prune(**fields)
+    model, info = AutoModelForCausalLM.from_pretrained(context.folder, output_loading_info=True)
+    assert not any(info.values())
+    found = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert found.shape == (1, 6)
+
+
 def test_leaving_out_a_block_that_does_nothing_changes_no_logit(prune: Pruning, deep_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 

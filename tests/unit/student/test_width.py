@@ -26,9 +26,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture
-def model(build_tiny_model: Any, tiny_family: str) -> Any:
+def model(build_tiny_model: Any, dense_family: str) -> Any:
     """A tiny model of each family in float64, whose norms add nothing to the mean square."""
-    made = build_tiny_model(tiny_family).double()
+    made = build_tiny_model(dense_family).double()
     return without_epsilon(made)
 
 
@@ -91,7 +91,7 @@ def kept_without(have: Sizes, removed: torch.Tensor, group: int | None, channels
     )
 
 
-def test_channels_and_heads_that_do_nothing_are_cut_without_a_trace(model: Any, tiny_family: str) -> None:
+def test_channels_and_heads_that_do_nothing_are_cut_without_a_trace(model: Any, dense_family: str) -> None:
     anatomy = dissect(model)
     have = anatomy.sizes
     channels = torch.tensor([0, 5, 6, 30, have.intermediate_size - 1])
@@ -110,9 +110,9 @@ def test_channels_and_heads_that_do_nothing_are_cut_without_a_trace(model: Any, 
 
 @pytest.mark.parametrize("part", ["heads", "channels"])
 def test_cutting_heads_or_channels_computes_what_silencing_them_computes(
-    model: Any, tiny_family: str, part: str
+    model: Any, dense_family: str, part: str
 ) -> None:
-    if part == "heads" and tiny_family in HEADS_FIX_WIDTH:
+    if part == "heads" and dense_family in HEADS_FIX_WIDTH:
         pytest.skip("heads make up the hidden size")
     anatomy, nothing = dissect(model), torch.tensor([])
     kept = kept_without(
@@ -129,13 +129,13 @@ def test_cutting_heads_or_channels_computes_what_silencing_them_computes(
 
 
 def test_the_student_is_a_plain_model_of_its_family_to_the_last_tensor(
-    build_tiny_model: Any, tiny_family: str, tmp_path: Path
+    build_tiny_model: Any, dense_family: str, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = build_tiny_model(tiny_family)
+    model = build_tiny_model(dense_family)
     anatomy = dissect(model)
-    fixed = tiny_family in HEADS_FIX_WIDTH
+    fixed = dense_family in HEADS_FIX_WIDTH
     sizes = Sizes(2, 24, 40, 3 if fixed else 1)
     student = cut(model, anatomy, evenly_spaced(anatomy.sizes, sizes))
     assert student.num_parameters() == anatomy.parameters(sizes)
@@ -158,8 +158,8 @@ def test_the_count_of_parameters_needs_no_student(model: Any) -> None:
     assert anatomy.parameters(anatomy.sizes) == model.num_parameters()
 
 
-def test_families_whose_heads_make_up_the_hidden_size_are_told_apart(model: Any, tiny_family: str) -> None:
-    assert dissect(model).heads_fix_width is (tiny_family in HEADS_FIX_WIDTH)
+def test_families_whose_heads_make_up_the_hidden_size_are_told_apart(model: Any, dense_family: str) -> None:
+    assert dissect(model).heads_fix_width is (dense_family in HEADS_FIX_WIDTH)
 
 
 @pytest.mark.parametrize("by", ["l2", "mean"])
