@@ -274,13 +274,63 @@ def test_samples_of_one_prompt_are_drawn_together() -> None:
 
 def test_pairing_narrows_the_interval_of_a_difference() -> None:
     sums, tokens, prompts = _rows(80)
-    better = [top - 0.1 * bottom for top, bottom in zip(sums, tokens, strict=True)]
+    chance = random.Random(4)
+    better = [top - chance.gauss(0.1, 0.01) * bottom for top, bottom in zip(sums, tokens, strict=True)]
     found = bootstrap_ratio_difference((sums, tokens), (better, tokens), prompts, seed=7)
     alone = bootstrap_ratio(sums, tokens, prompts, seed=7)
-    assert found.value == pytest.approx(-0.1)
-    # Every row differs by exactly 0.1, so the difference is sure, though each model's own figure is not.
-    assert found.high - found.low < 1e-9
+    assert found.value == pytest.approx(-0.1, abs=0.005)
+    # Every row differs by about as much, so the difference is sure, though each model's own figure is not.
+    assert 0 < found.high - found.low < 0.01
     assert alone.high - alone.low > 0.05
+
+
+def _alike(value: float, prompts: int) -> tuple[list[float], list[int], list[str]]:
+    return [value] * prompts, [1] * prompts, [str(one) for one in range(prompts)]
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3, 10, 300])
+@pytest.mark.parametrize("value", [0.0, 0.6, 1.0])
+def test_a_bounded_mean_has_a_width_within_its_bounds_where_all_prompts_agree(
+    value: float, prompts: int
+) -> None:
+    found = bootstrap_ratio(*_alike(value, prompts), seed=0, within=(0, 1))
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.high - found.low > min(0.5, 1 / prompts)
+    assert found.high - found.low < 12 / prompts
+
+
+@pytest.mark.parametrize(("prompts", "gap"), [(2, 0.1), (2, 1), (4, 1)])
+def test_equal_gaps_on_few_prompts_are_no_difference(prompts: int, gap: float) -> None:
+    first, ones, names = _alike(0.0, prompts)
+    found = bootstrap_ratio_difference((first, ones), ([gap] * prompts, ones), names, seed=0, within=(0, 1))
+    assert -1 <= found.low < 0 < found.value == pytest.approx(gap)
+    assert found.value <= found.high <= 1
+
+
+def test_equal_gaps_on_many_prompts_are_a_difference() -> None:
+    first, ones, names = _alike(0.5, 300)
+    found = bootstrap_ratio_difference((first, ones), ([0.6] * 300, ones), names, seed=0, within=(0, 1))
+    assert 0.08 < found.low < 0.1 < found.high < 0.12
+
+
+def test_without_bounds_prompts_that_are_alike_have_no_interval() -> None:
+    first, ones, names = _alike(1234.5, 7)
+    gap = bootstrap_ratio_difference((first, ones), ([1234.6] * 7, ones), names, seed=0)
+    assert (gap.low, gap.high) == (-math.inf, math.inf)
+    assert bootstrap_ratio(first, ones, names, seed=0, within=(0, math.inf)).as_dict() == {"value": 1234.5}
+
+
+def test_a_mean_of_scores_that_are_mostly_full_covers_the_truth_as_often_as_it_says() -> None:
+    # One score in twenty is 0.2: thirty prompts often show none, and a plain bootstrap is sure of 1 then.
+    chance, rounds, covered, plain = random.Random(6), 300, 0, 0
+    for _ in range(rounds):
+        values = [0.2 if chance.random() < 0.05 else 1.0 for _ in range(30)]
+        rows = (values, [1] * 30, [str(one) for one in range(30)])
+        found, unbounded = bootstrap_ratio(*rows, seed=0, within=(0, 1)), bootstrap_ratio(*rows, seed=0)
+        covered += found.low <= 0.96 <= found.high
+        plain += math.isfinite(unbounded.low) and unbounded.low <= 0.96 <= unbounded.high
+    assert covered / rounds >= 0.94
+    assert plain / rounds < 0.85
 
 
 def test_a_seed_decides_the_interval() -> None:

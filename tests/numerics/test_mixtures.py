@@ -12,6 +12,7 @@ from potstill.models import isolates_packed_rows
 from potstill.train.routing import Routing
 from potstill.train.student import MicroBatch, StudentWithLoss, make_micro_batch
 
+from .precision import in_float64
 from .test_training_invariance import (
     ALPHA,
     ROWS,
@@ -24,12 +25,6 @@ from .test_training_invariance import (
 )
 
 WEIGHT = 0.5
-
-
-def in_float64(model: Any) -> Any:
-    """The model in float64, of which transformers' grouped products know nothing."""
-    model.set_experts_implementation("eager")
-    return model.double()
 
 
 def naive(model: Any, teacher: Any, weight: float) -> tuple[float, dict[str, Tensor]]:

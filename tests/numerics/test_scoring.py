@@ -19,6 +19,7 @@ from potstill.models import LoadedModel
 from potstill.models.prefixes import can_share_prefix
 from potstill.scoring import run_shared_prefix, score_rows, token_logprobs
 
+from .precision import in_float64
 from .rows import rendered_rows
 
 PREFIX = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16]
@@ -33,9 +34,9 @@ def rows() -> list[Rendered]:
 def _oracle(model: Any, row: Rendered, vocabulary: int) -> list[float]:
     """From whole float64 logits of one unpadded row."""
     with torch.no_grad():
-        logits_TV = (
-            copy.deepcopy(model).double()(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
-        )
+        logits_TV = in_float64(copy.deepcopy(model))(
+            input_ids=torch.tensor([row.ids]), use_cache=False
+        ).logits[0]
     return [
         float(logits_TV[at - 1, :vocabulary].log_softmax(-1)[row.ids[at]])
         for at, supervised in enumerate(row.mask)

@@ -8,6 +8,7 @@ import pytest
 
 from potstill.data.chat import Rendered
 
+from .precision import in_float64
 from .rows import rendered_rows
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def _oracle(model: Any, teacher: Any, row: Rendered, vocabulary: int) -> "TraceF
 
     def log_probs(one: Any) -> Any:
         with torch.no_grad():
-            logits = copy.deepcopy(one).double()(input_ids=ids, use_cache=False).logits[0, :, :vocabulary]
+            logits = in_float64(copy.deepcopy(one))(input_ids=ids, use_cache=False).logits[0, :, :vocabulary]
         return torch.log_softmax(logits, -1)
 
     ours, theirs = log_probs(model), log_probs(teacher)

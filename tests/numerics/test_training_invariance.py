@@ -26,6 +26,8 @@ from potstill.train.settings import LoraSettings
 from potstill.train.student import MicroBatch, StudentWithLoss, make_micro_batch
 from potstill.train.trainer import DistillationTrainer
 
+from .precision import in_float64
+
 VOCABULARY = 300
 VOCABULARY_OF_IDS = SimpleNamespace(get_vocab=lambda: {str(number): number for number in range(VOCABULARY)})
 ALPHA, TEMPERATURE = 0.3, 2.0
@@ -177,7 +179,7 @@ def test_batchmean_divides_the_summed_divergence_by_the_rows_of_the_step(
 
 
 def test_distillation_equals_a_plain_loop_for_every_family(build_tiny_model: Any, tiny_family: str) -> None:
-    model, teacher = build_tiny_model(tiny_family).double(), build_tiny_model(tiny_family, seed=1).double()
+    model, teacher = (in_float64(build_tiny_model(tiny_family, seed=seed)) for seed in (0, 1))
     student = StudentWithLoss(model, VOCABULARY, alpha=ALPHA, temperature=TEMPERATURE)
     found, expected = step_gradients(student, split([3, 5], teacher)), naive_gradients(model, teacher)
     silent = {name for name, gradient in expected.items() if gradient.abs().max() < 1e-12}

@@ -189,6 +189,27 @@ def test_a_sweep_runs_once_a_value_and_compares(potstill: Command, small: Recipe
     assert "<script" not in (tmp_path / "both.html").read_text(encoding="utf-8")
 
 
+def test_runs_of_two_different_recipes_are_reported_together(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    assert potstill("run", write_recipe(tmp_path / "small.yaml", small), "--store", store).code == 0
+    steps = small["steps"]
+    apart = {"pupil": {**steps["student"], "data": "traces", "max_steps": 1}}
+    exam = {**steps["exam"], "models": {"base": "pruned", "pupil": "pupil"}}
+    kept = {name: steps[name] for name in ("traces", "pruned")}
+    other = {**small, "name": "other", "steps": {**kept, **apart, "exam": exam}}
+    assert potstill("run", write_recipe(tmp_path / "other.yaml", other), "--store", store).code == 0
+    outcome = potstill("report", "runs/small", "runs/other", "--output", "both.html")
+    assert outcome.code == 0, outcome.err
+    text = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert ">small<" in text
+    assert ">other<" in text
+    assert "KL to the teacher" in text
+    # Cached logits and plain traces: two losses.
+    assert "minimised different losses" in text
+
+
 def test_machines_read_json_and_quiet_says_nothing(potstill: Command, small: Recipe, tmp_path: Path) -> None:
     small["steps"] = {"traces": small["steps"]["traces"]}
     recipe, store = write_recipe(tmp_path / "recipe.yaml", small), tmp_path / "store"

@@ -86,3 +86,10 @@ def test_a_plan_says_what_is_missing_before_anything_is_spent(
     planned = potstill("plan", recipe, "traces.logprobs=null")
     assert planned.code == 1
     assert "set `traces.logprobs=1`" in planned.out
+
+
+def test_an_error_names_its_step_once(potstill: Command, recipe: Path) -> None:
+    done = potstill("run", recipe, "picked.keep.top=null", "picked.keep.threshold=0.999")
+    assert done.code == 1
+    assert "no row reaches the threshold of 0.999" in done.err
+    assert "step picked: step picked" not in done.err

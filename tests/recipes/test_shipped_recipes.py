@@ -93,6 +93,15 @@ def test_r1_sft_small_hands_out_what_its_users_expect(
         assert load(TransformersModel(path=str(folder / name))).model is not None
 
 
+@pytest.mark.parametrize("name", ["r1-sft", "r1-sft-small"])
+def test_early_stopping_of_r1_sft_has_evaluations_enough_to_stop(name: str) -> None:
+    """The first evaluation that counts is always a fall, and `patience` must follow it."""
+    train: Any = load_recipe(name).graph.nodes["student"].settings
+    stopping = train.early_stopping
+    evaluations = train.epochs * (114_000 / train.batch / stopping.every if stopping.every else 1)
+    assert evaluations > stopping.patience + 1
+
+
 @pytest.mark.slow
 def test_rows_in_openthoughts_shape_are_the_rows_that_are_trained_on(
     potstill: Command, tiny: dict[str, Any], tmp_path: Path

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +12,9 @@ from potstill.core.records import RECORDS_FILE, Record, write_records
 from potstill.core.settings import DataRef, ModelRef, Settings
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact, Store
+
+if TYPE_CHECKING:
+    from potstill.models import TransformersModel
 
 ContextBuilder = Callable[..., StepContext]
 Sealer = Callable[..., Artifact]
@@ -52,11 +55,12 @@ def step_context(tmp_path: Path) -> ContextBuilder:
         *,
         folder: str = "artifact",
         seed: int = 1,
-        models: Mapping[str, Settings] | None = None,
+        models: Mapping[str, Settings | Mapping[str, Settings]] | None = None,
         data: Mapping[str, Sequence[Artifact]] | None = None,
     ) -> StepContext:
-        def resolve_model(reference: ModelRef) -> Settings:
-            return (models or {})[str(reference)]
+        def resolve_models(reference: ModelRef) -> Mapping[str, Settings]:
+            found = (models or {})[str(reference)]
+            return found if isinstance(found, Mapping) else {str(reference): found}
 
         def resolve_data(reference: DataRef) -> list[tuple[Artifact, str | None]]:
             return [(artifact, reference.view) for artifact in (data or {})[reference.target]]
@@ -69,7 +73,7 @@ def step_context(tmp_path: Path) -> ContextBuilder:
             seed=seed,
             cache_folder=tmp_path / "store",
             reporter=RecordingReporter(),
-            resolve_model=resolve_model,
+            resolve_models=resolve_models,
             resolve_data=resolve_data,
         )
 
@@ -104,5 +108,56 @@ def traces(tmp_path: Path, seal: Sealer) -> Callable[..., Artifact]:
         (tmp_path / name).mkdir()
         write_records(tmp_path / name / RECORDS_FILE, records)
         return seal(tmp_path / name, "generate")
+
+    return make
+
+
+@pytest.fixture
+def adapter(
+    build_tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, seal: Any
+) -> Callable[..., "TransformersModel"]:
+    """`adapter(family, *, base_fields=, config=, name=, base_name=, seed=, **lora)`.
+
+    A sealed adapter that changes its base a lot.
+    """
+
+    def make(
+        family: str = "llama",
+        *,
+        base_fields: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None,
+        dtype: str = "float32",
+        name: str = "adapter",
+        base_name: str = "base",
+        seed: int = 1,
+        **lora: Any,
+    ) -> "TransformersModel":
+        import torch
+
+        from potstill.models import TransformersModel, load
+        from potstill.train.lora import add_adapter, save_adapter
+        from potstill.train.settings import LoraSettings
+
+        folder = tmp_path / base_name
+        if not folder.exists():
+            build_tiny_model(family, **(config or {})).to(getattr(torch, dtype)).save_pretrained(folder)
+            tiny_tokenizer.save_pretrained(folder)
+        base = TransformersModel(path=str(folder), device="cpu", **(base_fields or {}))
+        settings = LoraSettings(**{"rank": 4, **lora})
+        model = add_adapter(load(base, dtype=torch.float32).model, settings, seed=2 + seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter, one in model.named_parameters():
+                if "lora_B" in parameter or "lora_embedding_A" in parameter:
+                    one.normal_(std=0.05, generator=generator)
+                if "lora_magnitude_vector" in parameter:
+                    one.mul_(1 + 0.2 * torch.rand(one.shape, generator=generator))
+        save_adapter(model, tmp_path / name)
+        sealed = seal(tmp_path / name, "train")
+        manifest = sealed.manifest.model_copy(
+            update={"extra": {"base": base.model_dump(mode="json", exclude={"device"}, exclude_none=True)}}
+        )
+        (sealed.folder / "manifest.json").write_text(manifest.model_dump_json(), encoding="utf-8")
+        return TransformersModel(path=str(sealed.folder), device="cpu")
 
     return make

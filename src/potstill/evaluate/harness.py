@@ -3,13 +3,24 @@
 import copy
 import functools
 import importlib
+import io
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
-from potstill.core.errors import DataError
-from potstill.evaluate.intervals import Z_95, Estimate, bootstrap_ratio_difference
+from potstill.core.errors import DataError, Interrupted
+from potstill.evaluate.intervals import (
+    Z_95,
+    Estimate,
+    bootstrap_ratio,
+    bootstrap_ratio_difference,
+    mcnemar_exact,
+    paired_share_difference,
+    wilson_interval,
+)
 from potstill.evaluate.scorer_settings import HarnessSettings, harness_version
 from potstill.models import LoadedModel
 from potstill.models.pretrained import quiet_transformers
@@ -49,18 +60,26 @@ def check_harness() -> None:
 
 
 def run_harness(
-    model: LoadedModel, settings: HarnessSettings, *, batch: int, seed: int
+    model: LoadedModel,
+    settings: HarnessSettings,
+    *,
+    batch: int,
+    seed: int,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, HarnessRows]:
     """A model's figures by benchmark. Raises DataError for a task that lm-eval does not know or cannot run.
 
-    Tasks that run code which a model wrote are refused, as lm-eval does it without a sandbox.
+    `check_stop` is called before every pass through the model, where an Interrupted that it raises ends the
+    benchmarks. Tasks that run code which a model wrote are refused, as lm-eval does it without a sandbox.
     """
     library = importlib.import_module("lm_eval")  # without types, and slow to import
     wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
     weights = model.model
     # As in decoding: the model inside a PEFT model, which keeps its adapter.
     weights = weights.get_base_model() if hasattr(weights, "peft_config") else weights
-    with quiet_transformers():
+    # Their loop is lm-eval's own, and can be left from within the model alone.
+    watched = weights.register_forward_pre_hook(lambda *_: check_stop())
+    with quiet_transformers(), _quiet():
         try:
             results = library.simple_evaluate(
                 model=wrapper(pretrained=weights, tokenizer=copy.deepcopy(model.tokenizer), batch_size=batch),
@@ -75,13 +94,31 @@ def run_harness(
                     seed % 2**31,
                 ),
             )
+        except Interrupted:
+            raise
         except Exception as error:  # tasks, data sets, metrics: each raises what it likes
             raise DataError(
                 f"lm-eval could not carry out {', '.join(settings.tasks)}: {type(error).__name__}: {error}",
                 expected="tasks that lm-eval knows (lm-eval ls tasks), and data that can be loaded here",
                 mend="correct the name, or include the folder of your own tasks with `include`",
             ) from error
-    return {task: _rows(task, results) for task in settings.tasks}
+        finally:
+            watched.remove()
+    return {task: _rows(task, results, seed) for task in settings.tasks}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars and log lines off the terminal, those of programs that lm-eval starts as well."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @functools.cache
@@ -90,7 +127,7 @@ def _task_manager(include: str | None) -> Any:
     return importlib.import_module("lm_eval.tasks").TaskManager(include_path=include)
 
 
-def _rows(task: str, results: Mapping[str, Any]) -> HarnessRows:
+def _rows(task: str, results: Mapping[str, Any], seed: int) -> HarnessRows:
     found = HarnessRows(_count(task, results), {})
     for key, value in results["results"][task].items():
         metric, comma, filter_ = key.partition(",")
@@ -98,7 +135,6 @@ def _rows(task: str, results: Mapping[str, Any]) -> HarnessRows:
             continue
         name = metric if filter_ == "none" else f"{metric} ({filter_})"
         error = results["results"][task].get(f"{metric}_stderr,{filter_}")
-        found.figures[name] = _estimate(float(value), error)
         found.higher_is_better[name] = bool(
             results.get("higher_is_better", {}).get(task, {}).get(metric, True)
         )
@@ -110,6 +146,7 @@ def _rows(task: str, results: Mapping[str, Any]) -> HarnessRows:
         # Perplexities and the like are no means over questions.
         if values and math.isclose(sum(values) / len(values), value, rel_tol=1e-9, abs_tol=1e-12):
             found.questions[name] = values
+        found.figures[name] = _estimate(float(value), error, found.questions.get(name, ()), seed)
     return found
 
 
@@ -119,10 +156,24 @@ def _count(task: str, results: Mapping[str, Any]) -> int:
     return sum(int(counts.get(member, {}).get("effective", 0)) for member in members)
 
 
-def _estimate(value: float, error: Any) -> dict[str, float]:
-    if not isinstance(error, int | float) or not math.isfinite(error):
+def _estimate(value: float, error: Any, questions: Sequence[float], seed: int) -> dict[str, float]:
+    """A figure by its questions' values; where those are not known, or not in 0..1, by lm-eval's error."""
+    if questions and {*questions} <= {0.0, 1.0}:
+        return wilson_interval(int(sum(questions)), len(questions)).as_dict()
+    if questions and _in_bounds(questions):
+        ones, names = [1] * len(questions), _names(questions)
+        return bootstrap_ratio(questions, ones, names, seed=seed, within=(0.0, 1.0)).as_dict()
+    if not isinstance(error, int | float) or not math.isfinite(error) or error == 0:
         return {"value": value}
     return Estimate(value, value - Z_95 * error, value + Z_95 * error).as_dict()
+
+
+def _in_bounds(questions: Sequence[float]) -> bool:
+    return all(0 <= one <= 1 for one in questions)
+
+
+def _names(questions: Sequence[float]) -> list[str]:
+    return [str(number) for number in range(len(questions))]
 
 
 def harness_differences(
@@ -141,5 +192,10 @@ def harness_differences(
 
 
 def _difference(first: Sequence[float], second: Sequence[float], seed: int) -> dict[str, float]:
-    ones, questions = [1] * len(first), [str(number) for number in range(len(first))]
-    return bootstrap_ratio_difference((first, ones), (second, ones), questions, seed=seed).as_dict()
+    if {*first, *second} <= {0.0, 1.0}:
+        right = [value == 1 for value in first], [value == 1 for value in second]
+        return {**paired_share_difference(*right).as_dict(), "mcnemar_p": mcnemar_exact(*right)}
+    ones, within = [1] * len(first), (0.0, 1.0) if _in_bounds([*first, *second]) else (-math.inf, math.inf)
+    return bootstrap_ratio_difference(
+        (first, ones), (second, ones), _names(first), seed=seed, within=within
+    ).as_dict()

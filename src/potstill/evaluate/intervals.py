@@ -38,9 +38,14 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the interval has two ends."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
     def as_dict(self) -> dict[str, float]:
         """The JSON form used in metrics: value, low, high; without the ends where they are not bounded."""
-        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+        if not self.is_bounded:
             return {"value": self.value}
         return {"value": self.value, "low": self.low, "high": self.high}
 
@@ -166,19 +171,25 @@ def bootstrap_ratio(
     *,
     seed: int,
     within: tuple[float, float] = (-math.inf, math.inf),
+    pseudo: float | None = None,
 ) -> Estimate:
     """sum(numerators) / sum(denominators) with a percentile bootstrap interval over clusters.
 
     One entry a row; rows of one cluster (the samples of one prompt) are drawn together, since they are not
     independent. A mean per token is nats over tokens; a plain mean of rows has ones below. The ends are moved
     out by what they are too near with few clusters (Hesterberg 2015, sec. 4.1): sqrt(n / (n - 1)) times the
-    97.5 % points of Student's t and the normal distribution, one by the other. Of one cluster, unbounded.
-    `within` are the values that the ratio can have.
+    97.5 % points of Student's t and the normal distribution, one by the other.
+
+    `within` are the values that the ratio can have. Where both are bounds, draws are from the clusters and
+    two more, one at each bound (as Agresti & Caffo 2000 add a success and a failure to a share): what did not
+    occur among so few could have, so that the interval has a width where all clusters are alike. `pseudo` is
+    their denominator, by default the mean of the clusters'. Without such bounds the interval of one cluster,
+    and of clusters that are all alike, is unbounded.
     """
-    tops, bottoms = _by_cluster(clusters, numerators, denominators)
-    draws = _resampled_sums(seed, tops, bottoms)
-    found = _percentiles(sum(numerators) / sum(denominators), draws[:, 0] / draws[:, 1], len(tops))
-    return Estimate(found.value, max(found.low, within[0]), min(found.high, within[1]))
+    columns = _by_cluster(clusters, numerators, denominators)
+    draws, centre, spreads = _draws(columns, within, pseudo, seed)
+    value = sum(numerators) / sum(denominators)
+    return _percentiles(value, centre, draws, len(columns[0]), spreads=spreads, within=within)
 
 
 def bootstrap_ratio_difference(
@@ -187,12 +198,41 @@ def bootstrap_ratio_difference(
     clusters: Sequence[str],
     *,
     seed: int,
+    within: tuple[float, float] = (-math.inf, math.inf),
+    pseudo: float | None = None,
 ) -> Estimate:
-    """ratio(second) - ratio(first) on the same rows, each drawn for both at once (a paired bootstrap)."""
+    """ratio(second) - ratio(first) on the same rows, each drawn for both at once (a paired bootstrap).
+
+    `within` are the values that each ratio can have: of the two clusters that are added, each has one ratio
+    at one bound and the other at the other.
+    """
     columns = _by_cluster(clusters, *first, *second)
-    draws = _resampled_sums(seed, *columns)
+    draws, centre, spreads = _draws(columns, within, pseudo, seed)
     value = sum(second[0]) / sum(second[1]) - sum(first[0]) / sum(first[1])
-    return _percentiles(value, draws[:, 2] / draws[:, 3] - draws[:, 0] / draws[:, 1], len(columns[0]))
+    reach = within[1] - within[0]
+    return _percentiles(value, centre, draws, len(columns[0]), spreads=spreads, within=(-reach, reach))
+
+
+def _draws(
+    columns: list["NDArray[np.float64]"], within: tuple[float, float], pseudo: float | None, seed: int
+) -> tuple["NDArray[np.float64]", float, bool]:
+    """Resampled ratios or differences of two, what they lie around, and whether they differ at all."""
+    import numpy as np
+
+    if all(map(math.isfinite, within)):
+        below = [float(one.mean()) if pseudo is None else pseudo for one in columns[1::2]]
+        # The first ratio at one bound and the second at the other, and the other way round.
+        ends = [(low * size, size) for low, size in zip(within, below, strict=False)]
+        turned = [(high * size, size) for high, size in zip(reversed(within), below, strict=False)]
+        added = np.array([[value for pair in one for value in pair] for one in (ends, turned)])
+        columns = [np.append(column, added[:, place]) for place, column in enumerate(columns)]
+    sums = _resampled_sums(seed, *columns)
+    totals = np.array([[column.sum() for column in columns]])
+    ratios, centres = (one[:, ::2] / one[:, 1::2] for one in (sums, totals))
+    draws, centre = (one[:, -1] - (one[:, 0] if one.shape[1] == 2 else 0.0) for one in (ratios, centres))
+    # Sums of equal ratios differ by their rounding.
+    spreads = bool(np.ptp(draws) > 1e-12 * np.abs(ratios).max())
+    return draws, float(centre[0]), spreads
 
 
 def _by_cluster(clusters: Sequence[str], *columns: Sequence[float]) -> list["NDArray[np.float64]"]:
@@ -219,14 +259,22 @@ def _resampled_sums(seed: int, *columns: "NDArray[np.float64]") -> "NDArray[np.f
     return np.concatenate(sums)
 
 
-def _percentiles(value: float, draws: "NDArray[np.float64]", clusters: int) -> Estimate:
+def _percentiles(
+    value: float,
+    centre: float,
+    draws: "NDArray[np.float64]",
+    clusters: int,
+    *,
+    spreads: bool,
+    within: tuple[float, float],
+) -> Estimate:
     import numpy as np
 
-    if clusters == 1:
-        return Estimate(value, -math.inf, math.inf)
+    if clusters == 1 or not spreads:
+        return Estimate(value, *within)
     wider = math.sqrt(clusters / (clusters - 1)) * _student_95(clusters - 1) / Z_95
-    low, high = (value + wider * (float(end) - value) for end in np.quantile(draws, [0.025, 0.975]))
-    return Estimate(value, low, high)
+    low, high = (centre + wider * (float(end) - centre) for end in np.quantile(draws, [0.025, 0.975]))
+    return Estimate(value, max(min(low, value), within[0]), min(max(high, value), within[1]))
 
 
 def _student_95(freedom: int) -> float:

@@ -181,7 +181,9 @@ def _rating(
             continue
         ours, theirs = [means[item, model] for item in both], [means[item, baseline] for item in both]
         ones = [1.0] * len(both)
-        found.differences[model] = bootstrap_ratio_difference((theirs, ones), (ours, ones), both, seed=0)
+        found.differences[model] = bootstrap_ratio_difference(
+            (theirs, ones), (ours, ones), both, seed=0, within=(_LOWEST, _HIGHEST)
+        )
         worth = [0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)]
         # Two votes a prompt, so that a tie is one for each.
         found.preferred[model] = clustered_share(worth, samples=2)

@@ -59,7 +59,7 @@ class Scorers:
             if not isinstance(model, TransformersModel):
                 raise ModelError(
                     f"{settings.bertscore.model} is a model of engine {getattr(model, 'engine', '?')}",
-                    where=f"step {context.name}, bertscore",
+                    where="bertscore",
                     expected="a model that transformers loads, because its hidden states are compared",
                 )
             device = {} if settings.device is None else {"device": settings.device}
@@ -75,9 +75,14 @@ class Scorers:
             return
 
         def make() -> dict[str, Any]:
+            context.check_stop()
             context.say(f"{subject.name}: lm_eval {', '.join(settings.tasks)}")
             found = run_harness(
-                subject.loaded, settings, batch=self._settings.batch, seed=context.derive_seed("lm_eval")
+                subject.loaded,
+                settings,
+                batch=self._settings.batch,
+                seed=context.derive_seed("lm_eval"),
+                check_stop=context.check_stop,
             )
             return {task: dataclasses.asdict(one) for task, one in found.items()}
 
@@ -186,7 +191,7 @@ class Scorers:
         if too_long > self._settings.max_failed_share * count:
             raise DataError(
                 f"{too_long:,} of {count:,} comparisons are longer than the judge's context",
-                where=f"step {self._context.name}, judge",
+                where="judge",
                 expected="prompts, two answers and the rubric together within it",
                 mend="take a judge with a longer context, or allow such failures with max_failed_share",
             )

@@ -1,11 +1,11 @@
 """The `evaluate` step: models in turn over the same traces and prompts; finished parts outlive a kill."""
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from potstill.evaluate.settings import Decoding, EvaluateSettings
 from potstill.evaluate.subjects import LocalSubject, ServedSubject, Subject, open_subject
 from potstill.evaluate.summary import ModelRows, TaskRows, differences, figures
 from potstill.evaluate.tasks import TaskData, read_tasks, read_traces
-from potstill.models import check_same_vocabulary
+from potstill.models import SharedWeights, check_same_vocabulary
 from potstill.scoring import compare_on_traces, micro_batch_tokens
 from potstill.teachers.transformers import context_tokens
 
@@ -60,7 +60,17 @@ class _Evaluation:
     @property
     def samples(self) -> list[Record]:
         """The first held-out prompts, whose answers are shown."""
-        return list(islice(prompts(self.traces), self.settings.samples_shown))
+        return list(itertools.islice(prompts(self.traces), self.settings.samples_shown))
+
+    @property
+    def answered(self) -> dict[str, list[str]]:
+        """The prompt ids of each task whose answers are decoded as those are that are only shown."""
+        shown = self.decoding(None)
+        return {
+            name: [record.prompt_id for record in task.prompts]
+            for name, task in self.tasks.items()
+            if task.settings.generates and dataclasses.replace(self.decoding(task), samples=1) == shown
+        }
 
     def decoding(self, task: TaskData | None) -> Decoding:
         """How answers are decoded; without a task, those that are only shown."""
@@ -76,10 +86,11 @@ class _Evaluation:
 
 def evaluate(settings: EvaluateSettings, context: StepContext) -> StepResult:
     """Carry out an evaluate step."""
+    shared = SharedWeights()
     subjects = [
-        open_subject(name, reference, settings, context) for name, reference in settings.roles.items()
+        open_subject(name, reference, settings, context, shared) for name, reference in settings.roles.items()
     ]
-    teacher = _teacher(settings.teacher, subjects, settings, context)
+    teacher = _teacher(settings.teacher, subjects, settings, context, shared)
     tasks = read_tasks(settings, context)
     traces = read_traces(settings.data, settings, context)
     reasons = _reasons(subjects, traces, tasks)
@@ -90,21 +101,24 @@ def evaluate(settings: EvaluateSettings, context: StepContext) -> StepResult:
     shown: dict[str, list[AnswerRow]] = {}
     not_measured: dict[str, dict[str, str]] = {}
     scorers = Scorers(settings, context, tasks, work.kept)
-    for subject in subjects:
+    for subject, following in itertools.zip_longest(subjects, subjects[1:]):
         try:
             refusals = not_measured[subject.name] = _refusals(subject, work)
             for part, refusal in refusals.items():
                 context.say(f"{subject.name}{', ' + part if part else ''}: {refusal}")
             rows[subject.name] = _measure(subject, work)
-            shown[subject.name] = _answers(subject, work, None, work.samples)[0]
+            shown[subject.name] = _shown(subject, work, rows[subject.name])
             scorers.run_benchmarks(subject)
         finally:
             if subject is not teacher:
                 subject.close()
+        # A base that the next one needs as well is not read again; all else makes room for it.
+        shared.keep(one.settings for one in (teacher, following) if isinstance(one, LocalSubject))
         _say_cut_off(subject, work, rows[subject.name])
         scorers.say_unjudged(subject.name, rows[subject.name])
     if teacher is not None:
         teacher.close()
+        shared.keep(())
     scorers.compare_with_references(rows)
     described: dict[str, dict[str, Any]] = {}
     for subject in subjects:
@@ -123,17 +137,21 @@ def evaluate(settings: EvaluateSettings, context: StepContext) -> StepResult:
 
 
 def _teacher(
-    reference: ModelRef | None, subjects: Sequence[Subject], settings: EvaluateSettings, context: StepContext
+    reference: ModelRef | None,
+    subjects: Sequence[Subject],
+    settings: EvaluateSettings,
+    context: StepContext,
+    shared: SharedWeights,
 ) -> LocalSubject | None:
     """The model that distributions are compared with; the same weights are not loaded twice."""
     if reference is None:
         return None
     named = next((one for one in subjects if one.reference == reference), None)
-    named = named or open_subject("teacher", reference, settings, context)
+    named = named or open_subject("teacher", reference, settings, context, shared)
     if isinstance(named, ServedSubject):
         raise ModelError(
             f"{reference} is a model of engine {named.engine}",
-            where=f"step {context.name}, teacher",
+            where="teacher",
             expected="a model that transformers loads, because whole distributions are compared",
             mend="declare the same weights with a path (a folder, hub id or .gguf file), and name that",
         )
@@ -271,6 +289,20 @@ def _answers(
     return [AnswerRow(**one) for one in kept["answers"]], kept["seconds"]
 
 
+def _shown(subject: Subject, work: _Evaluation, rows: ModelRows) -> list[AnswerRow]:
+    """Answers to the held-out prompts that are shown: a task's where it has them, the others decoded."""
+    tasks = {**rows.tasks, **rows.forgetting}
+    known = {
+        row.prompt_id: row
+        for name in work.answered
+        for row in (tasks[name].answers if name in tasks else ())
+        if row.sample == 0
+    }
+    missing = [record for record in work.samples if record.prompt_id not in known]
+    known |= {row.prompt_id: row for row in _answers(subject, work, None, missing)[0]}
+    return [known[record.prompt_id] for record in work.samples]
+
+
 def _choices(subject: LocalSubject, work: _Evaluation, task: TaskData) -> list[AnswerRow]:
     """The options that a model finds likeliest."""
     by = task.settings.choose_by
@@ -354,7 +386,8 @@ def _write(
     rating_items = scorers.write_rating_sheet(answers)
     scorers.add_figures(described, gaps)
     decoded = [answer for tasks in answers.values() for given in tasks.values() for answer in given]
-    decoded += [answer for given in shown.values() for answer in given]
+    known = {prompt for prompts_ids in work.answered.values() for prompt in prompts_ids}
+    decoded += [answer for given in shown.values() for answer in given if answer.prompt_id not in known]
     return StepResult(
         counts={
             "models": len(subjects),
@@ -384,18 +417,25 @@ def _write(
 def _samples(
     work: _Evaluation, answers: dict[str, dict[str, list[AnswerRow]]], shown: dict[str, list[AnswerRow]]
 ) -> list[dict[str, Any]]:
-    """The first prompts of the held-out traces and of each task, with every model's first answer."""
+    """The first prompts of the held-out traces and of each task, with every model's first answer.
+
+    One that both have, with the same answers, stands among the held-out traces.
+    """
     first_traces: dict[str, Record] = {}
     for record in work.traces:
         first_traces.setdefault(record.prompt_id, record)
     parts = [(_HELD_OUT, work.samples, shown)]
     for name, task in work.tasks.items():
         of_task = {role: tasks[name] for role, tasks in answers.items() if tasks.get(name)}
-        parts.append((name, task.prompts[: work.settings.samples_shown], of_task))
+        there = {one.prompt_id for one in work.samples} if name in work.answered else set()
+        first = task.prompts[: work.settings.samples_shown]
+        parts.append((name, [one for one in first if one.prompt_id not in there], of_task))
     samples = []
     for number_of_part, (source, records, given) in enumerate(parts):
-        first = {role: [row for row in rows if row.sample == 0] for role, rows in given.items()}
-        for number, record in enumerate(records):
+        answered = {
+            role: {row.prompt_id: row for row in rows if row.sample == 0} for role, rows in given.items()
+        }
+        for record in records:
             trace = first_traces.get(record.prompt_id) if number_of_part == 0 else None
             samples.append(
                 {
@@ -406,10 +446,10 @@ def _samples(
                     "trace": None if trace is None else trace.response,
                     "answers": {
                         role: {
-                            key: getattr(rows[number], key)
+                            key: getattr(rows[record.prompt_id], key)
                             for key in ("response", "finish_reason", "response_tokens", "verdicts", "scores")
                         }
-                        for role, rows in first.items()
+                        for role, rows in answered.items()
                     },
                 }
             )

@@ -13,7 +13,15 @@ from potstill.core.step import StepContext
 from potstill.data.chat import Renderer
 from potstill.evaluate.settings import Decoding, EvaluateSettings
 from potstill.generate import GenerateSettings, PromptPlan, check_budget
-from potstill.models import LoadedModel, TransformersModel, identity, load, load_tokenizer, tokenizer_hash
+from potstill.models import (
+    LoadedModel,
+    SharedWeights,
+    TransformersModel,
+    identity,
+    load,
+    load_tokenizer,
+    tokenizer_hash,
+)
 from potstill.teachers import Answer, Teacher, open_teacher
 from potstill.teachers.asking import Asking
 from potstill.teachers.budget import Budget
@@ -35,7 +43,10 @@ class Decoded:
 
 
 class LocalSubject:
-    """A model that transformers loads, when something has to be measured and not before."""
+    """A model that transformers loads, when something has to be measured and not before.
+
+    Its weights are taken from `shared` where another model on the same base left them there.
+    """
 
     def __init__(
         self,
@@ -44,20 +55,21 @@ class LocalSubject:
         model: TransformersModel,
         settings: EvaluateSettings,
         context: StepContext,
+        shared: SharedWeights | None = None,
     ) -> None:
         self.name, self.reference, self.settings = name, reference, model
         self.tokenizer = load_tokenizer(model, say=context.say)
         self.renderer = Renderer(self.tokenizer)
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
         self.identity = identity(model)
-        self._batch, self._context = settings.batch, context
+        self._batch, self._context, self._shared = settings.batch, context, shared
         self._loaded: LoadedModel | None = None
 
     @property
     def loaded(self) -> LoadedModel:
         """The model itself."""
         if self._loaded is None:
-            self._loaded = load(self.settings)
+            self._loaded = load(self.settings, shared=self._shared)
         return self._loaded
 
     def is_same_model(self, other: "Subject") -> bool:
@@ -110,7 +122,7 @@ class LocalSubject:
         return Decoded([found[one] for one in range(len(places))], seconds)
 
     def close(self) -> None:
-        """Free the weights."""
+        """Let go of the model; its weights are free once `shared` does not keep them."""
         self._loaded = None
 
 
@@ -213,11 +225,17 @@ class ServedSubject:
 Subject = LocalSubject | ServedSubject
 
 
-def open_subject(name: str, reference: ModelRef, settings: EvaluateSettings, context: StepContext) -> Subject:
+def open_subject(
+    name: str,
+    reference: ModelRef,
+    settings: EvaluateSettings,
+    context: StepContext,
+    shared: SharedWeights | None = None,
+) -> Subject:
     """The model that a reference names, ready to be measured; nothing is loaded or asked yet."""
     model = context.model(reference)
     if not isinstance(model, TransformersModel):
         return ServedSubject(name, reference, model, settings, context)
     if settings.device is not None:
         model = model.model_copy(update={"device": settings.device})
-    return LocalSubject(name, reference, model, settings, context)
+    return LocalSubject(name, reference, model, settings, context, shared)

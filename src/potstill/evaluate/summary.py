@@ -94,7 +94,7 @@ def _trace_figures(traces: Sequence[TraceRow], seed: int) -> dict[str, Any]:
     tokens = columns["supervised_tokens"]
 
     def ratio(name: str, highest: float = math.inf) -> Estimate:
-        return bootstrap_ratio(columns[name], tokens, clusters, seed=seed, within=(0.0, highest))
+        return bootstrap_ratio(columns[name], tokens, clusters, seed=seed, within=(0.0, highest), pseudo=1)
 
     found: dict[str, Any] = {"rows": len(traces), "supervised_tokens": int(sum(tokens))}
     if "kl_nats" in columns:
@@ -127,11 +127,11 @@ def _task_figures(task: TaskRows, pass_at: Sequence[int] | None, seed: int) -> d
         "prompts": len(task.by_prompt),
         "samples": samples,
         "verdicts": {
-            name: clustered_share(values, samples=samples).as_dict()
+            name: clustered_share([*values.values()], samples=samples).as_dict()
             for name, values in _verdicts(task).items()
         },
         "pass_at": {
-            str(k): clustered_share(values, samples=samples).as_dict()
+            str(k): clustered_share([*values.values()], samples=samples).as_dict()
             for k, values in _passes(task, pass_at).items()
         },
         "scores": {
@@ -140,12 +140,10 @@ def _task_figures(task: TaskRows, pass_at: Sequence[int] | None, seed: int) -> d
         },
     }
     if groups := task.by_group:
+        right = {value: [*_verdicts(rows)["correct"].values()] for value, rows in groups.items()}
         found["groups"] = {
-            value: {
-                "prompts": len(rows.by_prompt),
-                "correct": clustered_share(_verdicts(rows)["correct"], samples=samples).as_dict(),
-            }
-            for value, rows in groups.items()
+            value: {"prompts": len(of_group), "correct": clustered_share(of_group, samples=samples).as_dict()}
+            for value, of_group in right.items()
         }
     if (given_form := _right_if_well_formed(task)) is not None:
         found["right_if_well_formed"] = given_form.as_dict()
@@ -160,24 +158,33 @@ def _task_figures(task: TaskRows, pass_at: Sequence[int] | None, seed: int) -> d
     return found
 
 
-def _verdicts(task: TaskRows) -> dict[str, list[float]]:
-    """The verdicts that every answer has, by name, as a share of each prompt's answers."""
-    answers = task.answers
-    names = [name for name in answers[0].verdicts if all(name in answer.verdicts for answer in answers)]
-    return {
-        name: [sum(one.verdicts[name] for one in of_prompt) / len(of_prompt) for of_prompt in task.by_prompt]
-        for name in names
-    }
+_ByPrompt = dict[str, float]
 
 
-def _passes(task: TaskRows, pass_at: Sequence[int] | None) -> dict[int, list[float]]:
-    """Each prompt's estimate of pass@k, by k; none where there is one sample a prompt or no verifier."""
-    samples = task.samples
-    if samples == 1 or not all("correct" in answer.verdicts for answer in task.answers):
+def _verdicts(task: TaskRows) -> dict[str, _ByPrompt]:
+    """By a verdict's name, as a share of the answers of each prompt that has it on all of them.
+
+    Whether an answer is right is not known of a question that came without one, and of the others it is.
+    """
+    found: dict[str, _ByPrompt] = {}
+    for answers in task.by_prompt:
+        for name in answers[0].verdicts:
+            if all(name in one.verdicts for one in answers):
+                share = sum(one.verdicts[name] for one in answers) / len(answers)
+                found.setdefault(name, {})[answers[0].prompt_id] = share
+    return found
+
+
+def _passes(task: TaskRows, pass_at: Sequence[int] | None) -> dict[int, _ByPrompt]:
+    """The estimate of pass@k of each prompt that is judged, by k; none where there is one sample a prompt."""
+    samples, right = task.samples, _verdicts(task).get("correct")
+    if samples == 1 or right is None:
         return {}
     wanted = [samples] if pass_at is None else [k for k in pass_at if k <= samples]
-    right = [sum(answer.verdicts["correct"] for answer in answers) for answers in task.by_prompt]
-    return {k: [pass_at_k(samples, one, k) for one in right] for k in sorted({*wanted})}
+    return {
+        k: {prompt: pass_at_k(samples, round(share * samples), k) for prompt, share in right.items()}
+        for k in sorted({*wanted})
+    }
 
 
 def _right_if_well_formed(task: TaskRows) -> Estimate | None:
@@ -185,8 +192,12 @@ def _right_if_well_formed(task: TaskRows) -> Estimate | None:
 
     Samples of one prompt count as one answer, so that the interval is never too narrow.
     """
-    formed = [answer for answer in task.answers if answer.verdicts.get("well_formed")]
-    if not formed or not all("correct" in answer.verdicts for answer in formed):
+    formed = [
+        answer
+        for answer in task.answers
+        if answer.verdicts.get("well_formed") and "correct" in answer.verdicts
+    ]
+    if not formed:
         return None
     prompts: dict[str, list[bool]] = {}
     for answer in formed:
@@ -261,18 +272,20 @@ def _trace_differences(base: Sequence[TraceRow], model: Sequence[TraceRow], seed
     clusters = [trace.prompt_id for trace in base]
     first, second = _columns(base), _columns(model)
 
-    def difference(name: str) -> Estimate:
+    def difference(name: str, highest: float = math.inf) -> Estimate:
         return bootstrap_ratio_difference(
             (first[name], first["supervised_tokens"]),
             (second[name], second["supervised_tokens"]),
             clusters,
             seed=seed,
+            within=(0.0, highest),
+            pseudo=1,
         )
 
     found = {"perplexity": _exp(difference("cross_entropy_nats")).as_dict()}
     if "kl_nats" in first and "kl_nats" in second:
         found["kl_nats_per_token"] = difference("kl_nats").as_dict()
-        found["top1_agreement"] = difference("agreed_tokens").as_dict()
+        found["top1_agreement"] = difference("agreed_tokens", 1.0).as_dict()
     return found
 
 
@@ -289,7 +302,7 @@ def _task_differences(
     found["verdicts"] = {
         name: _share_difference(first, seconds[name], samples)
         for name, first in firsts.items()
-        if name in seconds
+        if first.keys() & seconds.get(name, {}).keys()
     }
     groups, others_groups = base.by_group, model.by_group
     if both := [value for value in groups if value in others_groups]:
@@ -303,13 +316,13 @@ def _task_differences(
         }
     passes, others = _passes(base, pass_at), _passes(model, pass_at)
     found["pass_at"] = {
-        str(k): clustered_share_difference(first, others[k], samples=samples).as_dict()
+        str(k): clustered_share_difference(*_common(first, others[k]), samples=samples).as_dict()
         for k, first in passes.items()
         if k in others
     }
     scores, other_scores = _scores(base), _scores(model)
     found["scores"] = {
-        name: _mean_difference(values, other_scores[name][0], clusters, seed)
+        name: _mean_difference(values, other_scores[name][0], clusters, seed, highest=1.0)
         for name, (values, clusters) in scores.items()
         if name in other_scores and other_scores[name][1] == clusters
     }
@@ -324,15 +337,28 @@ def _task_differences(
     return found
 
 
-def _share_difference(first: Sequence[float], second: Sequence[float], samples: int) -> dict[str, float]:
+def _common(first: _ByPrompt, second: _ByPrompt) -> tuple[list[float], list[float]]:
+    """Both models' values of the prompts that both have."""
+    common = [prompt for prompt in first if prompt in second]
+    return [first[prompt] for prompt in common], [second[prompt] for prompt in common]
+
+
+def _share_difference(first: _ByPrompt, second: _ByPrompt, samples: int) -> dict[str, float]:
+    ours, theirs = _common(first, second)
     if samples > 1:
-        return clustered_share_difference(first, second, samples=samples).as_dict()
-    right = [value == 1 for value in first], [value == 1 for value in second]
+        return clustered_share_difference(ours, theirs, samples=samples).as_dict()
+    right = [value == 1 for value in ours], [value == 1 for value in theirs]
     return {**paired_share_difference(*right).as_dict(), "mcnemar_p": mcnemar_exact(*right)}
 
 
 def _mean_difference(
-    first: Sequence[float], second: Sequence[float], clusters: Sequence[str], seed: int
+    first: Sequence[float],
+    second: Sequence[float],
+    clusters: Sequence[str],
+    seed: int,
+    highest: float = math.inf,
 ) -> dict[str, float]:
     ones = [1] * len(clusters)
-    return bootstrap_ratio_difference((first, ones), (second, ones), clusters, seed=seed).as_dict()
+    return bootstrap_ratio_difference(
+        (first, ones), (second, ones), clusters, seed=seed, within=(0.0, highest)
+    ).as_dict()

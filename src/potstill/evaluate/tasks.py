@@ -35,6 +35,13 @@ class TaskData:
     references: dict[str, list[str]] = field(default_factory=dict)
     reasons: bool = False
 
+    @property
+    def unchecked(self) -> int:
+        """How many prompts have no answer that can be checked, so that nobody knows which answer is right."""
+        if self.settings.verifier is not None or not self.settings.generates:
+            return 0
+        return sum(record.task is None for record in self.prompts)
+
     def groups(self, by: str | None) -> dict[str, str]:
         """The value of a column by prompt id, for the prompts that have it."""
         return (
@@ -45,6 +52,8 @@ class TaskData:
     def described(self) -> dict[str, Any]:
         """What a reader of the figures needs to know of the task."""
         found: dict[str, Any] = {"prompts": len(self.prompts), "choose_by": self.settings.choose_by}
+        if self.unchecked:
+            found["unchecked"] = self.unchecked
         if self.settings.choose_by == "text":
             found["normalise"] = self.settings.normalise
         options = [
@@ -63,7 +72,7 @@ def read_traces(data: Data | None, settings: EvaluateSettings, context: StepCont
     if not traces:
         raise DataError(
             "these rows have no responses to measure models on",
-            where=f"step {context.name}, data",
+            where="data",
             expected="traces, such as the held_out view of a generate step",
             mend="name a step that makes traces; prompts alone belong under tasks",
         )
@@ -90,6 +99,8 @@ def read_tasks(settings: EvaluateSettings, context: StepContext) -> dict[str, Ta
         where = f"step {context.name}, {'forgetting' if task.forgetting else 'tasks'}.{name}"
         if one.generates:
             check_verifiable(task.prompts, one.verifier, where=where)
+            if task.unchecked:
+                context.say(_said_of_unchecked(task))
         else:
             check_choices(task.prompts, where=where)
         tasks[name] = task
@@ -97,14 +108,14 @@ def read_tasks(settings: EvaluateSettings, context: StepContext) -> dict[str, Ta
         columns = {name for task in tasks.values() for one in task.prompts for name in one.meta}
         raise DataError(
             f"no prompt has the column {settings.by!r}",
-            where=f"step {context.name}, by",
+            where="by",
             expected=f"one of {', '.join(sorted(columns)) or 'no columns at all'}",
             mend="name one of these, or give the tasks' sources `labels`",
         )
     if settings.compares and not any(task.references for task in tasks.values()):
         raise DataError(
             "the rows of no task have responses that answers could be compared with",
-            where=f"step {context.name}, tasks",
+            where="tasks",
             expected="traces, such as {name: traces:held_out}",
             mend="name such a task, or leave rouge and bertscore out",
         )
@@ -125,13 +136,19 @@ def _read_task(task: TaskData, limit: int | None, context: StepContext, *, compa
     if not task.prompts:
         raise DataError(
             "no row is a prompt",
-            where=f"step {context.name}, tasks.{task.name}",
+            where=f"tasks.{task.name}",
             expected="rows with a question or messages",
             mend="plain text has no place under tasks; under forgetting its perplexity is measured",
         )
     bare = sum(record.prompt_id not in task.references for record in task.prompts)
     if compared and bare:
         context.say(f"{task.name}: {bare:,} of {len(task.prompts):,} prompts have no answer to compare with")
+
+
+def _said_of_unchecked(task: TaskData) -> str:
+    count, of = task.unchecked, len(task.prompts)
+    then = "right answers are counted on the others" if count < of else "right answers cannot be counted"
+    return f"{task.name}: {count:,} of {of:,} questions have no answer that can be checked; {then}"
 
 
 def _final_answer(record: Record) -> str:
@@ -150,7 +167,7 @@ def _read_forgetting(task: TaskData, limit: int | None, context: StepContext) ->
     if not task.prompts and not task.traces:
         raise DataError(
             "nothing tells what was forgotten: these rows have no responses, and no verifier",
-            where=f"step {context.name}, forgetting.{task.name}",
+            where=f"forgetting.{task.name}",
             expected="traces, or questions with a gold answer",
             mend="name rows that models can be measured on, or leave this set out",
         )

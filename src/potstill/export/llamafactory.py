@@ -187,7 +187,7 @@ class _Run:
             seed=self.recipe.seed,
             cache_folder=Path(),
             reporter=Reporter("quiet"),
-            resolve_model=inputs.model,
+            resolve_models=inputs.models,
             resolve_data=inputs.artifacts,
         )
         try:

@@ -17,31 +17,47 @@ from potstill.report.charts import interval_chart
 from potstill.report.html import render
 from potstill.report.page import flatten
 from potstill.report.paired import Arms, Pairing, arms_of, pair
-from potstill.report.results import Better, Figure, Measure, format_figure, format_interval, results_of
+from potstill.report.results import (
+    Better,
+    Figure,
+    Measure,
+    clear_among,
+    format_figure,
+    format_interval,
+    p_value_of,
+    results_of,
+)
 from potstill.report.text import aligned
 from potstill.report.training import curves_of, end_value, loss_comparison, peak_memory
-from potstill.report.view import RunView
+from potstill.report.view import RunView, StepView
 
 __all__ = ["comparison_table", "write_comparison"]
 
 _MOST_SETTINGS = 8
 # Two runs in which one of these differs were trained on two functions, whose values do not compare.
-_LOSS_SETTINGS = frozenset(
-    [
-        "alpha",
-        "temperature",
-        "divergence",
-        "beta",
-        "skew",
-        "renormalise",
-        "kl_reduction",
-        "base_kl",
-        "router_aux_loss_coef",
-        "top_k",
-        "codec",
-        "draws",
-    ]
-)
+_LOSS_SETTINGS: dict[str, Any] = {
+    "alpha": None,  # by whether there is a teacher
+    "temperature": 1.0,
+    "divergence": "forward_kl",
+    "beta": 0.5,
+    "skew": 0.1,
+    "renormalise": False,
+    "kl_reduction": "token",
+    "top_k": None,
+    "base_kl": 0.0,
+    "router_aux_loss_coef": None,
+    "feature": None,
+    "label_weight": None,
+    "mask_prefix": False,
+}
+_FEATURE_SETTINGS = {
+    "weight": 1.0,
+    "layers": "uniform",
+    "embeddings": False,
+    "tokens": "supervised",
+    "relation_heads": None,
+}
+_CACHE_SETTINGS = ("top_k", "codec", "draws")
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,15 @@ class _Compared:
         return self.pairing.best if clear else None
 
     @property
+    def p_value(self) -> float | None:
+        """The chance that the best run is so far from the next where there is no difference; None unknown."""
+        if self.pairing is not None:
+            gaps = [(one.value, one.low, one.high) for one in self.pairing.differences if one is not None]
+        else:
+            gaps = _unpaired_gaps(self.measure.better, self.figures)
+        return max((p_value_of(*gap) for gap in gaps), default=None)
+
+    @property
     def differences(self) -> Sequence[Estimate | None]:
         """Each run's difference to the best; None for the best and where it is not known."""
         known = None if self.pairing is None else self.pairing.differences
@@ -104,7 +129,7 @@ def comparison_table(runs: Sequence[RunView]) -> str:
     runs = _told_apart(runs)
     compared = _compared(runs)
     table = _table(runs, compared, ascii_only=True)
-    notes = [one.note for one in compared if one.note is not None]
+    notes = _notes(compared)
     rows = [table.header]
     for row in table.rows:
         rows.append([cell.text + (" *" if cell.best else "") or "-" for cell in row])
@@ -138,7 +163,7 @@ def write_comparison(runs: Sequence[RunView], path: Path) -> None:
             for one in arms_of(runs, [one.measure for one in compared])
         ],
         rule=_rule(compared),
-        notes=[one.note for one in compared if one.note is not None],
+        notes=_notes(compared),
         figures=_figure_charts(runs, compared),
         losses=loss_comparison(runs) if _same_loss(runs) else [],
         same_loss=_same_loss(runs),
@@ -173,6 +198,8 @@ def _arms_cells(arms: Arms) -> list[list[str]]:
         return format_figure(value, measure.unit, difference=difference, ascii_only=True)
 
     def with_ends(one: Estimate, *, difference: bool) -> str:
+        if not one.is_bounded:
+            return shown(one.value, difference=difference)
         value, low, high = (shown(end, difference=difference) for end in (one.value, one.low, one.high))
         return f"{value} ({low.removesuffix(' %')} to {high.removesuffix(' %')})"
 
@@ -191,9 +218,29 @@ def _arms_cells(arms: Arms) -> list[list[str]]:
     return cells
 
 
+def _clearly_best(compared: Sequence[_Compared]) -> list[_Compared]:
+    """The measures in which one run is best, and stays so when their number is reckoned with (Holm 1979)."""
+    judged = [(one, p_value) for one in compared if (p_value := one.p_value) is not None]
+    clear = clear_among([(one.best is not None, p_value) for one, p_value in judged])
+    return [one for (one, _), is_clear in zip(judged, clear, strict=True) if is_clear]
+
+
+def _notes(compared: Sequence[_Compared]) -> list[str]:
+    """What a reader must know of the marks."""
+    notes = [one.note for one in compared if one.note is not None]
+    lasting = [one.measure.label for one in _clearly_best(compared)]
+    marked = [one.measure.label for one in compared if one.best is not None]
+    if alone := [label for label in marked if label not in lasting]:
+        notes.append(
+            f"Clear by itself, and not among the {len(compared)} measures that are compared (Holm's "
+            f"correction): {', '.join(alone)}."
+        )
+    return notes
+
+
 def _headline(runs: Sequence[RunView], compared: Sequence[_Compared]) -> str:
     wins: dict[str, list[str]] = {}
-    for one in compared:
+    for one in _clearly_best(compared):
         if one.best is not None:
             wins.setdefault(runs[one.best].name, []).append(one.measure.label)
     if wins:
@@ -282,15 +329,35 @@ def _differing(runs: Sequence[RunView]) -> dict[str, list[str]]:
 
 def _same_loss(runs: Sequence[RunView]) -> bool:
     """Whether all runs minimised one function, so that their losses can be compared."""
-    recipes = [
-        {
-            (name, value)
-            for key, value in _flat_recipe(run).items()
-            if (name := key.rpartition(".")[2]) in _LOSS_SETTINGS
-        }
-        for run in runs
-    ]
-    return all(one == recipes[0] for one in recipes)
+    found = [one for one in map(_loss_function, runs) if one is not None]
+    return all(one == found[0] for one in found)
+
+
+def _loss_function(run: RunView) -> dict[str, Any] | None:
+    """What the last train step minimised, with the defaults of what is left out; None without such a step."""
+    steps = [step for step in run.steps_of("train") if curves_of(run, step)]
+    if not steps:
+        return None
+    given = _settings_of(run, steps[-1])
+    caches = [step for step in run.steps if step.kind == "cache" and step.name in steps[-1].needs]
+    found = {
+        name: default if given.get(name) is None else given[name] for name, default in _LOSS_SETTINGS.items()
+    }
+    if found["alpha"] is None:
+        found["alpha"] = 0.5 if caches or given.get("teacher") is not None else 0.0
+    if isinstance(found["feature"], dict):
+        found["feature"] = {**_FEATURE_SETTINGS, **found["feature"], "projection_lr": None}
+    cached = [{name: _settings_of(run, step).get(name) for name in _CACHE_SETTINGS} for step in caches]
+    return {**found, "cached": cached}
+
+
+def _settings_of(run: RunView, step: StepView) -> dict[str, Any]:
+    """A step's settings as the recipe has them; of a recipe that cannot be read, the manifest's."""
+    steps = _recipe(run).get("steps")
+    given = steps.get(step.name) if isinstance(steps, dict) else None
+    if not isinstance(given, dict):
+        given = None if step.manifest is None else step.manifest.settings
+    return given or {}
 
 
 def _table(runs: Sequence[RunView], compared: Sequence[_Compared], *, ascii_only: bool) -> _Table:
@@ -375,7 +442,7 @@ def _difference_cells(differences: Sequence[Estimate | None], *, ascii_only: boo
             cells.append(_Cell(""))
             continue
         text = format_figure(gap.value, "nats", difference=True, ascii_only=ascii_only)
-        ends = Figure(gap.value, gap.low, gap.high)
+        ends = Figure(gap.value, gap.low, gap.high) if gap.is_bounded else Figure(gap.value)
         interval = format_interval(ends, "nats", difference=True, ascii_only=ascii_only)
         cells.append(_Cell(text, interval, is_figure=True))
     return cells
@@ -393,7 +460,7 @@ def _figure_charts(runs: Sequence[RunView], compared: Sequence[_Compared]) -> li
             continue
         paired = {}
         for run, figure, gap in zip(runs, one.figures, one.differences, strict=True):
-            if figure is not None and gap is not None:
+            if figure is not None and gap is not None and gap.is_bounded:
                 low, high = gap.low - gap.value, gap.high - gap.value
                 if one.measure.unit == "perplexity":
                     paired[run.name] = (figure.value * math.exp(low), figure.value * math.exp(high))
@@ -410,6 +477,25 @@ def _figure_charts(runs: Sequence[RunView], compared: Sequence[_Compared]) -> li
         )
         charts.append({"title": one.measure.label, "svg": svg})
     return charts
+
+
+def _unpaired_gaps(better: Better, figures: list[Figure | None]) -> list[tuple[float, float, float]]:
+    """How far the best figure is from each other one, with the ends of the interval, as if independent."""
+    known = [
+        (one.value, one.value - one.low, one.high - one.value)
+        for one in figures
+        if one is not None and one.low is not None and one.high is not None
+    ]
+    if better == "neither" or len(known) < 2:
+        return []
+    best = max(known) if better == "higher" else min(known)
+    others = [one for one in known if one is not best]
+    gaps = []
+    for value, below, above in others:
+        half = math.hypot(best[1], above) if better == "higher" else math.hypot(best[2], below)
+        gap = abs(best[0] - value)
+        gaps.append((gap, gap - half, gap + half))
+    return gaps
 
 
 def _clear_best(better: Better, figures: list[Figure | None]) -> int | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from potstill.report.results import CHANCE_OF_ERROR, Aspect, Measure, Results, Verdict
+from potstill.report.results import Aspect, Measure, Results, Verdict, clear_among
 
 __all__ = ["Conclusion", "conclusion"]
 
@@ -80,16 +80,14 @@ _CORRECTED = (
 
 def _corrected(measures: Sequence[Measure], role: str) -> list[Verdict]:
     """Each measure's verdict; unclear where the interval is clear by itself, but not among so many (Holm)."""
-    verdicts: list[Verdict] = ["unclear"] * len(measures)
-    order = sorted(range(len(measures)), key=lambda number: measures[number].p_value(role))
-    for rank, number in enumerate(order):
-        verdict = measures[number].verdict(role) or "unclear"
-        allowed = CHANCE_OF_ERROR / (len(measures) - rank)
-        # One measure alone is judged by its interval, which may not be a normal distribution's.
-        if verdict == "unclear" or (len(measures) > 1 and measures[number].p_value(role) > allowed):
-            break
-        verdicts[number] = verdict
-    return verdicts
+    verdicts = [measure.verdict(role) or "unclear" for measure in measures]
+    clear = clear_among(
+        [
+            (verdict != "unclear", measure.p_value(role))
+            for measure, verdict in zip(measures, verdicts, strict=True)
+        ]
+    )
+    return [one if is_clear else "unclear" for one, is_clear in zip(verdicts, clear, strict=True)]
 
 
 def _forgetting(measures: Sequence[Measure], verdicts: Sequence[Verdict]) -> str:

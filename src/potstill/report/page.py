@@ -1,6 +1,8 @@
 """One run as one offline HTML page: the answer first, then what carries it, then every detail."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +186,33 @@ def _generation(run: RunView) -> dict[str, Any] | None:
         (step.name, [one.get(label, "–") for label in labels])
         for step, one in zip(steps, figures, strict=True)
     ]
-    return {"labels": labels, "rows": rows}
+    return {"labels": labels, "rows": rows, "groups": _groups(steps)}
+
+
+def _groups(steps: Sequence[StepView]) -> list[dict[str, Any]]:
+    """For each label how many traces of its values were written, and which share of the judged ones is right.
+
+    The steps that `each` makes of one are one row.
+    """
+    found: dict[str, dict[str, dict[str, Counter[str]]]] = {}
+    for step in steps:
+        for label, values in (step.manifest.metrics.get("groups", {}) if step.manifest else {}).items():
+            row = found.setdefault(label, {}).setdefault(step.name.partition("[")[0], {})
+            for value, count in values.items():
+                row.setdefault(value, Counter()).update(count)
+    tables = []
+    for label, by_step in found.items():
+        values = sorted({value for row in by_step.values() for value in row})
+        rows = [(name, [_group(row.get(value)) for value in values]) for name, row in by_step.items()]
+        tables.append({"label": label, "values": values, "rows": rows})
+    return tables
+
+
+def _group(count: Counter[str] | None) -> str:
+    if count is None:
+        return "–"
+    right = f", {count['right'] / count['judged'] * 100:.1f} % right" if count["judged"] else ""
+    return f"{count['traces']:,}{right}"
 
 
 def _provenance(run: RunView, step: StepView) -> dict[str, Any]:
@@ -204,7 +232,11 @@ def _figures(manifest: Manifest, *, provenance: bool = True) -> list[tuple[str, 
     rows = [(key.replace("_", " "), f"{count:,}") for key, count in manifest.counts.items()]
     if manifest.kind not in ("evaluate", "select"):
         found = flatten(
-            {key: value for key, value in manifest.metrics.items() if not isinstance(value, list)}
+            {
+                key: value
+                for key, value in manifest.metrics.items()
+                if not isinstance(value, list) and (manifest.kind, key) != ("generate", "groups")
+            }
         )
         rows += [(key.replace("_", " ").replace(".", ": "), value) for key, value in found]
     if manifest.tokens:

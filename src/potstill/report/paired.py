@@ -4,6 +4,7 @@ An interval of each student alone is mostly about which prompts happened to be m
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _SUMS = {
     "Perplexity": "cross_entropy_nats",
 }
 _OF_ANSWERS = ("verdicts", "scores")
+_SHARES, _ANY = (0.0, 1.0), (-math.inf, math.inf)
 _TO_THE_TEACHER = ("KL to the teacher", "Top-1 agreement")
 
 
@@ -62,7 +64,7 @@ def pair(runs: Sequence[RunView], measure: Measure, measured: Sequence[bool]) ->
     sums = [sum(tops) for tops, _ in columns]
     best = sums.index(max(sums) if measure.better == "higher" else min(sums))
     gaps: dict[int, Estimate] = {
-        number: _difference(columns[best], one, clusters)
+        number: _difference(columns[best], one, clusters, measure)
         for place, (number, one) in enumerate(zip(chosen, columns, strict=True))
         if place != best
     }
@@ -93,11 +95,19 @@ _Measured = tuple[MeasuredRows, Any]
 _Column = tuple[list[float], list[float]]
 
 
-def _difference(best: _Column, other: _Column, clusters: list[str]) -> Estimate:
+def _difference(best: _Column, other: _Column, clusters: list[str], measure: Measure) -> Estimate:
     """The other's ratio less the best's; of one verdict a prompt with an interval that holds near 0 and 1."""
     if len(set(clusters)) == len(clusters) and set(best[1]) == {1.0} and {*best[0], *other[0]} <= {0.0, 1.0}:
         return paired_share_difference([top == 1 for top in best[0]], [top == 1 for top in other[0]])
-    return bootstrap_ratio_difference(best, other, clusters, seed=0)
+    within, pseudo = _bounds(measure)
+    return bootstrap_ratio_difference(best, other, clusters, seed=0, within=within, pseudo=pseudo)
+
+
+def _bounds(measure: Measure) -> tuple[tuple[float, float], float | None]:
+    """A measure's bounds, and how much an observation at a bound weighs: a prompt, or a token of traces."""
+    if (measure.row_value or ("",))[0] in _OF_ANSWERS:
+        return _SHARES, None
+    return (_SHARES if measure.unit == "share" else _ANY), 1.0
 
 
 def _measured_rows(run: RunView, measure: Measure) -> _Measured | None:
@@ -184,7 +194,12 @@ def arms_of(runs: Sequence[RunView], measures: Sequence[Measure]) -> Iterator[Ar
         known = [one for one in found if one is not None]
         if _refusal(measure, known, any_common=True) is not None:
             continue
-        arms = paired_arms((*name, one[0]) for name, one in zip(names, found, strict=True) if one is not None)
+        within, pseudo = _bounds(measure)
+        arms = paired_arms(
+            ((*name, one[0]) for name, one in zip(names, found, strict=True) if one is not None),
+            within=within,
+            pseudo=pseudo,
+        )
         if len(arms) > 1 and any(one.seeds > 1 for one in arms):
             yield Arms(measure, arms)
 

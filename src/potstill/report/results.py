@@ -1,6 +1,7 @@
 """The figures of an evaluation as rows of measures by models."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,8 +16,10 @@ __all__ = [
     "Measure",
     "Results",
     "Verdict",
+    "clear_among",
     "format_figure",
     "format_interval",
+    "p_value_of",
     "results_of",
 ]
 
@@ -76,8 +79,7 @@ class Measure:
         value, low, high = gap.value, gap.low, gap.high
         if self.unit == "perplexity":
             value, low, high = (math.log(max(end, 1e-300)) for end in (value, low, high))
-        half = value - low if value > 0 else high - value
-        return math.erfc(abs(value) / half * _Z_95 / math.sqrt(2)) if half > 0 else float(value == 0)
+        return p_value_of(value, low, high)
 
     def verdict(self, role: str) -> Verdict | None:
         """Whether a model is better than the baseline: only where the interval leaves out "no difference"."""
@@ -90,7 +92,8 @@ class Measure:
         ):
             return None
         nothing = 1.0 if self.unit == "perplexity" else 0.0
-        if difference.low <= nothing <= difference.high:
+        # An interval without width knows nothing of how sure it is.
+        if difference.low <= nothing <= difference.high or difference.low == difference.high:
             return "unclear"
         return "better" if (difference.value < nothing) == (self.better == "lower") else "worse"
 
@@ -143,6 +146,28 @@ class Results:
     def compared(self) -> list[str]:
         """The models that have a difference to the baseline, in order."""
         return [role for role in self.roles if any(role in measure.differences for measure in self.measures)]
+
+
+def p_value_of(value: float, low: float, high: float) -> float:
+    """The chance of such a difference where there is none, by its 95 % interval's half on that side."""
+    half = value - low if value > 0 else high - value
+    return math.erfc(abs(value) / half * _Z_95 / math.sqrt(2)) if half > 0 else 1.0
+
+
+def clear_among(findings: Sequence[tuple[bool, float]]) -> list[bool]:
+    """Which of several differences are clear among so many (Holm 1979).
+
+    `findings` are whether each is clear by itself, and its p-value. One alone is judged by its interval,
+    which may not be a normal distribution's.
+    """
+    clear = [False] * len(findings)
+    order = sorted(range(len(findings)), key=lambda number: findings[number][1])
+    for rank, number in enumerate(order):
+        by_itself, p_value = findings[number]
+        if not by_itself or (len(findings) > 1 and p_value > CHANCE_OF_ERROR / (len(findings) - rank)):
+            break
+        clear[number] = True
+    return clear
 
 
 def results_of(run: RunView) -> list[Results]:
@@ -329,6 +354,8 @@ def _how_judged(about: dict[str, Any]) -> str:
     if about.get("choose_by") == "text":
         divided = {"none": "", "token": " a token", "byte": " a byte"}[about.get("normalise", "none")]
         said.append(f"the option of the likeliest text{divided}")
+    if unchecked := about.get("unchecked"):
+        said.append(f"{unchecked:,} of {about['prompts']:,} questions have no answer that can be checked")
     if about.get("chance"):
         said.append(f"by guessing {about['chance'] * 100:.0f} %")
     return "; ".join(said)
@@ -379,6 +406,11 @@ def _results(step: StepView, manifest: Manifest) -> Results:
         f"{role}, {task}: {refusal}"
         for role, model in models.items()
         for task, refusal in (model.get("not_measured") or {}).items()
+    ]
+    notes += [
+        f"{task}: no question has an answer that can be checked, so that right answers are not counted"
+        for task, about in (metrics.get("tasks") or {}).items()
+        if about.get("unchecked") and about["unchecked"] == about["prompts"]
     ]
     notes += _cut_off(models)
     return Results(

@@ -82,7 +82,6 @@ def open_reranker(
         if not examples:
             raise DataError(
                 "no row teaches the reranker anything",
-                where=f"step {context.name}",
                 expected="rows with a response that are not held out and bring up two passages at least",
                 mend="give it traces, or a trained reranker: `reranker: {model: FOLDER, epochs: 0}`",
             )
@@ -117,7 +116,6 @@ def _train(
                 if not torch.isfinite(loss):
                     raise TrainingError(
                         f"the reranker's loss is {loss.item()} in epoch {epoch}",
-                        where=f"step {context.name}",
                         mend=f"lower reranker.lr (it is {stated.lr:g}) or raise the temperatures",
                     )
                 torch.autograd.backward(loss / len(batch))

@@ -8,7 +8,7 @@ from typing import Any
 from potstill.core.errors import DataError
 from potstill.core.records import RECORDS_FILE, Record, read_records, write_records
 from potstill.core.step import StepContext, StepResult
-from potstill.data.sources import read
+from potstill.data.sources import label_names, read
 from potstill.data.templates import fill
 from potstill.models import load_tokenizer, tokenizer_hash, transformers_model
 from potstill.retrieval.index import Retriever, open_retriever
@@ -38,7 +38,7 @@ def retrieve(settings: RetrieveSettings, context: StepContext) -> StepResult:
     return StepResult(
         counts={"records": written, **writing.counts, "passages": len(retriever.passages)},
         metrics=writing.metrics() | ({"reranker": trained} if trained else {}),
-        extra={"index": retriever.described},
+        extra={"index": retriever.described, "labels": label_names(settings.data, context)},
         tokenizer=tokenizer_hash(tokenizer),
         tokens=writing.tokens,
     )

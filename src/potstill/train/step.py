@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 from potstill.core.errors import RecipeError, TrainingError
 from potstill.core.records import Record
 from potstill.core.step import StepContext, StepResult
-from potstill.data.chat import Renderer
+from potstill.data.chat import THINK_OPEN, Renderer
 from potstill.data.sources import read
 from potstill.logits.shards import LogitCache
 from potstill.models import (
@@ -56,8 +55,10 @@ __all__ = ["train"]
 
 
 def train(settings: TrainSettings, context: StepContext) -> StepResult:
-    """Carry out a train step, from its newest checkpoint where an earlier attempt left one."""
-    _check_one_process()
+    """Carry out a train step, from its newest checkpoint where an earlier attempt left one.
+
+    Of several processes each calls it, and the first one's result is the step's.
+    """
     cpu.tune_memory()  # the trainer's own call comes after the student's tensors, too late for huge pages
     model_settings = transformers_model(context, settings.student, device=settings.device)
     loaded = _load_student(settings, model_settings, context)
@@ -76,20 +77,23 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
     device = loaded.model.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    checkpoint = checkpoints.newest(context.scratch)
     arguments = _arguments(settings, context, device)
+    with arguments.main_process_first(local=False):  # which clears away what is half written
+        checkpoint = checkpoints.newest(context.scratch)
     arguments.eval_on_start = len(data.held_out) > 0 and checkpoint is None
     watcher = Watcher(settings, context)
     callbacks = [watcher, *_tensorboard(settings, context)]
     is_adapter = hasattr(loaded.model, "peft_config")
-    base = None
-    if settings.base_kl and not is_adapter and recorded_base(model_settings) is not None:
-        base = load(original_model(model_settings), dtype=torch.float32)
+    base = None if is_adapter else _frozen_base(settings, model_settings)
     trainer = DistillationTrainer(loaded, arguments, data, teacher=teacher, base=base, callbacks=callbacks)
     counts = _say_what_is_trained(trainer, data, context)
     watcher.train(trainer, checkpoint)
     feature = trainer.student.feature
-    save_student(loaded, context.folder, feature)
+    with arguments.main_process_first(local=False):  # the others stay until all is written
+        if arguments.should_save:
+            save_student(loaded, context.folder, feature)
+    if not arguments.should_save:
+        return StepResult()
     history = [point for point in map(history_point, trainer.state.log_history) if point]
     kept_step = trainer.state.global_step
     if trainer.early_stopping is not None and trainer.early_stopping.kept_step is not None:
@@ -126,15 +130,11 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
     )
 
 
-def _check_one_process() -> None:
-    """Refuse to be one of several processes that run a recipe, before they wait for one another."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        raise TrainingError(
-            f"{processes} processes run this recipe, and a step has one maker: the others would wait for it",
-            mend="start potstill itself, without torchrun or accelerate launch; from Python "
-            "DistillationTrainer trains in several processes",
-        )
+def _frozen_base(settings: TrainSettings, model: TransformersModel) -> LoadedModel | None:
+    """What a student in full weights is kept near, where that is not the student at its start."""
+    if not settings.base_kl or recorded_base(model) is None:
+        return None
+    return load(original_model(model), dtype=torch.float32)
 
 
 def _load_student(settings: TrainSettings, model: TransformersModel, context: StepContext) -> LoadedModel:
@@ -248,7 +248,7 @@ def _read_data(
             folder=context.scratch,
         )
     else:
-        records = read(settings.data, context)
+        records = _saying_what_tags_are(read(settings.data, context), renderer, context)
         if settings.mask_prefix:
             records = _with_a_prefix(records, settings)
         if settings.label_weight is None:
@@ -263,6 +263,23 @@ def _read_data(
     if data.left_out:
         context.say(f"{len(data.left_out):,} rows were left out; the first: {data.left_out[0].what}")
     return data, teacher
+
+
+def _saying_what_tags_are(
+    records: Iterator[Record], renderer: Renderer, context: StepContext
+) -> Iterator[Record]:
+    """The records; before the first one that reasons it is said if think tags are no tokens, but text."""
+    told = False
+    for record in records:
+        if not told and record.reasoning is not None:
+            told = True
+            ids = renderer.tokenizer(THINK_OPEN, add_special_tokens=False).input_ids
+            if len(ids) > 1 and renderer.reasoning_format is None:
+                context.say(
+                    f"{THINK_OPEN} is no token of the student's: it is written as text, of {len(ids)} tokens "
+                    "(add_tokens of the model gives it one of its own)"
+                )
+        yield record
 
 
 def _with_a_prefix(records: Iterator[Record], settings: TrainSettings) -> Iterator[Record]:

@@ -58,7 +58,9 @@ class Reading:
             seed=self.seed,
             cache_folder=self.folder,
             reporter=self.reporter,
-            resolve_model=lambda reference: pytest.fail(f"no model is needed, yet {reference} was asked for"),
+            resolve_models=lambda reference: pytest.fail(
+                f"no model is needed, yet {reference} was asked for"
+            ),
             resolve_data=self._artifacts,
         )
 

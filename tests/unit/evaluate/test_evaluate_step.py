@@ -1,7 +1,9 @@
 import copy
+import gc
 import json
 import re
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from potstill.core.settings import Settings
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact
 from potstill.evaluate import EvaluateSettings, run
-from potstill.models import TransformersModel
+from potstill.evaluate.subjects import LocalSubject
+from potstill.models import TransformersModel, loading
 from potstill.teachers import LlamaCppModel, OpenAIModel, SolverModel
 
 from ...servers import Reply, ScriptedServer, completion, error, running_server
@@ -123,7 +126,6 @@ def test_figures_come_with_intervals_and_differences_to_the_baseline(evaluate: E
         student["held_out"]["top1_agreement"],
         student["held_out"]["perplexity"],
         student["tasks"]["sums"]["verdicts"]["correct"],
-        student["tasks"]["sums"]["mean_response_tokens"],
     ):
         assert figure["low"] <= figure["value"] <= figure["high"]
     assert student["held_out"]["kl_nats_per_token"]["value"] > 0.05
@@ -144,7 +146,9 @@ def test_the_teacher_is_not_compared_with_itself(evaluate: Evaluate, monkeypatch
 
     loads: list[str] = []
     load = subjects.load
-    monkeypatch.setattr(subjects, "load", lambda settings: loads.append(settings.path) or load(settings))
+    monkeypatch.setattr(
+        subjects, "load", lambda settings, **kinds: loads.append(settings.path) or load(settings, **kinds)
+    )
 
     _, result = evaluate()
 
@@ -169,6 +173,35 @@ def test_samples_hold_every_models_answer_beside_the_trace(evaluate: Evaluate) -
         assert list(sample["answers"]) == ["base", "student", "teacher"]
     first = next(row for row in scores if row["model"] == "student")
     assert samples[2]["answers"]["student"]["response"] == first["response"]
+
+
+@pytest.mark.parametrize(("of_task", "twice"), [({}, False), ({"max_new_tokens": 5}, True)])
+def test_held_out_prompts_that_a_task_asks_as_well_are_decoded_once(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, of_task: dict[str, int], twice: bool
+) -> None:
+    decoded: list[str] = []
+    decode = LocalSubject.decode
+
+    def counted(self: LocalSubject, records: Sequence[Record], *rest: Any, **options: Any) -> Any:
+        decoded.extend(record.prompt_id for record in records)
+        return decode(self, records, *rest, **options)
+
+    monkeypatch.setattr(LocalSubject, "decode", counted)
+    context, result = evaluate(
+        models={"base": "base"},
+        teacher=None,
+        tasks={"mine": {"data": "traces:held_out", "limit": 3, **of_task}},
+    )
+    samples = json.loads((context.folder / "samples.json").read_text(encoding="utf-8"))
+    assert [one["source"] for one in samples] == ["held_out"] * 2 + ["mine"] * 2 * twice
+    assert all(one["trace"] for one in samples[:2])
+    assert len(decoded) == 3 + 2 * twice
+    rows = {row["prompt"]: row for row in _rows(context.folder / "scores.parquet")}
+    for sample in samples[: 2 * (not twice)]:
+        row = rows[json.dumps(sample["messages"])]
+        assert row["response"] == sample["answers"]["base"]["response"]
+    tokens = sum(row["response_tokens"] for row in rows.values())
+    assert (result.tokens == tokens) is not twice
 
 
 def test_the_same_evaluation_gives_the_same_files_whatever_the_batch(evaluate: Evaluate) -> None:
@@ -729,7 +762,70 @@ def test_right_answers_are_given_by_a_column_of_the_rows(evaluate: Evaluate, tmp
     assert set(result.metrics["differences"]["student"]["tasks"]["sums"]["groups"]) == {"even", "odd"}
 
 
+@pytest.mark.parametrize(
+    ("rows", "then"),
+    [
+        ([*QUESTIONS[:2], {"question": "Why is the sky blue?"}], "right answers are counted on the others"),
+        ([{"question": "Why?"}], "right answers cannot be counted"),
+    ],
+)
+def test_questions_without_an_answer_that_can_be_checked_are_told(
+    evaluate: Evaluate, tmp_path: Path, rows: list[dict[str, str]], then: str
+) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    context, result = evaluate(tasks={"mine": {"path": str(path)}}, data=None, teacher=None, samples_shown=0)
+    said = [line for line in context.reporter.said if line.startswith("mine: ")]  # type: ignore[attr-defined]
+    assert said[0] == f"mine: 1 of {len(rows)} questions have no answer that can be checked; {then}"
+    assert result.metrics["tasks"]["mine"]["unchecked"] == 1
+    assert ("correct" in result.metrics["models"]["student"]["tasks"]["mine"]["verdicts"]) is (len(rows) > 1)
+
+
 def test_a_column_that_no_row_has_is_refused_with_those_that_there_are(evaluate: Evaluate) -> None:
     with pytest.raises(DataError, match="no prompt has the column 'topic'") as caught:
         evaluate(by="topic")
     assert "one of" in str(caught.value)
+
+
+def test_adapters_and_their_base_are_measured_on_weights_that_are_read_once(
+    evaluate: Evaluate, models: dict[str, Settings], adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = adapter(name="one"), adapter(name="two", seed=2)
+    base = TransformersModel(path=str(Path(one.path).parent / "base"), device="cpu")
+    models |= {"plain": base, "one": one, "two": two}
+    read: list[str] = []
+    models_read: list[Any] = []
+    still_there: list[bool] = []
+    read_weights = loading.read_weights
+
+    def reading(name: str, **options: Any) -> Any:
+        read.append(Path(name).name)
+        gc.collect()
+        still_there.append(any(each() is not None for each in models_read))
+        model = read_weights(name, **options)
+        models_read.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loading, "read_weights", reading)
+    changes = {"samples_shown": 0, "tasks": {}}
+    roles = {"plain": "plain", "one": "one", "two": "two"}
+    _, together = evaluate("together", models=roles, baseline="plain", teacher="two", **changes)
+    assert read == ["base"]
+    for name in ("one", "two"):
+        _, alone = evaluate(f"alone-{name}", models={name: name}, baseline=name, teacher=None, **changes)
+        found, expected = (
+            result.metrics["models"][name]["held_out"]["perplexity"] for result in (together, alone)
+        )
+        assert found == expected
+    kl = {
+        name: one["held_out"]["kl_nats_per_token"]["value"]
+        for name, one in together.metrics["models"].items()
+        if name != "two"
+    }
+    assert all(value > 0.001 for value in kl.values()), kl
+    read.clear()
+    still_there.clear()
+    roles = {"one": "one", "student": "student", "two": "two"}
+    evaluate("apart", models=roles, baseline="one", teacher=None, **changes)
+    assert read == ["base", "student", "base"]
+    assert not any(still_there), "what the next model does not need is still in memory"

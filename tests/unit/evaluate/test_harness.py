@@ -1,16 +1,22 @@
 """lm-eval's own figures under our tables: a task of local rows on a tiny model, and what its absence says."""
 
+import copy
 import json
+import subprocess
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from potstill.core.errors import DataError
+from potstill.core.errors import DataError, Interrupted
 from potstill.core.settings import meaning
 from potstill.evaluate import harness
 from potstill.evaluate.harness import HarnessRows, check_harness, harness_differences, run_harness
+from potstill.evaluate.intervals import paired_share_difference, wilson_interval
 from potstill.evaluate.scorer_settings import HarnessSettings, harness_version
 from potstill.models import LoadedModel
 
@@ -43,25 +49,50 @@ RESULTS: dict[str, Any] = {
 }
 
 
-def test_figures_have_the_librarys_standard_error_as_interval() -> None:
-    rows = harness._rows("sums", RESULTS)
+def test_right_and_wrong_questions_have_wilsons_interval_and_others_the_librarys_error() -> None:
+    rows = harness._rows("sums", RESULTS, seed=0)
     assert rows.count == 2
-    assert rows.figures["acc"] == {
-        "value": 0.5,
-        "low": pytest.approx(0.5 - 1.96 * 0.25, abs=1e-4),
-        "high": pytest.approx(0.5 + 1.96 * 0.25, abs=1e-4),
+    assert rows.figures["acc"] == wilson_interval(1, 2).as_dict()
+    assert rows.figures["exact_match (strict-match)"] == wilson_interval(0, 2).as_dict()
+    assert rows.figures["word_perplexity"] == {
+        "value": 20.0,
+        "low": pytest.approx(20 - 1.96, abs=1e-4),
+        "high": pytest.approx(20 + 1.96, abs=1e-4),
     }
-    assert rows.figures["exact_match (strict-match)"] == {"value": 0.0}
     assert rows.higher_is_better["word_perplexity"] is False
 
 
 def test_only_means_over_questions_are_compared_question_by_question() -> None:
-    rows = harness._rows("sums", RESULTS)
+    rows = harness._rows("sums", RESULTS, seed=0)
     assert rows.questions == {"acc": [1.0, 0.0], "exact_match (strict-match)": [0.0, 0.0]}
     other = HarnessRows(2, {}, {"acc": [1.0, 1.0]})
     gaps = harness_differences({"sums": rows}, {"sums": other, "more": other}, seed=0)
     assert list(gaps) == ["sums"]
     assert gaps["sums"]["acc"]["value"] == 0.5
+
+
+def test_a_benchmark_whose_questions_are_all_alike_is_not_certain() -> None:
+    """Two questions right against none, and two that gain as much: neither is an improvement."""
+
+    def gap(first: list[float], second: list[float]) -> dict[str, float]:
+        rows = [{"sums": HarnessRows(2, {}, {"f1": one})} for one in (first, second)]
+        return harness_differences(*rows, seed=0)["sums"]["f1"]
+
+    shares = gap([0.0, 0.0], [1.0, 1.0])
+    assert shares["mcnemar_p"] == 0.5
+    assert shares["low"] == paired_share_difference([False] * 2, [True] * 2).low
+    scores = gap([0.5, 0.5], [0.6, 0.6])
+    assert -1 <= scores["low"] < 0 < scores["high"] <= 1
+    assert "low" not in gap([50.0, 50.0], [60.0, 60.0])
+
+
+def test_scores_of_questions_stay_within_their_bounds() -> None:
+    results = copy.deepcopy(RESULTS)
+    results["results"]["sums"] |= {"acc,none": 0.9, "acc_stderr,none": 0.2}
+    for sample, value in zip(results["samples"]["sums"], (0.8, 1.0), strict=False):
+        sample["acc"] = value
+    found = harness._rows("sums", results, seed=0).figures["acc"]
+    assert 0 <= found["low"] < 0.9 < found["high"] <= 1
 
 
 def test_its_absence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +139,49 @@ def local_task(tmp_path: Path) -> HarnessSettings:
     return HarnessSettings.model_validate({"tasks": ["local_sums"], "include": str(folder), "limit": 4})
 
 
+def test_a_stop_is_heeded_within_a_benchmark_which_leaves_the_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    build_tiny_model: Callable[..., Any],
+    tiny_tokenizer: Any,
+) -> None:
+    """In the place of lm-eval its loop: pass after pass through the model, with a bar and git's complaint."""
+    passes: list[int] = []
+
+    def evaluated(model: Any, **_: Any) -> None:
+        subprocess.run([sys.executable, "-c", "import sys; sys.stderr.write('fatal')"], check=True)
+        for number in range(100):
+            print("bar", file=sys.stderr)
+            model(input_ids=torch.tensor([[1, 2]]))
+            passes.append(number)
+
+    class Library(types.ModuleType):
+        HFLM = staticmethod(lambda pretrained, **_: pretrained)
+        TaskManager = staticmethod(lambda **_: None)
+        simple_evaluate = staticmethod(evaluated)
+
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, name, Library(name))
+
+    def check_stop() -> None:
+        if len(passes) == 3:
+            raise Interrupted
+
+    weights = build_tiny_model("llama")
+    with pytest.raises(Interrupted):
+        run_harness(
+            LoadedModel(weights, tiny_tokenizer, "tiny"),
+            HarnessSettings(tasks=["sums"]),
+            batch=1,
+            seed=0,
+            check_stop=check_stop,
+        )
+    assert passes == [0, 1, 2]
+    weights(input_ids=torch.tensor([[1, 2]]))
+    print("heard again", file=sys.stderr)
+    assert capfd.readouterr().err == "heard again\n"
+
+
 @needs_lm_eval
 def test_a_local_task_runs_on_a_loaded_model(
     local_task: HarnessSettings, build_tiny_model: Callable[..., Any], tiny_tokenizer: Any
@@ -118,6 +192,23 @@ def test_a_local_task_runs_on_a_loaded_model(
     assert rows.figures["acc"]["low"] <= rows.figures["acc"]["value"] <= rows.figures["acc"]["high"]
     assert len(rows.questions["acc"]) == 4
     assert run_harness(model, local_task, batch=4, seed=1)["local_sums"] == rows
+
+
+@needs_lm_eval
+def test_a_stop_leaves_a_local_task_unfinished(
+    local_task: HarnessSettings, build_tiny_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    passes: list[int] = []
+
+    def check_stop() -> None:
+        passes.append(len(passes))
+        if len(passes) == 2:
+            raise Interrupted
+
+    model = LoadedModel(build_tiny_model("llama"), tiny_tokenizer, "tiny")
+    with pytest.raises(Interrupted):
+        run_harness(model, local_task, batch=1, seed=1, check_stop=check_stop)
+    assert len(passes) == 2
 
 
 @needs_lm_eval

@@ -83,6 +83,17 @@ def test_the_same_rows_give_the_same_interval() -> None:
     assert paired_arms(runs) == paired_arms(runs)
 
 
+def test_shares_have_a_width_within_their_bounds_where_all_prompts_agree() -> None:
+    runs = [
+        (arm, 1, {f"r{n}": (f"p{n}", right, 1.0) for n in range(9)})
+        for arm, right in (("a", 0.0), ("b", 1.0))
+    ]
+    first, second = paired_arms(runs, within=(0, 1))
+    assert 0 == first.figure.low < first.figure.high < 0.5 < second.figure.low < second.figure.high == 1
+    assert second.difference is not None
+    assert 0 < second.difference.low < second.difference.value == second.difference.high == 1
+
+
 def test_arms_without_rows_are_left_out() -> None:
     assert paired_arms([("blind", 0, {})]) == []
 

@@ -117,6 +117,15 @@ class TestReadingBack:
         assert found.differences["student"].value == 2
         assert found.preferred["student"].value == 1
 
+    def test_equal_gaps_on_few_prompts_stay_within_the_scale_and_are_no_verdict(
+        self, sheet: Any, tmp_path: Path
+    ) -> None:
+        sheet({"base": ["b0", "b1"], "student": ["s0", "s1"]})
+        [found] = rate(tmp_path, [filled(tmp_path, "one.csv", lambda text: 5 if text[0] == "s" else 4)])
+        gap, score = found.differences["student"], found.scores["student"]
+        assert -4 <= gap.low < 0 < gap.value == 1 < gap.high <= 4
+        assert 1 <= score.low < score.value == score.high == 5
+
     def test_several_raters_are_averaged_and_their_agreement_is_told(
         self, sheet: Any, tmp_path: Path
     ) -> None:

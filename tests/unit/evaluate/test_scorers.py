@@ -320,7 +320,7 @@ class TestBertScore:
         context, result = evaluate(models={"tiny": tiny}, bertscore={"model": "tiny", "layer": 1})
         for name in ("base", "student"):
             figure = result.metrics["models"][name]["tasks"]["json"]["scores"]["bertscore_f1"]
-            assert 0 < figure["low"] <= figure["value"] <= figure["high"] < 1
+            assert 0 <= figure["low"] < figure["value"] < figure["high"] <= 1
         assert "bertscore_f1" in result.metrics["differences"]["student"]["tasks"]["json"]["scores"]
         scores = [json.loads(row["scores"]) for row in rows_of(context, "scores.parquet")]
         assert all({"bertscore_precision", "bertscore_recall", "bertscore_f1"} <= set(one) for one in scores)
@@ -370,7 +370,7 @@ class TestBenchmarks:
             models[name] = TransformersModel(path=str(tmp_path / name), device="cpu")
         runs: list[str] = []
 
-        def counted(model: Any, settings: Any, *, batch: int, seed: int) -> dict[str, HarnessRows]:
+        def counted(model: Any, *_: Any, **__: Any) -> dict[str, HarnessRows]:
             runs.append(model.identity)
             right = float(len(runs) > 1)
             figures = {"acc": {"value": right, "low": right, "high": right}}

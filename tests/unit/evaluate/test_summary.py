@@ -1,8 +1,10 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from potstill.evaluate.intervals import wilson_interval
 from potstill.evaluate.rows import SCORED, AnswerRow, TraceRow
 from potstill.evaluate.summary import ModelRows, TaskRows, differences, figures
 
@@ -73,13 +75,27 @@ def test_without_kl_on_both_sides_only_perplexities_are_compared() -> None:
     assert set(figures(bare, seed=1)["held_out"]) == {"rows", "supervised_tokens", "perplexity"}
 
 
-def test_a_verdict_that_some_answers_lack_is_no_figure() -> None:
-    answers = [
-        *_answers([True, True]),
-        AnswerRow("r9", "p9", "[]", "text", "stop", 5, 9, {"well_formed": True}),
-    ]
-    found = figures(ModelRows(tasks={"sums": TaskRows(answers)}), seed=1)
-    assert list(found["tasks"]["sums"]["verdicts"]) == ["well_formed"]
+def test_right_answers_are_counted_where_they_are_known() -> None:
+    def model(*right: bool) -> ModelRows:
+        unknown = AnswerRow("r9", "p9", "[]", "text", "stop", 5, 9, {"well_formed": True})
+        return ModelRows(tasks={"sums": TaskRows([unknown, *_answers([*right])])})
+
+    base, student = model(False, True, False), model(True, True, False)
+    found = figures(student, seed=1)["tasks"]["sums"]
+    assert found["prompts"] == 4
+    assert found["verdicts"]["correct"] == wilson_interval(2, 3).as_dict()
+    assert found["verdicts"]["well_formed"]["value"] == 1
+    assert found["right_if_well_formed"]["value"] == pytest.approx(2 / 3)
+    gap = differences({"base": base, "student": student}, "base", same_tokens=[], seed=1)
+    right = gap["student"]["tasks"]["sums"]["verdicts"]["correct"]
+    assert right["value"] == pytest.approx(1 / 3)
+
+
+def test_pass_at_k_is_told_of_the_questions_whose_answers_are_known() -> None:
+    task = _sampled("++", "+-")
+    unknown = [replace(one, prompt_id="p9", verdicts={}) for one in task.answers[:2]]
+    found = figures(ModelRows(tasks={"sums": TaskRows([*unknown, *task.answers])}), pass_at=[1], seed=1)
+    assert found["tasks"]["sums"]["pass_at"]["1"]["value"] == 0.75
 
 
 def test_hopeless_perplexity_stays_a_number() -> None:
@@ -116,9 +132,11 @@ def test_scores_have_means_with_intervals_and_paired_differences() -> None:
     assert score["value"] == pytest.approx(0.55)
     assert score["low"] < 0.5 < score["high"]
     gap = differences({"base": base, "student": student}, "base", same_tokens=[], seed=1)
-    assert gap["student"]["tasks"]["held"]["scores"]["rougeL"] == pytest.approx(
-        {"value": 0.1, "low": 0.1, "high": 0.1}
-    )
+    found = gap["student"]["tasks"]["held"]["scores"]["rougeL"]
+    assert found["value"] == pytest.approx(0.1)
+    # Four equal gaps are no certainty.
+    assert -1 <= found["low"] < 0
+    assert 0.1 < found["high"] <= 1
 
 
 def _sampled(*right: str, **fields: Any) -> TaskRows:
@@ -197,7 +215,14 @@ def test_a_server_that_counts_no_tokens_has_no_length() -> None:
 
 def test_lengths_have_paired_differences() -> None:
     gap = differences({"base": BASE, "student": STUDENT}, "base", same_tokens=[], seed=1)
-    assert gap["student"]["tasks"]["sums"]["mean_response_tokens"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert gap["student"]["tasks"]["sums"]["mean_response_tokens"] == {"value": 0.0}
+    base, student = ({"sums": TaskRows(_answers([True] * 4, tokens=one))} for one in (10, 20))
+    student["sums"].answers[0] = replace(student["sums"].answers[0], response_tokens=22)
+    gap = differences(
+        {"base": ModelRows(tasks=base), "student": ModelRows(tasks=student)}, "base", same_tokens=[], seed=1
+    )
+    found = gap["student"]["tasks"]["sums"]["mean_response_tokens"]
+    assert found["low"] < found["value"] == 10.5 < found["high"]
 
 
 def test_sets_for_forgetting_have_perplexity_and_answers_of_their_own() -> None:

@@ -25,8 +25,8 @@ def test_a_layer_that_is_dense_has_none(build_tiny_model: Any) -> None:
     ]
 
 
-def test_a_dense_model_has_none(tiny_model: Any) -> None:
-    assert find_routers(tiny_model) == {}
+def test_a_dense_model_has_none(build_tiny_model: Any, dense_family: str) -> None:
+    assert find_routers(build_tiny_model(dense_family)) == {}
 
 
 def test_a_module_that_only_looks_like_a_router_is_none(tiny_llama: Any) -> None:

@@ -14,7 +14,8 @@ from potstill.evaluate.rows import (
     write_answers,
     write_traces,
 )
-from potstill.report import RunView, comparison_table, write_comparison
+from potstill.report import RunView, comparison, comparison_table, write_comparison
+from potstill.train.settings import FeatureSettings, TrainSettings
 
 RunBuilder = Callable[..., RunView]
 
@@ -108,7 +109,7 @@ def paired(sweep: list[RunView]) -> list[RunView]:
     """The sweep with held-out traces: its prompts differ widely, and 0.0003 is a little better on each."""
     for run, excess in zip(sweep, (0.03, 0.0, 0.02), strict=True):
         traces = [
-            TraceRow(f"r{n}", f"p{n}", 50, 80.0 + 10 * n, (0.1 * n + excess + 0.001 * (n % 3)) * 50, 40 - n)
+            TraceRow(f"r{n}", f"p{n}", 50, 80.0 + 10 * n, (0.1 * n + excess * (0.9 + n % 2 / 5)) * 50, 40 - n)
             for n in range(20)
         ]
         folder = run.steps[-1].folder
@@ -123,8 +124,23 @@ def test_on_the_same_traces_differences_decide_where_intervals_overlap(paired: l
     assert rows[0][closeness + 1] == "above the lowest"
     assert [row[closeness] for row in rows[2:8:2]] == ["1.90", "1.18 *", "1.20"]
     assert [row[closeness + 1] for row in rows[2:8:2]] == ["+0.030", "-", "+0.020"]
-    assert [row[closeness + 1] for row in rows[3:9:2]] == ["+0.030 to +0.030", "", "+0.020 to +0.020"]
+    assert [row[closeness + 1] for row in rows[3:9:2]] == ["+0.029 to +0.031", "", "+0.019 to +0.021"]
     assert "no other run's difference to it" in comparison_table(paired)
+
+
+def test_equal_differences_on_every_trace_have_no_interval_and_are_no_verdict(
+    sweep: list[RunView], tmp_path: Path
+) -> None:
+    for run, excess in zip(sweep, (0.03, 0.0, 0.02), strict=True):
+        _traces(run, [TraceRow(f"r{n}", f"p{n}", 50, 80.0, (0.1 * n + excess) * 50, 40) for n in range(4)])
+    rows = _columns(comparison_table(sweep).partition("\n\n")[0])
+    closeness = rows[0].index("KL to the teacher, nats")
+    assert [row[closeness] for row in rows[2:8:2]] == ["1.90", "1.18", "1.20"]
+    assert [row[closeness + 1] for row in rows[2:8:2]] == ["+0.030", "-", "+0.020"]
+    assert [row[closeness + 1] for row in rows[3:9:2]] == ["", "", ""]
+    write_comparison(sweep, tmp_path / "comparison.html")
+    text = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert not re.search(r"\b(inf|nan)\b", text)
 
 
 def test_two_runs_with_one_student_leave_none_the_best(paired: list[RunView], tmp_path: Path) -> None:
@@ -160,7 +176,7 @@ def test_runs_on_other_traces_are_shown_and_not_compared(paired: list[RunView], 
 def test_runs_that_share_some_traces_are_paired_on_those(paired: list[RunView]) -> None:
     # Ten of the twenty traces that the others have, and five of its own that are very hard.
     shared = [
-        TraceRow(f"r{n}", f"p{n}", 50, 80.0 + 10 * n, (0.1 * n + 0.02 + 0.001 * (n % 3)) * 50, 40 - n)
+        TraceRow(f"r{n}", f"p{n}", 50, 80.0 + 10 * n, (0.1 * n + 0.018 + 0.004 * (n % 2)) * 50, 40 - n)
         for n in range(10)
     ]
     hard = [TraceRow(f"h{n}", f"q{n}", 50, 900.0, 500.0, 0) for n in range(5)]
@@ -297,6 +313,72 @@ def test_values_of_different_losses_are_not_put_side_by_side(sweep: list[RunView
     assert "<figcaption>Held-out loss" not in text
 
 
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ("alpha: 0.5", True),  # what a student of cached logits has by default
+        ("alpha: 0.4", False),
+        ("feature: {kind: cka, weight: 5}", False),
+        ("label_weight: 0.5", False),
+        ("base_kl: 0.1", False),
+        ("base_kl: 0", True),
+        ("router_aux_loss_coef: 0.01", False),
+        ("mask_prefix: true", False),
+        ("lora: {rank: 8, alpha: 32}", True),
+    ],
+)
+def test_losses_are_compared_where_the_same_function_was_minimised(
+    sweep: list[RunView], changed: str, same: bool
+) -> None:
+    other = replace(sweep[1], recipe_text=sweep[1].recipe_text.replace("batch: 8", f"batch: 8, {changed}"))
+    header = _columns(comparison_table([sweep[0], other]))[0]
+    assert ("training loss" in header) is same
+    assert ("held-out loss" in header) is same
+
+
+def test_a_teacher_alone_changes_what_is_minimised(sweep: list[RunView]) -> None:
+    plain, taught = (
+        replace(
+            run,
+            recipe_text=re.sub(
+                "data: logits(.*), batch", f"data: traces\\1{teacher}, batch", run.recipe_text
+            ),
+        )
+        for run, teacher in ((sweep[0], ""), (sweep[1], ", teacher: big"))
+    )
+    for run in (plain, taught):
+        run.steps[3].needs.remove("logits")
+    assert "training loss" not in _columns(comparison_table([plain, taught]))[0]
+
+
+def test_what_a_train_step_minimises_by_default_is_what_its_settings_say() -> None:
+    for defaults, settings in (
+        (comparison._LOSS_SETTINGS, TrainSettings),
+        (comparison._FEATURE_SETTINGS, FeatureSettings),
+    ):
+        assert defaults == {name: settings.model_fields[name].default for name in defaults}
+
+
+@pytest.mark.parametrize(("right", "clear"), [(7, True), (5, False)])
+def test_best_is_said_of_measures_that_are_clear_among_so_many(
+    sweep: list[RunView], tmp_path: Path, right: int, clear: bool
+) -> None:
+    """Five right answers of forty against none are clear by themselves, and not among four measures."""
+    for run in sweep[:2]:
+        _answered(run, [run is sweep[1] and n < right for n in range(40)])
+    table = comparison_table(sweep[:2])
+    rows = _columns(table.partition("\n\n")[0])
+    column = rows[0].index("chain_sum, right answers")
+    assert [row[column] for row in rows[2:6:2]] == ["10.0 %", "80.0 % *"]
+    note = "not among the 4 measures that are compared (Holm's correction): chain_sum, right answers."
+    assert (note in table) is not clear
+    write_comparison(sweep[:2], tmp_path / "all.html")
+    text = (tmp_path / "all.html").read_text(encoding="utf-8")
+    named = "KL to the teacher, chain_sum, right answers" if clear else "KL to the teacher"
+    assert f"Clearly best: lr=0.0003 ({named})." in text
+    assert ("not among the 4 measures" in text) is not clear
+
+
 def _staged(run: RunView, name: str, **settings: float) -> RunView:
     given = "".join(f", {key}: {value}" for key, value in settings.items())
     first = f"  student-blocks: {{do: train, student: pruned, data: logits, lr: 1.0{given}}}\n"
@@ -337,7 +419,8 @@ def test_without_a_clear_winner_none_is_named(sweep: list[RunView], tmp_path: Pa
 def arms(build_run: RunBuilder) -> list[RunView]:
     """Four arms in two seeds: each seed has its own traces, on which an arm exceeds the first so much.
 
-    That of "length" changes its sign with the seed and, by half, with the prompt.
+    Each excess is a tenth more or less by prompt. That of "length" changes its sign with the seed and, by
+    half, with the prompt.
     """
     runs = []
     for arm, excess in {"rule": 0.0, "random": 0.05, "length": 0.0, "one-stage": -0.1}.items():
@@ -345,7 +428,14 @@ def arms(build_run: RunBuilder) -> list[RunView]:
             run = build_run(f"{arm},seed={seed}")
             signs = [0.02 * (-1) ** seed + 0.01 * (-1) ** n if arm == "length" else 0.0 for n in range(20)]
             traces = [
-                TraceRow(f"r{seed}{n}", f"p{n}", 50, 80.0, (1.0 + 0.1 * n + excess + signs[n]) * 50, 40)
+                TraceRow(
+                    f"r{seed}{n}",
+                    f"p{n}",
+                    50,
+                    80.0,
+                    (1.0 + 0.1 * n + excess * (0.9 + n % 2 / 5) + signs[n]) * 50,
+                    40,
+                )
                 for n in range(20)
             ]
             folder = run.steps[-1].folder
@@ -367,7 +457,7 @@ def test_arms_are_shown_with_their_paired_differences_and_those_of_each_seed(arm
     found = {line.split()[0]: line for line in lines[2:]}
     assert list(found) == ["rule", "random", "length", "one-stage"]
     assert {line.split()[1] for line in found.values()} == {"2"}
-    assert "+0.050 (+0.050 to +0.050)" in found["random"]
+    assert "+0.050 (+0.048 to +0.052)" in found["random"]
     assert found["random"].endswith("further")
     assert found["length"].endswith("no clear difference")
     assert found["one-stage"].endswith("closer")
@@ -399,7 +489,7 @@ def test_the_page_has_the_arms_too(arms: list[RunView], tmp_path: Path) -> None:
     write_comparison(arms, tmp_path / "comparison.html")
     text = (tmp_path / "comparison.html").read_text(encoding="utf-8")
     assert "arm by arm" in text
-    assert "+0.050 (+0.050 to +0.050)" in text
+    assert "+0.050 (+0.048 to +0.052)" in text
     write_comparison(arms[::2], tmp_path / "comparison.html")
     assert "arm by arm" not in (tmp_path / "comparison.html").read_text(encoding="utf-8")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from potstill.report import RunView, write_comparison, write_report
+from potstill.report import RunView, StepView, write_comparison, write_report
 
 PAYLOAD = "</pre></style><script>alert(1)</script><img src=x onerror=alert(2)>'\"<svg/onload=alert(3)>"
 
@@ -293,3 +293,32 @@ def test_many_training_steps_are_drawn_as_means_of_neighbours(build_run: RunBuil
     text = _written(run, tmp_path)
     assert "20,000 optimiser steps" in text
     assert len(text) < 120_000
+
+
+def test_traces_and_right_answers_are_shown_by_label_and_what_each_makes_in_one_row(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    run = build_run()
+    traces = next(step for step in run.steps if step.kind == "generate")
+
+    def writing(name: str, **groups: tuple[int, int, int]) -> StepView:
+        assert traces.manifest is not None
+        found = {
+            value: {"traces": written, "judged": judged, "right": right}
+            for value, (written, judged, right) in groups.items()
+        }
+        manifest = traces.manifest.model_copy(update={"metrics": {"groups": {"category": found}}})
+        return replace(traces, name=name, manifest=manifest)
+
+    steps = [
+        writing("answers", math=(1200, 1200, 900), words=(50, 0, 0)),
+        writing("retold[math]", math=(40, 40, 30)),
+        writing("retold[words]", words=(10, 0, 0)),
+        *(step for step in run.steps if step is not traces),
+    ]
+    text = _written(replace(run, steps=steps), tmp_path)
+    shown = " ".join(re.sub(r"<[^>]*>", " ", text).split())
+    assert "By category traces of math words" in shown
+    assert "answers 1,200, 75.0 % right 50" in shown
+    assert "retold 40, 75.0 % right 10" in shown
+    assert "groups: category" not in shown

@@ -250,6 +250,18 @@ def test_a_figure_says_how_its_answers_came_about(reasoning_run: RunView) -> Non
     assert said["quiz, right answers"] == "the option of the likeliest text a byte; by guessing 25 %"
 
 
+def test_questions_whose_answers_cannot_be_checked_are_shown(build_run: RunBuilder) -> None:
+    run = build_run()
+    _metrics(run)["tasks"] = {
+        "chain_sum": {"prompts": 100, "unchecked": 40},
+        "open": {"prompts": 7, "unchecked": 7},
+    }
+    results = results_of(run)[0]
+    said = {one.label: one.explanation for one in results.measures}
+    assert said["chain_sum, right answers"] == "40 of 100 questions have no answer that can be checked"
+    assert [note.partition(":")[0] for note in results.notes if "can be checked" in note] == ["open"]
+
+
 def test_the_terminal_shows_reasoning_and_forgetting_below_the_main_table(reasoning_run: RunView) -> None:
     table = terminal_table(reasoning_run)
     assert table.isascii()
@@ -298,6 +310,13 @@ def test_forgetting_alone_is_a_headline_too(reasoning_run: RunView) -> None:
     assert found is not None
     assert found.headline == "Something was forgotten: worse on old, which training did not touch."
     assert found.verdict == "worse"
+
+
+def test_an_interval_without_width_is_no_verdict() -> None:
+    sure = Figure(0.3, 0.3, 0.3)
+    measure = Measure("right", "share", "higher", {"base": sure, "student": sure}, {"student": sure})
+    assert measure.verdict("student") == "unclear"
+    assert measure.p_value("student") == 1
 
 
 def test_one_of_many_tasks_that_is_clear_by_itself_alone_is_no_improvement(build_run: RunBuilder) -> None:

@@ -66,7 +66,7 @@ def test_candidates_are_a_table_with_the_best_first(build_run: RunBuilder, tmp_p
     run = with_metrics(build_run(), quality=QUALITY, candidates=CANDIDATES, chosen_candidate=1)
     sections = student_sections(run)
     assert sections is not None
-    (search,) = sections["searches"]
+    (search,) = sections["tables"]
     assert search["rows"] == [
         ["2 (chosen)", "18", "432", "1,152", "9", "60,067,440", "8.250"],
         ["1", "9", "576", "1,536", "9", "60,172,992", "9.500"],
@@ -85,10 +85,56 @@ def test_blocks_and_hidden_channels_that_were_kept_are_drawn(build_run: RunBuild
     ]
 
 
+EXPERTS = [
+    {"layer": 1, "frequency": [0.5, 0.3, 0.2], "mean_contribution": [1.0, 0.9, 0.3]}
+    | {"parameters": 1200, "parameters_before": 3000, "bytes": 4_800_000, "bytes_before": 12_000_000},
+    {"layer": 3, "frequency": [0.4, 0.4, 0.2], "mean_contribution": [1.0, 0.9, 0.3]}
+    | {"parameters": 1200, "parameters_before": 3000, "bytes": 4_800_000, "bytes_before": 12_000_000},
+]
+WEIGHTS = {"weight_bytes": 20_000_000, "weight_bytes_before": 34_400_000}
+
+
+def test_experts_that_share_a_core_have_size_and_error_by_layer(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    experts = [{**one, "error": {"gate_up": 0.123, "down": 0.2}} for one in EXPERTS]
+    run = with_metrics(build_run(), experts=experts, **WEIGHTS)
+    sections = student_sections(run)
+    assert sections is not None
+    [table] = sections["tables"]
+    heads = ["layer", "busiest expert", "parameters", "MB", "error of gate and up", "error of down"]
+    assert table["head"] == heads
+    assert table["rows"] == [
+        ["1", "50.0% of tokens", "1,200 of 3,000", "4.8 of 12.0", "12.3%", "20.0%"],
+        ["3", "40.0% of tokens", "1,200 of 3,000", "4.8 of 12.0", "12.3%", "20.0%"],
+    ]
+    assert "20.0 of 34.4 MB" in table["note"]
+    write_report(run, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "pruned: its experts" in text
+    assert "error of gate and up" in text
+
+
+def test_experts_that_were_left_out_are_counted_by_layer(build_run: RunBuilder) -> None:
+    run = with_metrics(build_run(), experts=[{**one, "kept": [0, 1]} for one in EXPERTS], **WEIGHTS)
+    sections = student_sections(run)
+    assert sections is not None
+    assert sections["tables"][0]["head"] == ["layer", "busiest expert", "experts", "parameters", "MB"]
+    assert [row[2] for row in sections["tables"][0]["rows"]] == ["2 of 3", "2 of 3"]
+
+
+def test_of_experts_that_became_one_layer_the_routing_is_told(build_run: RunBuilder) -> None:
+    told = [{key: one[key] for key in ("layer", "frequency", "mean_contribution")} for one in EXPERTS]
+    sections = student_sections(with_metrics(build_run(), experts=told, **WEIGHTS))
+    assert sections is not None
+    assert sections["tables"][0]["rows"][0] == ["1", "50.0% of tokens"]
+    assert "norm" not in sections["tables"][0]["note"]
+
+
 def test_an_artifact_from_before_has_its_blocks_alone(build_run: RunBuilder) -> None:
     sections = student_sections(build_run())
     assert sections is not None
-    assert sections["rows"] == sections["searches"] == []
+    assert sections["rows"] == sections["tables"] == []
     assert len(sections["charts"]) == 1
 
 

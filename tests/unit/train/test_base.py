@@ -87,6 +87,17 @@ def test_afterwards_the_adapter_is_on_and_what_is_frozen_stays_so(build_tiny_mod
     assert model.training
 
 
+def test_an_adapters_base_is_the_students_own_model_and_no_copy(
+    build_tiny_model: Any, tmp_path: Path
+) -> None:
+    made = trainer(adapted(build_tiny_model()), tmp_path, base_kl=0.1)
+    assert made.base is not None
+    assert made.base.model is made.student.model
+    full = trainer(build_tiny_model(), tmp_path, base_kl=0.1)
+    assert full.base is not None
+    assert full.base.model is not full.student.model
+
+
 def test_it_is_zero_before_the_first_step_and_smaller_the_more_it_weighs(
     build_tiny_model: Any, tmp_path: Path
 ) -> None:

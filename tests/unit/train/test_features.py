@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from potstill.core.errors import ModelError, TrainingError
 from potstill.models import LoadedModel, TransformersModel, load
+from potstill.train import features
 from potstill.train.features import PROJECTIONS_FILE, FeatureLoss, layer_map
 from potstill.train.online import OnlineTeacher
 from potstill.train.settings import FeatureSettings
@@ -39,8 +40,6 @@ def test_the_student_is_looked_into_as_it_will_run(
     build_tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autocast: bool
 ) -> None:
     """Flash attention, for one, runs a student in float32 under autocast only."""
-    from potstill.train import features
-
     seen, probe = [], features._probe
 
     def probed(*given: Any, **named: Any) -> Any:
@@ -55,6 +54,16 @@ def test_the_student_is_looked_into_as_it_will_run(
 
 
 # --- layers
+
+
+@pytest.mark.parametrize("relations", [False, True])
+def test_only_the_layers_that_are_compared_are_kept(build_tiny_model: Any, *, relations: bool) -> None:
+    model = build_tiny_model(num_hidden_layers=4)
+    parts = ("query", "key", "value") if relations else ("state",)
+    with features._listening(model, {2: None, 4: None}, relations=relations) as passed:
+        model(torch.tensor([[5, 6, 7]]))
+    assert passed.keys() == {(layer, part) for layer in (2, 4) for part in parts}
+    assert {len(passes) for passes in passed.values()} == {1}
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,19 @@ def adapted_layers(model: Any) -> dict[str, Any]:
     return {name: one for name, one in model.named_modules() if hasattr(one, "lora_A")}
 
 
+def test_an_adapter_leaves_a_mixtures_experts_and_routers_as_they_are(
+    build_tiny_model: Any, moe_family: str
+) -> None:
+    adapted = add_adapter(build_tiny_model(moe_family), LoraSettings(rank=4, dropout=0.1), seed=3)
+    assert {name.rpartition(".")[2] for name in adapted_layers(adapted)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    assert not adapted.peft_config["default"].target_parameters
+
+
 def test_every_adapter_begins_as_its_base_in_every_family(tiny_model: Any, method: dict[str, Any]) -> None:
     with torch.no_grad():
         expected = tiny_model(IDS, use_cache=False).logits

@@ -24,6 +24,33 @@ def weights(folder: Path) -> bytes:
     return next(iter(folder.glob("*.safetensors"))).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("response", "student", "said"),
+    [
+        ("<think>\none and one\n</think>\n\n2", {}, True),
+        ("It is 2.", {}, False),
+        ("<think>\none and one\n</think>\n\n2", {"add_tokens": ["<think>"]}, False),
+        ("<think>\none and one\n</think>\n\n2", {"reasoning_format": "strip"}, False),
+    ],
+)
+def test_think_tags_that_are_text_to_the_student_are_told_once(
+    train: Training,
+    traces: Any,
+    base: TransformersModel,
+    response: str,
+    student: dict[str, Any],
+    said: bool,
+) -> None:
+    made = traces(
+        12, name="thoughts", response=response, reasoning="one and one" if "<think>" in response else None
+    )
+    _, _, context = train(data=made, student=base.model_copy(update=student), max_steps=1)
+    told = [line for line in context.reporter.said if "is no token of the student's" in line]
+    assert len(told) == said
+    if said:
+        assert told[0].strip().startswith("<think> is no token of the student's: it is written as text, of ")
+
+
 def cached(
     step_context: Any,
     seal: Any,
@@ -381,14 +408,6 @@ def test_quantised_weights_need_an_adapter(train: Training, base: TransformersMo
         train(student=base.model_copy(update={"quantize": "nf4"}))
 
 
-def test_one_of_several_processes_that_run_a_recipe_is_refused(
-    train: Training, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainingError, match="2 processes run this recipe"):
-        train(max_steps=1)
-
-
 def test_a_model_of_another_engine_cannot_be_trained(train: Training) -> None:
     class Remote(Settings):
         engine: str = "openai"
@@ -509,7 +528,7 @@ def test_interrupted_equals_uninterrupted(train: Training, stop_at: int, method:
     expected, expected_folder, _ = train("whole", **fields)
     with pytest.raises(Interrupted):
         train("parted", stop_at=stop_at, **fields)
-    left = sorted(path.name for path in (expected_folder.parent / "parted" / "scratch").iterdir())
+    left = [path.name for path in (expected_folder.parent / "parted" / "scratch").glob("*checkpoint*")]
     assert left == [f"checkpoint-{stop_at}"]
     assert not list((expected_folder.parent / "parted").glob("*.safetensors"))
 
@@ -541,7 +560,8 @@ def test_a_run_killed_while_it_wrote_a_checkpoint_resumes_from_the_one_before(tr
 def test_a_checkpoint_after_every_step_changes_nothing_and_one_is_kept(train: Training) -> None:
     _, expected_folder, _ = train("rare", epochs=1)
     _, folder, _ = train("often", epochs=1, checkpoint_minutes=0)
-    assert [path.name for path in (folder / "scratch").iterdir()] == ["checkpoint-2"]  # none at the last step
+    kept = [path.name for path in (folder / "scratch").glob("*checkpoint*")]
+    assert kept == ["checkpoint-2"]  # none at the last step
     assert weights(folder) == weights(expected_folder)
     assert not (expected_folder / "scratch" / "checkpoint-2").exists()
 

@@ -122,6 +122,25 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(
     assert all(torch.equal(before[name], one) for name, one in model.named_parameters())
 
 
+def test_a_step_moves_the_weights_no_further_than_the_norm_that_gradients_are_clipped_to(
+    build_tiny_model: Any, tmp_path: Path
+) -> None:
+    """By SGD at a rate of 1 a step is the clipped gradient itself."""
+
+    def moved(max_grad_norm: float) -> float:
+        model = build_tiny_model()
+        before = {name: one.detach().clone() for name, one in model.named_parameters()}
+        plain = {"optim": "sgd", "learning_rate": 1.0, "schedule": "constant", "autocast": False}
+        trainer(
+            model, tmp_path, rows(), max_steps=1, warmup_steps=0, max_grad_norm=max_grad_norm, **plain
+        ).train()
+        squares = [(one.detach() - before[name]).square().sum() for name, one in model.named_parameters()]
+        return math.sqrt(sum(map(float, squares)))
+
+    assert moved(0.01) == pytest.approx(0.01, rel=1e-3)
+    assert moved(1e9) > 0.05, "without a bound the step is longer"
+
+
 def test_a_step_without_a_supervised_token_is_refused(build_tiny_model: Any, tmp_path: Path) -> None:
     empty = Rows()
     empty.append(Rendered([5, 6, 7], [0, 0, 0]), "nothing-to-learn")
