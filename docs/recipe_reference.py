@@ -61,6 +61,15 @@ def reference() -> str:
     for kind in STEP_KINDS:
         step = steps[settings_class(kind).__name__]
         lines += [f"## {kind}", "", str(step.get("description", "")).strip(), "", *_table(step), ""]
+    scale = schema["properties"]["scale"]
+    lines += [
+        "# Scale",
+        "",
+        "The recipe's own `scale:` block. " + scale["description"],
+        "",
+        *_table(scale),
+        "",
+    ]
     lines += ["# Blocks", ""]
     for name in sorted(definitions):
         block = definitions[name]
