@@ -395,18 +395,26 @@ def test_a_model_that_does_not_score_given_text_is_refused(
 def test_a_student_in_four_bits_is_scored_as_such(
     bench: Bench, tmp_path: Path, build_tiny_model: Callable[..., Any], tiny_tokenizer: Any
 ) -> None:
-    pytest.importorskip("bitsandbytes")
+    functional = pytest.importorskip("bitsandbytes.functional")
     wide = build_tiny_model("llama", hidden_size=128, intermediate_size=128)
     wide.save_pretrained(tmp_path / "wide")
     tiny_tokenizer.save_pretrained(tmp_path / "wide")
     whole = TransformersModel(path=str(tmp_path / "wide"), device="cpu", dtype="float32")
     bench.models |= {"whole": whole, "small": whole.model_copy(update={"quantize": "nf4"})}
     first, second = (bench.run(name, student=name, keep={"top": 1.0}) for name in ("whole", "small"))
+    rounded = load(whole).model
+    for name, module in load(bench.models["small"]).model.named_modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            weight = functional.dequantize_4bit(module.weight.data, state)
+            rounded.get_submodule(name).weight.data = weight
+    rounded.save_pretrained(tmp_path / "rounded")
+    tiny_tokenizer.save_pretrained(tmp_path / "rounded")
+    bench.models["rounded"] = whole.model_copy(update={"path": str(tmp_path / "rounded")})
     for one, other in zip(first, second, strict=True):
         if not one.held_out:
             assert other.scores["student_probability"] != one.scores["student_probability"]
-            apart = math.log(other.scores["student_probability"] / one.scores["student_probability"])
-            assert abs(apart) < 1.5
+            expected = naive_probability(bench, "rounded", other)
+            assert other.scores["student_probability"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_without_a_rule_every_usable_row_stays_unscored(bench: Bench, forward_passes: list[int]) -> None:
