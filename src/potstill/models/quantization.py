@@ -58,10 +58,10 @@ def _dequantize_across_rows() -> "torch.library.Library":
         found: torch.Tensor = kernel.call_boxed(keys, codes, scales, block, scheme, rows, dtype)
         return found.reshape(shape)
 
-    library = torch.library.Library("bitsandbytes", "IMPL")  # type: ignore[no-untyped-call]
+    library = torch.library.Library("bitsandbytes", "IMPL")  # type: ignore[no-untyped-call]  # torch has no types here
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel")
-        library.impl(  # type: ignore[no-untyped-call]
+        library.impl(  # type: ignore[no-untyped-call]  # as above
             "dequantize_4bit", dequantize, "CPU", with_keyset=True, allow_override=True
         )
     return library
