@@ -13,7 +13,8 @@ __all__ = ["HARMLESS_PEFT_WARNINGS", "quiet_transformers", "read_adapter", "read
 # What PEFT does by itself anyway (a Conv1D's weights lie the other way round), or what merging sees to (a
 # head that shares the embedding's weights).
 HARMLESS_PEFT_WARNINGS = ("fan_in_fan_out is set to", "Model has `tie_word_embeddings=True` and a tied layer")
-_NUMBERED_LAYER = re.compile(r"\.\d+\.")
+# Buffers of older files, which a model computes by itself.
+_BUFFER = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|version)$")
 _NAMES_SHOWN = 3
 
 
@@ -64,12 +65,12 @@ def read_weights(name: str, *, where: str, **options: Any) -> Any:
     model, info = read_pretrained(
         kind.from_pretrained, name, where=where, output_loading_info=True, **options
     )
-    dropped = {key for key in info["unexpected_keys"] if _NUMBERED_LAYER.search(key)}
+    dropped = {key for key in info["unexpected_keys"] if not _BUFFER.search(key)}
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     for what, names in (
         ("weights are missing from the files and would be random", set(info["missing_keys"])),
         ("weights have another shape than the configuration says", mismatched),
-        ("layers in the files have no place in the model and would be dropped", dropped),
+        ("weights in the files have no place in the model and would be dropped", dropped),
     ):
         if names:
             raise ModelError(

@@ -4,14 +4,17 @@ import itertools
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from potstill.models.shared_experts import SharedExperts, expert_blocks, shared_model
 from potstill.student.making import Made, Original, with_shared_weights
-from potstill.student.moe_dense import dense_model
+from potstill.student.moe_dense import dense_model, empty_dense_model
 from potstill.student.moe_pruning import choose_experts, drop_experts
 from potstill.student.moe_routing import Routing, measure_fisher, measure_routing, require_experts
-from potstill.student.moe_sharing import rank_for, share_experts
+from potstill.student.moe_sharing import check_rank, empty_shared_experts, rank_for, share_experts
+from potstill.student.settings import InitSettings
 
-__all__ = ["prune_experts", "shared_experts", "to_dense"]
+__all__ = ["empty_student", "prune_experts", "shared_experts", "to_dense"]
 
 
 def prune_experts(original: Original) -> Made:
@@ -53,11 +56,7 @@ def shared_experts(original: Original) -> Made:
     """The model whose experts share a core and differ by low-rank deltas (D2-MoE)."""
     settings, model, where = original.settings, original.model, str(original.settings.model)
     routing = _routing(original)
-    if settings.rank is not None:
-        rank = settings.rank
-    else:
-        assert settings.keep_ratio is not None
-        rank = rank_for(model, settings.keep_ratio, where)
+    rank = _rank(settings, model)
     weights = {number: found.frequency for number, found in routing.items()}
     if settings.core_by == "fisher":
         fisher = measure_fisher(model, original.batches("measuring the experts' gradients"))
@@ -91,6 +90,37 @@ def shared_experts(original: Original) -> Made:
             **_bytes(model, student),
         },
     )
+
+
+def empty_student(settings: InitSettings, model: Any) -> Any:
+    """The student that such settings make of a mixture without weights (device meta), which is used up.
+
+    Raises ModelError as making it does.
+    """
+    where = str(settings.model)
+    require_experts(model, where)
+    blocks = expert_blocks(model)
+    if settings.method == "to_dense":
+        with torch.device("meta"):
+            return empty_dense_model(model, settings.experts, where)
+    if settings.method == "prune_experts":
+        assert settings.experts is not None
+        drop_experts(model, dict.fromkeys(blocks, range(settings.experts)), where)
+        return model
+    rank = _rank(settings, model)
+    check_rank(model, rank, where)
+    layers = {
+        number: empty_shared_experts(block.experts, rank, model.config.hidden_act)
+        for number, block in blocks.items()
+    }
+    return shared_model(model, layers, rank)
+
+
+def _rank(settings: InitSettings, model: Any) -> int:
+    if settings.rank is not None:
+        return settings.rank
+    assert settings.keep_ratio is not None
+    return rank_for(model, settings.keep_ratio, str(settings.model))
 
 
 def _routing(original: Original) -> dict[int, Routing]:

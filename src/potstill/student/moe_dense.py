@@ -14,7 +14,7 @@ from potstill.core.errors import ModelError
 from potstill.models.shared_experts import expert_blocks
 from potstill.student.moe_routing import Routing
 
-__all__ = ["dense_model"]
+__all__ = ["dense_model", "empty_dense_model"]
 
 # Families that differ from a mixture of experts in their feed-forward layers alone.
 _DENSE = {"qwen3_moe": "qwen3", "mixtral": "mistral"}
@@ -31,6 +31,25 @@ def dense_model(model: Any, routing: Mapping[int, Routing], experts: int | None,
     average what it was. The model given stays as it is. Raises ModelError for a family without such a
     sibling, for more experts than there are, and where dense layers between the others are of another size.
     """
+    dense, blocks = empty_dense_model(model, experts, where), expert_blocks(model)
+    weights = {
+        name: weight
+        for name, weight in model.state_dict().items()
+        if _EXPERTS not in name and not name.endswith(_ROUTER)
+    }
+    for number, block in blocks.items():
+        gate_up, down_HD = _joined(block.experts, routing[number], experts)
+        gate_DH, up_DH = gate_up
+        place = f"model.layers.{number}.mlp"
+        for name, weight in (("gate", gate_DH), ("up", up_DH), ("down", down_HD)):
+            weights[f"{place}.{name}_proj.weight"] = weight.to(model.dtype)
+    dense.load_state_dict(weights)
+    dense.generation_config = model.generation_config
+    return dense.to(model.device).train(model.training)
+
+
+def empty_dense_model(model: Any, experts: int | None, where: str) -> Any:
+    """The model of the dense sibling family as it is before it gets its weights. Raises as `dense_model`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = model.config
@@ -56,23 +75,9 @@ def dense_model(model: Any, routing: Mapping[int, Routing], experts: int | None,
             where=where,
             expected="one inner size for all layers, as the dense family has",
         )
-    dense = AutoModelForCausalLM.from_config(
+    return AutoModelForCausalLM.from_config(
         _dense_config(AutoConfig.for_model(_DENSE[config.model_type]), model, inner), dtype=model.dtype
     )
-    weights = {
-        name: weight
-        for name, weight in model.state_dict().items()
-        if _EXPERTS not in name and not name.endswith(_ROUTER)
-    }
-    for number, block in blocks.items():
-        gate_up, down_HD = _joined(block.experts, routing[number], experts)
-        gate_DH, up_DH = gate_up
-        place = f"model.layers.{number}.mlp"
-        for name, weight in (("gate", gate_DH), ("up", up_DH), ("down", down_HD)):
-            weights[f"{place}.{name}_proj.weight"] = weight.to(model.dtype)
-    dense.load_state_dict(weights)
-    dense.generation_config = model.generation_config
-    return dense.to(model.device).train(model.training)
 
 
 def _dense_config(kind: Any, model: Any, inner: int) -> Any:

@@ -16,7 +16,14 @@ from potstill.core.errors import ModelError
 from potstill.models.shared_experts import SharedExperts, expert_blocks
 from potstill.student.moe_routing import Moments, measure_moments
 
-__all__ = ["SharingError", "low_rank_delta", "rank_for", "share_experts"]
+__all__ = [
+    "SharingError",
+    "check_rank",
+    "empty_shared_experts",
+    "low_rank_delta",
+    "rank_for",
+    "share_experts",
+]
 
 # Second moments that are in memory at once; of what is left, a pass over the traces measures more.
 _MOMENT_BYTES = 4 << 30
@@ -68,6 +75,23 @@ def _highest_rank(model: Any) -> int:
     return int(min((experts * core - core) // (experts * delta), *down_EHF.shape[1:]))
 
 
+def check_rank(model: Any, rank: int, where: str) -> None:
+    """Raise ModelError for a rank at which core and deltas would be no smaller than the experts."""
+    if rank > (highest := _highest_rank(model)):
+        raise ModelError(
+            f"rank {rank}: core and deltas have more parameters than the experts, or a delta than its expert",
+            where=where,
+            expected=f"a rank of at most {highest}",
+        )
+
+
+def empty_shared_experts(experts: Any, rank: int, activation: str) -> SharedExperts:
+    """Core and deltas of a layer's whole experts as they are before they get their weights, on no device."""
+    count, hidden, inner = experts.down_proj.shape
+    with torch.device("meta"):
+        return SharedExperts(count, hidden, inner, rank, activation)
+
+
 def share_experts(
     model: Any,
     batches: Callable[[], Iterable[tuple[Tensor, Tensor]]],
@@ -81,12 +105,7 @@ def share_experts(
     all layers take memory. `weights` are each layer's experts' in its core [E], of any sum above 0. Raises
     ModelError for a rank at which there would be nothing to gain.
     """
-    if rank > (highest := _highest_rank(model)):
-        raise ModelError(
-            f"rank {rank}: core and deltas have more parameters than the experts, or a delta than its expert",
-            where=where,
-            expected=f"a rank of at most {highest}",
-        )
+    check_rank(model, rank, where)
     blocks = expert_blocks(model)
     numbers = list(blocks)
     at_once = max(1, _MOMENT_BYTES // _moment_bytes(next(iter(blocks.values())).experts))
@@ -110,9 +129,7 @@ def _moment_bytes(experts: Any) -> int:
 def _shared(
     experts: Any, moments: Moments, rank: int, weights_E: Tensor, activation: str
 ) -> tuple[SharedExperts, SharingError]:
-    count, hidden, inner = experts.down_proj.shape
-    with torch.device("meta"):
-        shared = SharedExperts(count, hidden, inner, rank, activation)
+    shared = empty_shared_experts(experts, rank, activation)
     shared.to_empty(device=experts.down_proj.device).to(experts.down_proj.dtype)
     errors = {}
     for name, whole_EOI, moment_EII in (
@@ -126,7 +143,7 @@ def _shared(
         core_OI.copy_(torch.einsum("e,eoi->oi", share_E, whole_EOI.to(wide)))
         pooled_II = moment_EII.sum(0) / moments.tokens_E.sum()
         squares = torch.zeros(2, dtype=torch.float64, device=whole_EOI.device)
-        for expert in range(count):
+        for expert in range(len(whole_EOI)):
             whole_OI = whole_EOI[expert].to(wide)
             # What few tokens say of an expert's inputs is filled up with what the layer's tokens say, as if
             # as many of these had been its own as there are inputs.

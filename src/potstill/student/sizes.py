@@ -273,7 +273,22 @@ def planned_parameters(settings: InitSettings, model: TransformersModel) -> int 
         from potstill.student.configured import configured_parameters
 
         return configured_parameters(settings, load_tokenizer(model))
-    return _cut_parameters(settings, folder) if settings.method in ("prune", "fresh", "copy") else None
+    if settings.method in ("prune", "fresh", "copy"):
+        return _cut_parameters(settings, folder)
+    return _mixture_parameters(settings, folder)
+
+
+def _mixture_parameters(settings: InitSettings, folder: Path) -> int:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from potstill.models.shared_experts import register_shared_experts
+    from potstill.student.moe import empty_student
+
+    register_shared_experts()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return int(empty_student(settings, model).num_parameters())
 
 
 def _cut_parameters(settings: InitSettings, folder: Path) -> int | None:

@@ -130,13 +130,21 @@ def test_a_model_that_lacks_a_weight_is_refused(tiny_model_folder):
         load_folder(tiny_model_folder)
 
 
-def test_a_model_with_a_layer_too_many_is_refused(tiny_model_folder):
-    def add(tensors):
-        tensors["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].clone()
-
-    rewrite(tiny_model_folder / "model.safetensors", add)
-    with pytest.raises(ModelError, match="would be dropped"):
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.mlp.up_proj.weight", "lm_head.bias", "score.weight", "model.norm.bias"]
+)
+def test_a_weight_that_the_model_has_no_place_for_is_refused(tiny_model_folder, name):
+    rewrite(tiny_model_folder / "model.safetensors", lambda tensors: tensors.update({name: torch.ones(4)}))
+    with pytest.raises(ModelError, match=f"1 weights in the files .* would be dropped: {name}"):
         load_folder(tiny_model_folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq", "decoder.version"]
+)
+def test_a_buffer_of_older_files_is_none_of_the_weights(tiny_model_folder, name):
+    rewrite(tiny_model_folder / "model.safetensors", lambda tensors: tensors.update({name: torch.ones(4)}))
+    load_folder(tiny_model_folder)
 
 
 def test_weights_of_another_shape_are_refused(tiny_model_folder):

@@ -210,6 +210,23 @@ NEW_MIXTURE = {
 }
 
 
+def planned_and_made(
+    folder: Path, model: Path, data: Any, step_context: Any, sizes: dict[str, Any]
+) -> tuple[int | None, int]:
+    """The parameters of a student as the plan has them, and as the step makes it."""
+    from potstill import student
+
+    stated = [f"{key}={json.dumps(value)}" for key, value in sizes.items()]
+    recipe = one_step_recipe("init", [f"model={model}", f"data={data.folder}", *stated])
+    (step,) = make_plan(recipe, Store(folder / "store")).steps
+    context = step_context(
+        "init", models={"base": TransformersModel(path=str(model))}, data={"traces": [data]}
+    )
+    settings = {"do": "init", "model": "base", "data": "traces", "device": "cpu", **sizes}
+    made = student.run(student.InitSettings.model_validate(settings), context)
+    return step.parameters, made.counts["parameters"]
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -225,18 +242,39 @@ NEW_MIXTURE = {
 def test_a_students_parameters_are_planned_as_they_will_be(
     tmp_path: Path, shared_model_folder: Path, traces: Any, step_context: Any, sizes: dict[str, Any]
 ) -> None:
-    from potstill import student
+    planned, made = planned_and_made(tmp_path, shared_model_folder, traces(4), step_context, sizes)
+    assert planned == made
 
-    data = traces(4)
-    stated = [f"{key}={json.dumps(value)}" for key, value in sizes.items()]
-    recipe = one_step_recipe("init", [f"model={shared_model_folder}", f"data={data.folder}", *stated])
-    (step,) = make_plan(recipe, Store(tmp_path / "store")).steps
-    context = step_context(
-        "init", models={"base": TransformersModel(path=str(shared_model_folder))}, data={"traces": [data]}
-    )
-    settings = {"do": "init", "model": "base", "data": "traces", "device": "cpu", **sizes}
-    made = student.run(student.InitSettings.model_validate(settings), context)
-    assert step.parameters == made.counts["parameters"]
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"method": "prune_experts", "experts": 2},
+        {"method": "share_experts", "rank": 2},
+        {"method": "share_experts", "keep_ratio": 0.6},
+        {"method": "to_dense"},
+        {"method": "to_dense", "experts": 2},
+    ],
+    ids=str,
+)
+def test_a_student_out_of_a_mixture_is_planned_as_it_will_be(
+    tmp_path: Path, build_tiny_model: Any, tiny_tokenizer: Any, traces: Any, step_context: Any, sizes: Any
+) -> None:
+    mixture = build_tiny_model("qwen3_moe")
+    mixture.save_pretrained(tmp_path / "mixture")
+    tiny_tokenizer.save_pretrained(tmp_path / "mixture")
+    planned, made = planned_and_made(tmp_path, tmp_path / "mixture", traces(4), step_context, sizes)
+    assert planned == made < mixture.num_parameters()
+
+
+def test_a_rank_that_saves_nothing_is_a_problem_of_the_plan(
+    tmp_path: Path, texts: Path, build_tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    build_tiny_model("qwen3_moe").save_pretrained(tmp_path / "mixture")
+    tiny_tokenizer.save_pretrained(tmp_path / "mixture")
+    arguments = [f"model={tmp_path / 'mixture'}", f"data={texts}", "method=share_experts", "rank=4000"]
+    plan = make_plan(one_step_recipe("init", arguments), Store(tmp_path / "store"))
+    assert any("more parameters than the experts" in problem for problem in plan.problems)
 
 
 def test_a_mixtures_blocks_are_told_apart_in_what_is_planned(
