@@ -152,7 +152,7 @@ class EvaluateSettings(Settings):
         4, ge=0, description="prompts whose answers the report shows side by side, of each kind"
     )
 
-    batch: int = execution(16, ge=1, description="prompts decoded at once")
+    batch: int = execution(32, ge=1, description="prompts decoded at once")
     max_tokens: int | None = execution(
         None, ge=1, description="padded tokens of traces at once; by default by device"
     )

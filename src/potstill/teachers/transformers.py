@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TransformersTeacher", "context_tokens", "generate_batch", "generation_inputs"]
 
-_CPU_BATCH, _GPU_BATCH = 16, 64
+_CPU_BATCH, _GPU_BATCH = 32, 64
 _GATHER_S = 0.02
 
 
@@ -159,7 +159,7 @@ class _Decoding:
             pad_token_id=padding_id,
             decoder_start_token_id=decoder_start_id(self.model.config),
         )
-        with torch.inference_mode(), _only_config(self.model, config):
+        with torch.inference_mode(), _only_config(self.model, config), _contiguous_states(self.model):
             output_BT = self.model.generate(
                 **inputs,
                 generation_config=config,
@@ -198,6 +198,20 @@ def _only_config(model: Any, config: "GenerationConfig") -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+@contextmanager
+def _contiguous_states(model: Any) -> Iterator[None]:
+    """Give the output head contiguous states: for the last positions of longer rows, which are a view with
+    gaps, torch would copy the head's whole weight once a row.
+    """
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, states: (states[0].contiguous(), *states[1:])
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _uniform_draws(seeds: Sequence[int], steps: int) -> "torch.Tensor":

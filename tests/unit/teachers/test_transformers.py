@@ -131,6 +131,20 @@ def test_a_row_near_the_end_of_the_context_is_cut_there_and_the_others_are_not(
         generate_batch(loaded, renderer, [[7] * 3, [5] * 16], max_new_tokens=8)
 
 
+def test_the_head_is_given_states_without_gaps(loaded, renderer):
+    """With gaps, torch copies the head's weight for every row."""
+    shapes = []
+
+    def note(head, states, logits):
+        assert states[0].is_contiguous()
+        shapes.append(tuple(states[0].shape[:2]))
+
+    handle = loaded.model.get_output_embeddings().register_forward_hook(note)
+    generate_batch(loaded, renderer, PROMPTS, max_new_tokens=2)
+    handle.remove()
+    assert shapes == [(len(PROMPTS), 1)] * 2
+
+
 def test_a_stop_ends_decoding_at_once(loaded, renderer):
     stop = threading.Event()
     stop.set()
