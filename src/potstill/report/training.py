@@ -103,10 +103,12 @@ def training_sections(run: RunView) -> list[dict[str, Any]]:
         curves = curves_of(run, step) if step.kind == "train" else {}
         if not curves:
             continue
-        charts = []
+        charts: list[dict[str, Any]] = []
+        drawn: list[list[Curve]] = []
         for title, y_label, names in _PANELS:
             shown = {label: thinned(curves[name]) for name, label in names.items() if name in curves}
-            if shown:
+            if shown and [*shown.values()] not in drawn:  # a loss of one part is no second chart
+                drawn.append([*shown.values()])
                 svg = line_chart(
                     f"{step.name}: {title}",
                     shown,

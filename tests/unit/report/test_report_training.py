@@ -80,3 +80,35 @@ def test_the_peak_is_that_of_the_gpu_where_it_was_used(build_run: Callable[..., 
     peaks = {"peak_memory_bytes": 9_000_000_000, "peak_gpu_memory_bytes": 5_100_000_000}
     assert peak_memory([manifest]) == ""
     assert peak_memory([manifest, manifest.model_copy(update=peaks)]) == "5.10 GB of GPU"
+
+
+@pytest.mark.parametrize(("kl", "shown"), [(None, False), (0.5, True)])
+def test_the_parts_of_a_loss_are_drawn_where_there_are_several(
+    build_run: Callable[..., RunView], kl: float | None, shown: bool
+) -> None:
+    run = build_run()
+    steps = []
+    for step in run.steps:
+        if step.kind == "train":
+            assert step.manifest is not None
+            history = [
+                {
+                    key: value
+                    for key, value in {
+                        **point,
+                        **{
+                            name.replace("loss", "cross_entropy"): point[name]
+                            for name in point
+                            if "loss" in name
+                        },
+                        "kl": kl,
+                    }.items()
+                    if value is not None and not key.endswith("_kl")
+                }
+                for point in step.manifest.metrics["history"]
+            ]
+            metrics = {**step.manifest.metrics, "history": history}
+            step = replace(step, manifest=step.manifest.model_copy(update={"metrics": metrics}))
+        steps.append(step)
+    (section,) = training_sections(replace(run, steps=steps))
+    assert ("Its parts" in [chart["title"] for chart in section["charts"]]) == shown
