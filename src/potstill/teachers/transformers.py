@@ -202,8 +202,9 @@ def _only_config(model: Any, config: "GenerationConfig") -> Iterator[None]:
 
 @contextmanager
 def _contiguous_states(model: Any) -> Iterator[None]:
-    """Give the output head contiguous states: for the last positions of longer rows, which are a view with
-    gaps, torch would copy the head's whole weight once a row.
+    """Give the output head contiguous states.
+
+    Of the last positions of longer rows, a view with gaps, torch would copy the head's whole weight a row.
     """
     handle = model.get_output_embeddings().register_forward_pre_hook(
         lambda _, states: (states[0].contiguous(), *states[1:])
