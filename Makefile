@@ -15,10 +15,11 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 DONE := $(VENV)/installed
 KERNELS := $(VENV)/kernels
+FUZZER  := $(VENV)/fuzzer
 # A process a core, each with one thread: more threads than cores wait for each other.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test check ray fuzz format clean
 .DELETE_ON_ERROR:
 
 quickstart: $(DONE)
@@ -34,6 +35,15 @@ check: $(DONE) $(KERNELS)
 	$(BIN)/lint-imports
 	$(TEST) tests/architecture
 	$(MAKE) --no-print-directory test
+
+# Ray is 70 MB and no part of `make check`, which leaves out its tests where it is not there.
+ray: $(DONE)
+	$(PIP) --no-deps --requirement requirements/ray.txt
+
+# Longer than the suite does, led by coverage: make fuzz SECONDS=600
+SECONDS ?= 120
+fuzz: $(DONE) $(FUZZER)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --seconds $(SECONDS)
 
 format: $(DONE)
 	$(BIN)/ruff format .
@@ -53,6 +63,10 @@ $(DONE): requirements/runtime.txt requirements/dev.txt pyproject.toml
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint requirements/runtime.txt "$(TORCH)" setuptools
 	$(PIP) --no-deps --no-build-isolation --requirement requirements/runtime.txt --requirement requirements/dev.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(FUZZER): $(DONE) requirements/fuzz.txt
+	$(PIP) --no-deps --requirement requirements/fuzz.txt
 	@touch $@
 
 # triton runs the GPU kernel without a GPU, in its interpreter. It is as large as torch, whose builds for GPUs bring it,
