@@ -5,13 +5,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, Literal, Protocol
 
 __all__ = ["Display", "Progress", "Reporter", "format_seconds", "read_events"]
 
 Display = Literal["bar", "plain", "quiet", "json"]
 _PLAIN_INTERVAL_S = 10.0
+_LONGEST_NUMBER = 30  # digits
 
 
 def format_seconds(seconds: float) -> str:
@@ -77,7 +78,8 @@ class _BarProgress:
 class Reporter:
     """Writes events.jsonl and a log (when given), and shows the run as bar, plain, quiet or json.
 
-    The log has every line for people with its time, whatever is shown, and is appended to.
+    The log has every line for people with its time, whatever is shown, and is appended to. A `label` stands
+    before each line, where several write to one log.
     """
 
     def __init__(
@@ -86,7 +88,9 @@ class Reporter:
         events_path: Path | None = None,
         stream: IO[str] | None = None,
         log_path: Path | None = None,
+        label: str | None = None,
     ) -> None:
+        self._start = "" if label is None else f"{label}: "
         self.display: Display = display
         self.stream = stream if stream is not None else sys.stderr
         self.events_path, self.log_path = events_path, log_path
@@ -115,12 +119,13 @@ class Reporter:
         """A line for people."""
         self.log(message)
         if self.display in ("bar", "plain"):
-            print(message, file=self.stream, flush=True)
+            print(f"{self._start}{message}", file=self.stream, flush=True)
 
     def log(self, message: str) -> None:
         """A line for the log alone."""
         if self._log is not None:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n".encode("utf-8", "replace"))
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {self._start}{message}\n"
+            self._log.write(line.encode("utf-8", "replace"))
 
     @contextmanager
     def progress(
@@ -170,12 +175,44 @@ class Reporter:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Every whole event of a file, oldest first; a line cut off by a kill is left out."""
+    """Every whole event of a file, oldest first; a line cut off by a kill or damaged is left out."""
     events = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
+                event = json.loads(line, parse_int=_number)
+            except (ValueError, RecursionError):
                 continue
+            if _is_event(event):
+                events.append(event)
     return events
+
+
+def _number(text: str) -> int:
+    if len(text) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _is_event(value: Any) -> bool:
+    """Whether a value has what all events have, each of its type."""
+    if not isinstance(value, dict) or not isinstance(value.get("event"), str):
+        return False
+    steps = value.get("steps", [])
+    return (
+        isinstance(value.get("step", ""), str)
+        and all(isinstance(value.get(name, 0), int | float) for name in ("time", "optimiser_step"))
+        and isinstance(steps, list)
+        and all(isinstance(one, dict) and _is_declared(one) for one in steps)
+    )
+
+
+def _is_declared(step: dict[str, Any]) -> bool:
+    name, needs = step.get("name"), step.get("needs")
+    return (
+        isinstance(name, str)
+        and PurePath(name).name == name  # it is a file's name in the run folder
+        and isinstance(step.get("kind"), str)
+        and isinstance(needs, list)
+        and all(isinstance(one, str) for one in needs)
+    )

@@ -1,4 +1,4 @@
-"""How much memory a piece of work needed at its height."""
+"""How much memory a piece of work needed at its height, and whether it was too much."""
 
 import ctypes
 import gc
@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "is_out_of_memory"]
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_SAID = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "failed to map segment")
 _RESET_PEAK = "5"  # proc(5): the peak of resident memory starts from what is resident now
 
 
@@ -40,6 +41,18 @@ class PeakMemory:
         if (cuda := _cuda()) is not None:
             found["peak_gpu_memory_bytes"] = int(cuda.max_memory_allocated())
         return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's own, torch's of a GPU or a CPU, the system's."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is too heavy to import for a name
+        or (
+            isinstance(error, RuntimeError | OSError | ImportError)
+            and any(one in str(error) for one in _SAID)
+        )
+    )
 
 
 def _peak_resident_bytes() -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from potstill.core.alternatives import Alternatives
 from potstill.core.errors import DataError
 from potstill.core.hashing import hash_json
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["RECORDS_FILE", "Record", "count_records", "prompt_identity", "read_records", "write_records"]
 
 RECORDS_FILE = "records.parquet"
-_ROW_GROUP_ROWS = 1024
+_ROW_GROUP_ROWS, _ROW_GROUP_ALTERNATIVES = 1024, 2**20
 _READ_ROWS = 64  # as Python objects at once, which take many times what they do in the file
 
 
@@ -29,6 +30,7 @@ class Record:
     tokenizer that made the token ids. `task` names the verifier that judges an answer against `reference`.
     `logprobs` are natural logarithms, one a response token, at the temperature that `sampling` states, and
     `token_bytes` says of each how many UTF-8 bytes of `response` its token stands for; they sum to all of it.
+    `alternatives` are the likeliest tokens in the place of each, and in that of the end of the turn.
     `prefix_characters` counts the first characters of the response that another model wrote, before `model`
     went on from there; `prefix_tokens` the first of `response_token_ids` that stand for them. Their
     log-probabilities are unknown: one NaN each, a single one where there are no ids.
@@ -49,6 +51,7 @@ class Record:
     response_token_ids: list[int] | None = None
     logprobs: list[float] | None = None
     token_bytes: list[int] | None = None
+    alternatives: Alternatives | None = None
     prefix_characters: int = 0
     prefix_tokens: int = 0
     tokenizer: str | None = None
@@ -83,6 +86,14 @@ def _schema() -> "pa.Schema":
         "response_token_ids": pa.list_(pa.int32()),
         "logprobs": pa.list_(pa.float32()),
         "token_bytes": pa.list_(pa.int32()),
+        "alternatives": pa.struct(
+            {
+                "counts": pa.list_(pa.int32()),
+                "logprobs": pa.list_(pa.float32()),
+                "ids": pa.list_(pa.int32()),
+                "texts": pa.list_(pa.binary()),
+            }
+        ),
     }
     return pa.schema([(one.name, special.get(one.name, pa.string())) for one in fields(Record)])
 
@@ -91,6 +102,8 @@ def _to_row(record: Record) -> dict[str, Any]:
     row = {one.name: getattr(record, one.name) for one in fields(Record)}
     for name in _JSON_COLUMNS:
         row[name] = json.dumps(row[name], ensure_ascii=False, sort_keys=name != "messages")
+    if record.alternatives is not None:
+        row["alternatives"] = record.alternatives.columns()
     return row
 
 
@@ -100,42 +113,72 @@ def write_records(path: Path, records: Iterable[Record]) -> int:
     import pyarrow.parquet as pq
 
     schema, count, partial = _schema(), 0, path.with_name(path.name + ".partial")
-    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(partial, schema, compression="zstd", write_page_checksum=True) as writer:
         group: list[dict[str, Any]] = []
+        alternatives = 0
         for record in records:
             group.append(_to_row(record))
-            if len(group) == _ROW_GROUP_ROWS:
+            alternatives += 0 if record.alternatives is None else len(record.alternatives.logprobs)
+            if len(group) == _ROW_GROUP_ROWS or alternatives >= _ROW_GROUP_ALTERNATIVES:
                 writer.write_table(pa.Table.from_pylist(group, schema))
-                count, group = count + len(group), []
+                count, group, alternatives = count + len(group), [], 0
         writer.write_table(pa.Table.from_pylist(group, schema))
     os.replace(partial, path)
     return count + len(group)
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Records of a Parquet file in order, a few in memory at a time."""
+    """Records of a Parquet file in order, a few in memory at a time. DataError where it is damaged."""
+    batches = _batches(path)
+    while (batch := next(batches, None)) is not None:
+        try:
+            records = _of_batch(batch)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise _unreadable(path, error) from error
+        yield from records
+
+
+def _batches(path: Path) -> "Iterator[pa.RecordBatch]":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"cannot be read as records ({error})",
-            where=str(path),
-            expected="a records file written by potstill",
-        ) from error
-    with file:
-        for batch in file.iter_batches(batch_size=_READ_ROWS):
-            for row in batch.to_pylist():
-                for name in _JSON_COLUMNS:
-                    row[name] = json.loads(row[name])
-                yield Record(**row)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield from file.iter_batches(batch_size=_READ_ROWS)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
+def _of_batch(batch: "pa.RecordBatch") -> list[Record]:
+    alternatives = None
+    if "alternatives" in batch.schema.names:  # as Python objects they would take ten times as much
+        alternatives = batch.column("alternatives")
+        batch = batch.drop_columns("alternatives")
+    records = []
+    for number, row in enumerate(batch.to_pylist()):
+        row |= {name: json.loads(row[name]) for name in _JSON_COLUMNS}
+        if alternatives is not None and alternatives[number].is_valid:
+            row["alternatives"] = Alternatives.of_columns(alternatives[number])
+        records.append(Record(**row))
+    return records
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"cannot be read as records ({error})",
+        where=str(path),
+        expected="a records file as potstill has written it",
+        mend="make the step again with --force, or copy the file again from where it came from",
+    )
 
 
 def count_records(path: Path) -> int:
-    """How many records a Parquet file holds, from its footer."""
+    """How many records a Parquet file holds, from its footer. DataError where it is damaged."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        return int(file.metadata.num_rows)
+    try:
+        with pq.ParquetFile(path) as file:
+            return int(file.metadata.num_rows)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -57,9 +58,11 @@ class InputPath(str):
 
 def resolve_path(value: str, folders: Sequence[Path] = ()) -> str:
     """An absolute path where `value` exists in one of the folders or the working folder, else `value`."""
-    for base in (*folders, Path.cwd()):
-        if (found := base / Path(value).expanduser()).exists():
-            return str(found.resolve())
+    # What cannot be a path (too long, a NUL, an unknown user behind ~) leads nowhere.
+    with suppress(OSError, RuntimeError, ValueError):
+        for base in (*folders, Path.cwd()):
+            if (found := base / Path(value).expanduser()).exists():
+                return str(found.resolve())
     return value
 
 

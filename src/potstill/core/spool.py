@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,11 +46,18 @@ class Spool:
         file.seek(place)
         return file.read(size)
 
+    def chunks(self) -> Iterator[bytes]:
+        """All of it in order, some at a time."""
+        for place in range(0, self.size, _BUFFER_BYTES):
+            yield self.read(place, _BUFFER_BYTES)
+
     def _flush(self) -> None:
         # Two processes that were one before this write the same bytes to the same place.
         file = self._file()
         file.seek(self._written)
-        file.write(self._buffer)
+        rest = memoryview(bytes(self._buffer))
+        while rest:  # where a disk fills up, a write takes a part before the next one fails
+            rest = rest[file.write(rest) :]
         self._written += len(self._buffer)
         self._buffer.clear()
 

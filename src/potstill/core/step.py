@@ -10,6 +10,7 @@ from typing import Any
 from potstill.core.errors import Interrupted
 from potstill.core.events import Progress, Reporter
 from potstill.core.hashing import derive_seed
+from potstill.core.replicas import Replicas
 from potstill.core.settings import DataRef, ModelRef, ModelsRef, Settings
 from potstill.core.store import SCRATCH_FOLDER, Artifact
 
@@ -35,7 +36,10 @@ class StepResult:
 
 @dataclass
 class StepContext:
-    """Everything a step may touch: its folder, its resolved inputs, its seed, and how to report and stop."""
+    """Everything a step may touch: its folder, its resolved inputs, its seed, and how to report and stop.
+
+    `replicas` is where copies of the models that it asks are to work, if not in this process.
+    """
 
     name: str
     kind: str
@@ -46,6 +50,7 @@ class StepContext:
     resolve_models: Callable[[ModelRef], Mapping[str, Settings]]
     resolve_data: Callable[[DataRef], list[tuple[Artifact, str | None]]]
     stop: threading.Event = field(default_factory=threading.Event)
+    replicas: Replicas | None = None
 
     @property
     def scratch(self) -> Path:

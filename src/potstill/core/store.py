@@ -1,6 +1,5 @@
 """The artifact store: one folder a fingerprint, sealed by a manifest that is written last."""
 
-import json
 import os
 import platform
 import shutil
@@ -8,11 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from potstill.core.checked_json import DamagedJsonError, checked_json, read_checked_json
 from potstill.core.errors import StoreError
 from potstill.core.hashing import hash_file, hash_json
 
@@ -25,12 +25,17 @@ __all__ = [
     "Manifest",
     "Store",
     "default_store_root",
+    "manifest_text",
     "write_atomically",
 ]
 
 MANIFEST_FILE = "manifest.json"
 MODEL_CARD_FILE = "README.md"
 SCRATCH_FOLDER = "scratch"
+_PARTIAL = ".partial"  # what a file is called that is not whole yet
+_MADE_AGAIN = (
+    "give the same command again, which makes what is missing; or copy it again from where it came from"
+)
 _RECORDED_PACKAGES = ("potstill", "torch", "transformers", "peft", "pyarrow", "xllamacpp", "reasoning-gym")
 
 
@@ -67,6 +72,20 @@ class Manifest(BaseModel):
     peak_memory_bytes: int | None = None
     peak_gpu_memory_bytes: int | None = None
 
+    @field_validator("files")
+    @classmethod
+    def _check_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise ValueError(f"{name!r} leads out of the folder")
+        return files
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The text of a manifest's file, with its checksum."""
+    return checked_json(manifest.model_dump(), indent=2)
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -83,7 +102,8 @@ class Artifact:
     @property
     def views(self) -> list[str]:
         """Folders in the artifact that are models of their own: those of single epochs."""
-        return list(self.manifest.extra.get("views", []))
+        folders = {name.partition("/")[0] for name in self.manifest.files if "/" in name}
+        return [view for view in self.manifest.extra.get("views", []) if view in folders]
 
     def content_of(self, view: str | None) -> str:
         """The hash of a view's files; without one, of all that belong to none."""
@@ -102,20 +122,41 @@ class Artifact:
 
     def damage(self) -> str | None:
         """What is wrong with the files on disk (missing, other size), or None."""
+        return next((what for _, what in self.damaged_files()), None)
+
+    def damaged_files(self) -> Iterator[tuple[Path, str]]:
+        """Each file that is missing or of another size, and what is wrong with it."""
         for name, entry in self.manifest.files.items():
             file = self.folder / name
             if not file.is_file():
-                return f"{name} is missing"
-            if (size := file.stat().st_size) != entry.size_bytes:
-                return f"{name} has {size} bytes, not {entry.size_bytes}"
-        return None
+                yield file, f"{name} is missing"
+            elif (size := file.stat().st_size) != entry.size_bytes:
+                yield file, f"{name} has {size} bytes, not {entry.size_bytes}"
+
+    def check_content(self, checked_when_read: Callable[[str], bool] | None = None) -> None:
+        """Read every file and compare it with what was sealed, but for those that their reader checks.
+
+        Raises StoreError, which names the first file that is another.
+        """
+        if (what := self.damage()) is not None:
+            raise StoreError(what, where=str(self.folder), mend=_MADE_AGAIN)
+        for name, entry in self.manifest.files.items():
+            if checked_when_read is not None and checked_when_read(name):
+                continue
+            if (found := hash_file(self.folder / name)) != entry.sha256:
+                raise StoreError(
+                    f"is damaged: its SHA-256 is {found[:12]}, and {entry.sha256[:12]} was sealed",
+                    where=str(self.folder / name),
+                    expected="the file as it was made; a disk or a copy has changed it",
+                    mend=f"delete it, and {_MADE_AGAIN}",
+                )
 
     @classmethod
     def open(cls, folder: Path) -> "Artifact":
         """Read a sealed artifact's manifest; StoreError where there is none."""
         path = folder / MANIFEST_FILE
         try:
-            return cls(folder, Manifest.model_validate_json(path.read_text(encoding="utf-8")))
+            return cls(folder, Manifest.model_validate(read_checked_json(path.read_bytes())))
         except FileNotFoundError:
             raise StoreError(
                 "not a finished artifact: it has no manifest.json",
@@ -123,9 +164,13 @@ class Artifact:
                 expected="a folder that a potstill step has sealed",
                 mend="name a step of the recipe, a run's step folder, or run the step that makes it again",
             ) from None
-        except ValidationError as error:
+        except (DamagedJsonError, ValidationError) as error:
+            what = f"{error.error_count()} faults" if isinstance(error, ValidationError) else str(error)
             raise StoreError(
-                f"unreadable manifest ({error.error_count()} faults)", where=str(path)
+                f"unreadable manifest ({what})",
+                where=str(path),
+                expected="the file as a potstill step has written it",
+                mend="run the step that makes it again, or copy the folder again from where it came from",
             ) from error
 
 
@@ -136,12 +181,17 @@ def default_store_root() -> Path:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a UTF-8 text file so that a reader sees the old one or the whole new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 class Store:
@@ -156,17 +206,30 @@ class Store:
 
     def find(self, kind: str, fingerprint: str) -> Artifact | None:
         """The sealed, undamaged artifact of a fingerprint, or None."""
+        with suppress(StoreError):
+            artifact = Artifact.open(self.folder(kind, fingerprint))
+            if artifact.manifest.fingerprint == fingerprint and artifact.damage() is None:
+                return artifact
+        return None
+
+    def damage(self, kind: str, fingerprint: str) -> str | None:
+        """What is wrong with an artifact that was sealed and is not found any more; None where none was."""
         folder = self.folder(kind, fingerprint)
         if not (folder / MANIFEST_FILE).is_file():
             return None
-        artifact = Artifact.open(folder)
-        return (
-            artifact if artifact.manifest.fingerprint == fingerprint and artifact.damage() is None else None
-        )
+        try:
+            return Artifact.open(folder).damage()
+        except StoreError as error:
+            return f"{MANIFEST_FILE}: {error.what}"
 
     @contextmanager
-    def lock(self, fingerprint: str, *, on_wait: Callable[[int | None], None]) -> Iterator[None]:
-        """Hold the one right to make a fingerprint; `on_wait` hears the holder's pid before a wait begins."""
+    def lock(
+        self, fingerprint: str, *, on_wait: Callable[[int | None], None], wait: bool = True
+    ) -> Iterator[bool]:
+        """Hold the one right to make a fingerprint; `on_wait` hears the holder's pid before a wait begins.
+
+        Gives False, and no right, where another has it and `wait` is not set.
+        """
         from filelock import FileLock, Timeout
 
         folder = self.root / "locks"
@@ -175,19 +238,28 @@ class Store:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not wait:
+                yield False
+                return
             pid = owner.read_text(encoding="utf-8") if owner.exists() else ""
             on_wait(int(pid) if pid.isdigit() else None)
             lock.acquire()
         try:
             owner.write_text(str(os.getpid()), encoding="utf-8")
-            yield
+            yield True
         finally:
             owner.unlink(missing_ok=True)
             lock.release()
 
     def prepare(self, kind: str, fingerprint: str, *, discard: bool = False) -> Path:
-        """The folder a step writes into; what an interrupted attempt left stays unless `discard`."""
+        """The folder a step writes into; what an interrupted attempt left stays unless `discard`.
+
+        Of a damaged artifact the files of the sealed size stay; their content is not compared.
+        """
         folder = self.folder(kind, fingerprint)
+        with suppress(StoreError):
+            for file, _ in Artifact.open(folder).damaged_files():
+                file.unlink(missing_ok=True)
         # Without its manifest the artifact is unfinished, whatever happens from here on.
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
         if discard and folder.exists():
@@ -196,21 +268,23 @@ class Store:
         return folder
 
     def seal(self, folder: Path, **fields: Any) -> Artifact:
-        """Hash every payload file, then write the manifest by rename. The scratch folder is removed first.
+        """Hash every payload file, then write the manifest by rename.
+
+        The scratch folder is removed first, and what a kill or a full disk has left half written.
 
         The model card is a by-product of whichever run wrote it last and is no payload.
         """
         shutil.rmtree(folder / SCRATCH_FOLDER, ignore_errors=True)
         files = {}
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.name not in (MANIFEST_FILE, MODEL_CARD_FILE):
+            if path.name.endswith(_PARTIAL) and path.is_file():
+                path.unlink()
+            elif path.is_file() and path.name not in (MANIFEST_FILE, MODEL_CARD_FILE):
                 entry = FileEntry(sha256=hash_file(path), size_bytes=path.stat().st_size)
                 files[path.relative_to(folder).as_posix()] = entry
         content = hash_json({name: entry.sha256 for name, entry in files.items()})
         manifest = Manifest(files=files, content=content, versions=_versions(), **fields)
-        write_atomically(
-            folder / MANIFEST_FILE, json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False)
-        )
+        write_atomically(folder / MANIFEST_FILE, manifest_text(manifest))
         return Artifact(folder, manifest)
 
 

@@ -73,3 +73,25 @@ def test_json_prints_events_only(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(4.23, "4.2 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
 def test_durations_are_said_as_people_do(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_lines_that_are_no_events_are_left_out(tmp_path: Path) -> None:
+    whole = [
+        {"event": "run_started", "time": 1.0, "steps": [{"name": "a", "kind": "train", "needs": []}]},
+        {"event": "step_started", "step": "a"},
+    ]
+    damaged = [
+        b"\xff\xfe",
+        b"[]",
+        b"3",
+        b'{"event": 3}',
+        b'{"event": "x", "step": ["a"]}',
+        b'{"event": "x", "time": "now"}',
+        b'{"event": "x", "time": ' + b"9" * 400 + b"}",
+        b'{"event": "run_started", "steps": [{"name": "../../etc", "kind": "train", "needs": []}]}',
+        b'{"event": "run_started", "steps": [{"name": "a"}]}',
+        b'{"event": "cut',
+    ]
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"\n".join([*(json.dumps(one).encode() for one in whole), *damaged]))
+    assert read_events(path) == whole

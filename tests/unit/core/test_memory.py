@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from potstill.core import memory
-from potstill.core.memory import PeakMemory
+from potstill.core.memory import PeakMemory, is_out_of_memory
 
 _SIZE_BYTES = 256 << 20
 
@@ -29,3 +30,15 @@ def test_where_the_system_keeps_no_peak_it_is_unknown(
 ) -> None:
     monkeypatch.setattr(memory, "_CLEAR", tmp_path / "no" / "such" / "file")
     assert "peak_memory_bytes" not in PeakMemory().read()
+
+
+def test_memory_that_ran_out_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as of_torch:
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(MemoryError) as of_python:
+        bytearray(2**62)
+    for error in (of_torch.value, of_python.value, torch.OutOfMemoryError("CUDA out of memory")):
+        assert is_out_of_memory(error)
+    assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))

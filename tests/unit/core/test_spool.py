@@ -24,6 +24,22 @@ def test_what_was_added_is_read_by_place(parts, data):
         start = data.draw(st.integers(0, len(whole)))
         size = data.draw(st.integers(0, len(whole) - start))
         assert spool.read(start, size) == whole[start : start + size]
+    assert b"".join(spool.chunks()) == whole
+
+
+def test_a_write_of_which_the_disk_takes_a_part_is_gone_on_with(tmp_path, monkeypatch):
+    class Slow:
+        def __init__(self, file):
+            self.file, self.seek, self.read = file, file.seek, file.read
+
+        def write(self, data):
+            return self.file.write(data[:7])
+
+    whole = Spool._file
+    monkeypatch.setattr(Spool, "_file", lambda self: Slow(whole(self)))
+    spool = Spool(tmp_path)
+    spool.append(bytes(range(100)))
+    assert spool.read(0, 100) == bytes(range(100))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -55,3 +55,36 @@ def test_what_is_no_mapping_or_no_yaml_is_refused_by_file(tmp_path: Path, text: 
 def test_python_objects_are_never_built(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not allowed"):
         _read(tmp_path, "a: !!python/object/apply:os.system ['true']\n")
+
+
+def test_a_date_stays_text_as_in_yaml_1_2() -> None:
+    assert parse_value("2026-07-01") == "2026-07-01"
+    assert parse_value("2026-99-99") == "2026-99-99", "and need not be one"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [*a]", "it has no end"),
+        ("[" * 5000, "it has no end, or is too deep"),
+        ("a: " + "9" * 5000, "not valid YAML"),
+        ("a: !!int x", "not valid YAML"),
+        ("a: !!timestamp 2026-07-01", "is not allowed"),
+        ("a: !!binary aGk=", "is not allowed"),
+        ("a: x\x00", "not valid YAML"),
+        ('a: "\\ud800"', "half of a surrogate pair"),
+        ('"\\udfff": 1', "half of a surrogate pair"),
+    ],
+)
+def test_what_no_recipe_can_mean_is_refused_by_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as refused:
+        _read(tmp_path, text)
+    assert "recipe.yaml" in str(refused.value)
+
+
+def test_aliases_of_aliases_do_not_fill_the_memory(tmp_path: Path) -> None:
+    levels = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    with pytest.raises(RecipeError, match="more than 100,000 values"):
+        _read(tmp_path, f"a0: &a0 x\n{levels}")
+    value, _ = _read(tmp_path, "a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n")
+    assert value == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}
