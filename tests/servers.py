@@ -82,6 +82,13 @@ def vllm(answer: Callable[[Body], Reply], max_model_len: int | None = 4096) -> C
     return lambda body: answer(body) if "prompt" in body else Reply(body=models)
 
 
+def rows_scored(server: "ScriptedServer") -> list[Body]:
+    """The requests to score a row: those that are not about the text which is scored before the first one."""
+    scored = [body for body in server.requests if "prompt" in body]
+    known = scored[0]["prompt"] if scored else []
+    return [body for body in scored if body["prompt"][: len(known) // 2] != known[: len(known) // 2]]
+
+
 class Faults:
     """Answers to questions, of which a share goes wrong in every way that servers do.
 

@@ -2,27 +2,24 @@
 
 import asyncio
 import itertools
-import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from potstill.core.errors import DataError, EngineError
+from potstill.core.errors import DataError
 from potstill.core.events import Progress, format_seconds
 from potstill.core.records import Record
 from potstill.core.step import StepContext
 from potstill.teachers.budget import Budget
+from potstill.teachers.failures import FAILURES_FILE, Failures
 from potstill.teachers.protocol import Request, RequestError, Teacher, Usage
 from potstill.teachers.request_store import RequestStore
 
-__all__ = ["FAILURES_FILE", "Asking", "Plan", "Planned"]
+__all__ = ["Asking", "Plan", "Planned"]
 
-FAILURES_FILE = "failures.jsonl"
 _POLL_S = 0.2  # for a stop, and for places that no answer has made
 _GRACE_S = 10.0
-_FAILURES_IN_A_ROW = 20
-_REASONS_SHOWN = 3
 
 
 class Planned(Protocol):
@@ -60,7 +57,8 @@ class Asking(Generic[PlannedT]):
     """Asks what the request store does not hold yet, as many requests at a time as engine and budget take.
 
     Memory does not grow with the number of requests. An answer is in the store before anything else happens:
-    a process that is killed loses at most those that were under way. `model` is what errors call it.
+    a process that is killed loses at most those that were under way. `model` is what errors call it, and
+    failures are rows of `failures_path`, in the step's folder unless it is stated.
     """
 
     def __init__(
@@ -72,17 +70,21 @@ class Asking(Generic[PlannedT]):
         context: StepContext,
         *,
         model: str,
+        failures_path: Path | None = None,
     ) -> None:
         self.plan, self.teacher, self.store, self.budget, self.context = plan, teacher, store, budget, context
         self.model, self.where = model, f"model {model}"
-        self.reused = self.answered = self.failed = 0
-        self.failures_path = context.folder / FAILURES_FILE
-        self._reasons: Counter[str] = Counter()
-        self._in_a_row = 0
+        self.reused = self.answered = 0
+        self.failures = Failures(failures_path or context.folder / FAILURES_FILE, where=self.where)
         self._workers: set[asyncio.Task[None]] = set()
         self._ending = False
         self._error: Exception | None = None
         self._wake = asyncio.Event()
+
+    @property
+    def failed(self) -> int:
+        """Requests that failed."""
+        return self.failures.count
 
     @property
     def left(self) -> int:
@@ -92,15 +94,16 @@ class Asking(Generic[PlannedT]):
     async def ask(self) -> None:
         """Ask until every request is answered or has failed.
 
-        Failures are rows of `failures.jsonl`, of the latest attempt alone. Raises BudgetError when the budget
-        ends before the requests, EngineError when no request can succeed or failures do not end, Interrupted
-        when the run is to stop. Answers under way are waited for then, at a stop or an error for 10 s.
+        Raises BudgetError when the budget ends before the requests, EngineError when no request can succeed
+        or failures do not end, Interrupted when the run is to stop. Answers under way are waited for then, at
+        a stop or an error for 10 s.
         """
         self.reused = sum(planned.key in self.store for planned in self.plan)
         kept = f", {self.reused:,} of them answered already" if self.reused else ""
         self.context.say(f"{self.plan.total:,} requests to {self.model}{kept}")
         self.context.event("requests", model=self.teacher.identity, total=self.plan.total, reused=self.reused)
-        self.failures_path.unlink(missing_ok=True)
+        if self.reused:
+            self.failures.answered()
         if not self.left:
             return
         requests = self._missing()
@@ -179,38 +182,18 @@ class Asking(Generic[PlannedT]):
                 self._fail(planned, error)
         else:
             self.store.put(planned.key, answer, buyer=buyer)
-            self.answered, self._in_a_row = self.answered + 1, 0
+            self.answered += 1
+            self.failures.answered()
             self.budget.count(Usage(answer.prompt_tokens, answer.response_tokens))
 
     def _fail(self, planned: PlannedT, error: RequestError | DataError) -> None:
-        self.failed += 1
-        status = error.status if isinstance(error, RequestError) else None
-        row = {
-            "prompt_id": planned.prompt.prompt_id,
-            "sample": planned.sample,
-            "reason": error.what,
-            "status": status,
-        }
-        with self.failures_path.open("a", encoding="utf-8", newline="\n") as failures:
-            failures.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if error.what in self._reasons or len(self._reasons) < _REASONS_SHOWN:
-            self._reasons[error.what] += 1
         if isinstance(error, RequestError) and error.usage != Usage():
             self.budget.count(error.usage)
-        blames_row = isinstance(error, DataError) or error.blames_row
-        # Rows at fault say nothing about the engine, unless there has been no other row yet.
-        if not blames_row or not (self.reused or self.answered):
-            self._in_a_row += 1
-        if self._in_a_row >= _FAILURES_IN_A_ROW:
-            raise EngineError(
-                f"{self._in_a_row} requests in a row failed, the last with: {error.what}",
-                where=self.where,
-                expected=error.expected,
-                mend=f"{error.mend or 'see ' + str(self.failures_path)}. {self._kept()}",
-            )
+        row = {"prompt_id": planned.prompt.prompt_id, "sample": planned.sample}
+        self.failures.add(row, error, kept=self._kept())
 
     def _kept(self) -> str:
-        failures = f" (failures: {self.failures_path})" if self.failed else ""
+        failures = f" (failures: {self.failures.path})" if self.failed else ""
         kept = f"{self.reused + self.answered:,} answers are kept"
         return f"{kept}; the next run asks only what is missing{failures}"
 
@@ -227,12 +210,4 @@ class Asking(Generic[PlannedT]):
 
     def check_failures(self, max_failed_share: float) -> None:
         """Raise EngineError when more requests failed than may."""
-        if self.failed <= max_failed_share * self.plan.total and self.failed < self.plan.total:
-            return
-        reasons = "; ".join(f"{count:,} x {reason}" for reason, count in self._reasons.most_common())
-        raise EngineError(
-            f"{self.failed:,} of {self.plan.total:,} requests failed: {reasons}",
-            where=self.where,
-            expected=f"at most {max_failed_share:.3g} of them (max_failed_share), and an answer at all",
-            mend=f"run again to retry, or allow more with `max_failed_share`. {self._kept()}",
-        )
+        self.failures.check(max_failed_share, self.plan.total, kept=self._kept())

@@ -131,6 +131,7 @@ def _beginning(record: Record, text: str, ids: list[int] | None) -> Record:
         response_token_ids=ids,
         tokenizer=None if ids is None else record.tokenizer,
         logprobs=None,
+        alternatives=None,
         prefix_characters=0,
         prefix_tokens=0,
         verdicts={},

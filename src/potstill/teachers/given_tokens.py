@@ -1,15 +1,18 @@
 """What a server's model gives to tokens that are there already: rows of a cache, traces of a selection."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 from potstill.core.errors import ModelError
 from potstill.core.step import StepContext
+from potstill.teachers.failures import Failures
 from potstill.teachers.openai import OpenAIModel, OpenAITeacher, server_context_tokens
 from potstill.teachers.protocol import RequestError
 
-__all__ = ["GivenTokens", "check_gives_logprobs"]
+__all__ = ["KEPT", "GivenTokens", "check_gives_logprobs"]
 
+KEPT = "What is kept so far stays; the next run asks what is missing"
 _POLL_S = 0.2  # for a stop
 
 
@@ -39,21 +42,19 @@ def check_gives_logprobs(model: object, called: str) -> None:
 class GivenTokens:
     """A server that gives the log-probabilities of given tokens at temperature 1 (vLLM's `prompt_logprobs`).
 
-    `context_tokens` is how many tokens a row may have, where the server says so. Raises EngineError as
-    `server_context_tokens` does.
+    Before the first rows a known text is scored, which shows whether they are that. `context_tokens` is how
+    many tokens a row may have, where the server says so. Rows that it refuses are noted in `failures`. Raises
+    EngineError as `server_context_tokens` does.
     """
 
-    def __init__(self, model: OpenAIModel, context: StepContext) -> None:
+    def __init__(self, model: OpenAIModel, context: StepContext, failures: Failures) -> None:
         served = server_context_tokens(model)
         # One token is always generated.
         self.context_tokens = None if served is None else served - 1
-        self._context = context
+        self._context, self._failures = context, failures
         self._runner = asyncio.Runner()
         self._server = OpenAITeacher(model, say=context.say)
-        context.say(
-            "a server's log-probabilities depend on the order of requests while it caches prefixes: "
-            "serve by vLLM with --no-enable-prefix-caching"
-        )
+        self._is_checked = False
 
     def close(self) -> None:
         """Close the connections."""
@@ -65,36 +66,41 @@ class GivenTokens:
         rows: Iterable[tuple[str, Sequence[int]]],
         k: int,
         keep: Callable[[int, list[dict[int, float]]], None],
+        refused: Callable[[int, str], None],
     ) -> None:
-        """Ask all rows, as many at once as the server takes; a row is what errors call it, and its token ids.
+        """Ask all rows, as many at once as the server takes; a row is what failures call it, and its ids.
 
-        `keep` is given a row's number and what `OpenAITeacher.prompt_logprobs` says of it as it arrives.
-        Raises RequestError, which names the row, and EngineError as that does; Interrupted when the run is to
-        stop. Requests under way are given up then.
+        `keep` is given a row's number and what `OpenAITeacher.prompt_logprobs` says of it as it arrives,
+        `refused` the number of a row that failed and why. Raises EngineError as that and
+        `check_prompt_logprobs` do and where failures do not end, Interrupted when the run is to stop.
+        Requests under way are given up then.
         """
-        self._runner.run(self._ask(rows, k, keep))
+        self._runner.run(self._ask(rows, k, keep, refused))
 
     async def _ask(
         self,
         rows: Iterable[tuple[str, Sequence[int]]],
         k: int,
         keep: Callable[[int, list[dict[int, float]]], None],
+        refused: Callable[[int, str], None],
     ) -> None:
         async def one(number: int, called: str, token_ids: Sequence[int]) -> None:
             try:
                 found = await self._server.prompt_logprobs(token_ids, k)
             except RequestError as error:
-                raise RequestError(
-                    error.what,
-                    status=error.status,
-                    blames_row=error.blames_row,
-                    where=f"{error.where}, {called}",
-                    expected=error.expected,
-                    mend=error.mend,
-                ) from error
-            keep(number, found)
+                self._failures.add({"row": called}, error, kept=KEPT)
+                refused(number, error.what)
+            else:
+                self._failures.answered()
+                keep(number, found)
 
-        asked = [asyncio.create_task(one(number, *row)) for number, row in enumerate(rows)]
+        if not self._is_checked:
+            await self._wait([self._server.check_prompt_logprobs(k, self.context_tokens)])
+            self._is_checked = True
+        await self._wait([one(number, *row) for number, row in enumerate(rows)])
+
+    async def _wait(self, requests: Sequence[Coroutine[Any, Any, None]]) -> None:
+        asked = [asyncio.create_task(one) for one in requests]
         pending = set(asked)
         try:
             while pending:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from potstill.core.alternatives import Alternatives
 from potstill.core.errors import DataError, EngineError, ModelError
 from potstill.core.settings import Settings, execution
 from potstill.data.chat import Renderer, check_prompt_length
@@ -116,7 +117,7 @@ class LlamaCppTeacher:
         self.capabilities = Capabilities(
             "token_ids",
             token_ids=True,
-            logprobs=1,
+            logprobs=len(self.renderer.tokenizer),
             full_logits=False,
             deterministic=settings.slots == 1,
             logprob_temperature=1.0,
@@ -165,7 +166,7 @@ class LlamaCppTeacher:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "seed": request.seed % _SEEDS,
-            "n_probs": 0 if request.logprobs is None else 1,
+            "n_probs": request.logprobs or 0,
             "return_tokens": True,
             "cache_prompt": self._reuse_prefixes,
         }
@@ -183,9 +184,12 @@ class LlamaCppTeacher:
         prompt_ids = request.prompt_token_ids or []
         ids: list[int] = found["tokens"]
         ended = found["stop_type"] == "eos"
-        logprobs = None
+        logprobs = alternatives = None
         if request.logprobs is not None:
-            logprobs = _aligned(ids, found.get("completion_probabilities", []), self._written_bytes)
+            entries = _aligned(ids, found.get("completion_probabilities", []), self._written_bytes)
+            logprobs = [math.nan if one is None else float(one["logprob"]) for one in entries]
+            if request.logprobs > 1:
+                alternatives = Alternatives.of(map(_likeliest, entries), as_ids=True)
         kept = len(ids) - ended  # llama.cpp returns the end-of-turn token as the last of them
         return Answer(
             response=response_text(self.renderer.tokenizer, prompt_ids, ids[:kept]),
@@ -193,6 +197,7 @@ class LlamaCppTeacher:
             prompt_token_ids=prompt_ids,
             response_token_ids=ids[:kept],
             logprobs=None if logprobs is None else logprobs[:kept],
+            alternatives=alternatives,
             tokenizer=self.renderer.tokenizer_hash,
             prompt_tokens=len(prompt_ids),
             response_tokens=len(ids),
@@ -204,20 +209,28 @@ class LlamaCppTeacher:
         self._server = None
 
 
-def _aligned(ids: list[int], entries: list[dict[str, Any]], bytes_of: list[bytes]) -> list[float]:
-    """A log-probability a token: NaN where llama.cpp gives none, as its text ends inside a character."""
-    logprobs, end = [], b""
+def _aligned(
+    ids: list[int], entries: list[dict[str, Any]], bytes_of: list[bytes]
+) -> list[dict[str, Any] | None]:
+    """An entry a token: None where llama.cpp gives none, as the token's text ends inside a character."""
+    aligned: list[dict[str, Any] | None] = []
+    end = b""
     following = iter(entries)
     for token in ids:
         end = (end + (bytes_of[token] if token < len(bytes_of) else b""))[-4:]
         if _ends_inside_character(end):
-            logprobs.append(math.nan)
+            aligned.append(None)
             continue
         entry = next(following, None)
         if entry is None or entry["id"] != token:
             raise RequestError("llama.cpp's log-probabilities do not belong to the tokens that it sampled")
-        logprobs.append(float(entry["logprob"]))
-    return logprobs
+        aligned.append(entry)
+    return aligned
+
+
+def _likeliest(entry: dict[str, Any] | None) -> list[tuple[int, float]]:
+    found = () if entry is None else entry["top_logprobs"]
+    return [(one["id"], -math.inf if one["logprob"] is None else one["logprob"]) for one in found]
 
 
 def _ends_inside_character(text: bytes) -> bool:

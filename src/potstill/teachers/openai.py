@@ -1,11 +1,13 @@
 """The openai engine: any server with OpenAI's chat completions, over HTTP."""
 
 import asyncio
+import math
 import os
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -13,10 +15,11 @@ from pydantic import Field, SecretStr, field_validator
 
 from potstill.core.errors import EngineError
 from potstill.core.settings import Settings, execution
-from potstill.data.chat import Renderer
-from potstill.models import TransformersModel, load_tokenizer
+from potstill.data.chat import Rendered, Renderer
+from potstill.models import TransformersModel, load, load_tokenizer, parameter_count
 from potstill.teachers.completions import ASK_IDS, OWN_KEYS, Completions, mapping, whole_number
 from potstill.teachers.pace import Failure, GivenUp, Pace
+from potstill.teachers.probes import PROBE_TEMPERATURE, Reported, check_scores, reported, turned
 from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError
 from potstill.teachers.server_errors import MayPass, ServerErrors
 
@@ -28,6 +31,7 @@ __all__ = ["OpenAIModel", "OpenAITeacher", "Price", "check_server", "server_cont
 _CONNECT_TIMEOUT_S = 15.0
 _CHECK_TIMEOUT_S = 5.0
 _LONGEST_BACKOFF_S = 60.0
+_FEW_PARAMETERS = 1e9  # whose probabilities of one short text take seconds, and no more than 4 GB
 _REFUSALS_A_RETRY = 4  # a refusal costs nothing and says little about the request
 
 
@@ -154,11 +158,15 @@ class OpenAITeacher:
             None if served is None else Renderer(load_tokenizer(TransformersModel(path=served))),
         )
         self._asks_ids = served is not None
+        self._say = say or (lambda message: None)
+        # What is asked once, before the first request that depends on it.
+        self._temperature_check: asyncio.Task[None] | None = None
+        self._repetition_check: asyncio.Task[bool] | None = None
         self.identity = settings.known_as()
         self.capabilities = Capabilities(
             "messages",
             token_ids=served is not None,
-            logprobs=1,
+            logprobs=None,
             full_logits=False,
             deterministic=False,
             logprob_temperature=settings.logprob_temperature,
@@ -183,19 +191,86 @@ class OpenAITeacher:
         """The server's first choice.
 
         Raises RequestError for a request that failed or has used up its tries, another EngineError where no
-        request can succeed or the server has not answered any for `patience_s`.
+        request can succeed, the server has not answered any for `patience_s`, or its log-probabilities are at
+        another temperature than the model's settings say.
         """
+        if request.logprobs is not None and request.temperature not in (0.0, 1.0):
+            if self._temperature_check is None:
+                self._temperature_check = asyncio.create_task(self._check_temperature(request.temperature))
+            await asyncio.shield(self._temperature_check)
         body = self._completions.chat_body(request, with_ids=self._asks_ids)
+        repeats = False
+        if request.prefix is not None:
+            if self._repetition_check is None:
+                self._repetition_check = asyncio.create_task(self._repeats_beginnings())
+            repeats = await asyncio.shield(self._repetition_check)
         try:
             response, found = await self._post(self._chat_url, body)
         except RequestError as error:
-            asked = ASK_IDS in body and ASK_IDS not in self._settings.extra_body
-            if not (asked and error.status in (400, 422) and ASK_IDS in error.what):
+            asked = {name for name in ASK_IDS if name in body} - self._settings.extra_body.keys()
+            if error.status not in (400, 422) or not any(name in error.what for name in asked):
                 raise
             self._asks_ids = False  # a server that takes no parameter it does not know
-            del body[ASK_IDS]
+            body = {name: value for name, value in body.items() if name not in asked}
             response, found = await self._post(self._chat_url, body)
-        return self._completions.answer(response, found, request)
+        return self._completions.answer(response, found, request, repeats=repeats)
+
+    async def reported_temperature(self) -> Reported | None:
+        """At what temperature its log-probabilities of sampled tokens are; None where it cannot be told.
+
+        Asks twice for one token.
+        """
+        found = []
+        for temperature in (1.0, PROBE_TEMPERATURE):
+            try:
+                body = self._completions.first_token_body(temperature)
+                _, answered = await self._post(self._chat_url, body)
+            except RequestError:
+                return None
+            found.append(self._completions.first_token(answered))
+        return reported(*found)
+
+    async def _check_temperature(self, sampled_at: float) -> None:
+        """Raise EngineError where `logprob_temperature` says otherwise than the server does."""
+        stated, kind = self._settings.logprob_temperature, await self.reported_temperature()
+        if kind is None:
+            return
+        found = 1.0 if kind == "at 1" else sampled_at
+        if stated is None:
+            self._say(
+                f"{self.identity}: its log-probabilities are {kind}; the model's `logprob_temperature` can "
+                "say so"
+            )
+        elif stated != found:
+            raise EngineError(
+                f"logprob_temperature is {stated:g}, but the server's log-probabilities are {kind}",
+                where=self.identity,
+                expected=f"logprob_temperature: {found:g} with responses sampled at {sampled_at:g}",
+                mend="state that, or leave it out where nothing depends on it; vLLM gives those of "
+                "temperature 1 with --logprobs-mode raw_logprobs, SGLang with "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB=1",
+            )
+
+    async def _repeats_beginnings(self) -> bool:
+        """Whether a continued response holds its beginning again, by one request for one token."""
+        try:
+            response, found = await self._post(self._chat_url, self._completions.continuation_body())
+            return self._completions.repeats(response, found)
+        except RequestError:
+            return False  # the request itself will say why
+
+    async def check_prompt_logprobs(self, k: int, context_tokens: int | None) -> None:
+        """Raise EngineError unless `prompt_logprobs` of a known text are what they should be.
+
+        The text is asked for twice, with one between that begins alike. Where the server's model is called by
+        the folder that it lies in here, and is small, its own log-probabilities are computed and compared.
+        """
+        ids = self._completions.known_text()[:context_tokens]
+        first = await self.prompt_logprobs(ids, k)
+        await self.prompt_logprobs(turned(ids), k)
+        again = await self.prompt_logprobs(ids, k)
+        expected_T = await asyncio.to_thread(_known_here, self._settings, ids)
+        check_scores(first, again, ids, where=self._settings.base_url, expected_T=expected_T)
 
     async def prompt_logprobs(self, token_ids: Sequence[int], k: int) -> list[dict[int, float]]:
         """Of each token but the first, log p at T = 1 of the k likeliest ids in its place and of its own.
@@ -289,6 +364,10 @@ class OpenAITeacher:
 
     async def close(self) -> None:
         """Close the connections; requests under way are given up."""
+        checks = [one for one in (self._temperature_check, self._repetition_check) if one is not None]
+        for one in checks:
+            one.cancel()
+        await asyncio.gather(*checks, return_exceptions=True)
         for client in self._clients:
             await client.aclose()
         self._clients.clear()
@@ -314,6 +393,20 @@ async def _time_limit(seconds: float) -> AsyncIterator[None]:
             yield
         finally:
             timer.cancel()
+
+
+def _known_here(settings: OpenAIModel, token_ids: Sequence[int]) -> list[float] | None:
+    """What the served model's weights give to each token but the first, where they lie here and are few."""
+    if settings.tokenizer != settings.model or not Path(settings.model).is_dir():
+        return None
+    from potstill.scoring import token_logprobs
+
+    source = TransformersModel(path=settings.model, device="cpu")
+    if (parameter_count(source) or math.inf) > _FEW_PARAMETERS:
+        return None
+    row = Rendered([*token_ids], [0] + [1] * (len(token_ids) - 1))
+    [found] = token_logprobs(load(source), [row])
+    return [float(one) for one in found]
 
 
 def check_server(settings: OpenAIModel) -> str | None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from potstill.core.alternatives import Alternatives
 from potstill.core.errors import EngineError
 from potstill.core.records import Record
 
@@ -17,14 +18,14 @@ class Capabilities:
     """What an engine takes and gives.
 
     `takes` is what a request must hold: messages that the server renders, token ids that we rendered, or the
-    record that a solver reads. `logprobs` counts the log-probabilities a token: 0 none, 1 the sampled
-    token's. They are at `logprob_temperature` and over the whole vocabulary; None where only the server
+    record that a solver reads. `logprobs` is the most that a request may ask for, 0 where there are none;
+    they are at `logprob_temperature` and over the whole vocabulary. Of both None means that only the server
     knows. `deterministic` means that a request has one answer, whatever is asked beside it.
     """
 
     takes: Literal["messages", "token_ids", "record"]
     token_ids: bool
-    logprobs: int
+    logprobs: int | None
     full_logits: bool
     deterministic: bool
     logprob_temperature: float | None = None
@@ -35,7 +36,8 @@ class Request:
     """One prompt and how to sample from it; `seed` decides nothing at temperature 0.
 
     `prefix` is the beginning of the response, where the model is to go on from it; `prompt_token_ids` then
-    end with its tokens.
+    end with its tokens. `logprobs` asks for the log-probability of each sampled token and, where it is more
+    than 1, for so many of the likeliest tokens in its place.
     """
 
     messages: list[dict[str, str]]
@@ -68,7 +70,7 @@ class Answer:
     before the end-of-turn token, and `logprobs` (natural logarithms) has one entry for each of them, NaN
     where the engine knows none; where there are no ids it is what the server gave. `tokenizer` is the hash of
     the tokenizer that the ids belong to. `token_bytes`, from engines that give no usable ids, is as in a
-    record. The counts are those that the engine works with, end-of-turn included.
+    record, and so are `alternatives`. The counts are those that the engine works with, end-of-turn included.
     """
 
     response: str
@@ -77,6 +79,7 @@ class Answer:
     response_token_ids: list[int] | None = None
     logprobs: list[float] | None = None
     token_bytes: list[int] | None = None
+    alternatives: Alternatives | None = None
     tokenizer: str | None = None
     prompt_tokens: int | None = None
     response_tokens: int | None = None

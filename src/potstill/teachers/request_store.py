@@ -1,17 +1,17 @@
 """Every answer that a model gave, under the key of its request, kept the moment it arrives."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from potstill.core.database import Database
+from potstill.core.alternatives import Alternatives
+from potstill.core.database import CheckedValues
 from potstill.core.hashing import hash_json
 from potstill.teachers.protocol import Answer, Usage
 
 __all__ = ["Bought", "RequestStore", "open_request_store"]
 
-_ANSWERS = "answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
 _BOUGHT = (
     "bought (buyer TEXT PRIMARY KEY, answers INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, "
     "response_tokens INTEGER NOT NULL)"
@@ -32,28 +32,35 @@ class Bought:
     response_tokens: int = 0
 
 
-class RequestStore(Database):
+class RequestStore(CheckedValues):
     """Answers of one model by request key, and what each buyer (a step) was billed for them.
 
     A key's first answer stays.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "answers", [_ANSWERS, _BOUGHT])
-
-    def __contains__(self, key: str) -> bool:
-        return self.row("SELECT 1 FROM answers WHERE key = ?", key) is not None
+        super().__init__(path, "answers", "key TEXT", "answer TEXT", [_BOUGHT])
 
     def get(self, key: str) -> Answer | None:
         """The answer of a key, or None."""
-        row = self.row("SELECT answer FROM answers WHERE key = ?", key)
-        return None if row is None else Answer(**json.loads(row[0]))
+        text = self.value(key)
+        if text is None:
+            return None
+        found = json.loads(text)
+        if "alternatives" in found:
+            found["alternatives"] = Alternatives.of_json(found["alternatives"])
+        return Answer(**found)
 
     def put(self, key: str, answer: Answer, *, buyer: str) -> None:
         """Keep an answer, unless the key has one, and what it cost its buyer; both or, if killed, neither."""
-        text = json.dumps({name: value for name, value in asdict(answer).items() if value is not None})
+        stated = {
+            one.name: value for one in fields(answer) if (value := getattr(answer, one.name)) is not None
+        }
+        if answer.alternatives is not None:
+            stated["alternatives"] = answer.alternatives.to_json()
+        text = json.dumps(stated)
         cost = (buyer, answer.prompt_tokens or 0, answer.response_tokens or 0)
-        self.write(("INSERT OR IGNORE INTO answers VALUES (?, ?)", [(key, text)]), (_ADD_TO_BILL, [cost]))
+        self.keep([(key, text)], (_ADD_TO_BILL, [cost]))
 
     def bill(self, buyer: str, usage: Usage) -> None:
         """Note what a buyer was billed for an answer that is of no use."""

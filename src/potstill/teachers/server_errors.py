@@ -118,8 +118,9 @@ class ServerErrors:
             error = RequestError(what, status=status, where=self.base_url, mend=mend)
             return MayPass(error, "refused" if refused else "failed", asked_s)
         mend = "look at the prompt and the step's settings"
-        if "logprobs" in reason and not response.url.path.endswith("/chat/completions"):
-            mend = "serve with --max-logprobs of at least top_k (vLLM's default is 20), or lower top_k"
+        if "logprobs" in reason:
+            asked = "logprobs" if response.url.path.endswith("/chat/completions") else "top_k"
+            mend = f"serve with --max-logprobs of at least {asked} (vLLM's default is 20), or lower {asked}"
         return RequestError(what, status=status, blames_row=True, where=self.base_url, mend=mend)
 
     def unusable(self, what: str, response: "httpx2.Response", *, blames_row: bool = False) -> RequestError:
@@ -140,7 +141,10 @@ class ServerErrors:
         except (ValueError, RecursionError):
             return self._shown(response.text) or response.reason_phrase
         error = found.get("error", found) if isinstance(found, dict) else found
-        parts = [error.get("message"), error.get("code")] if isinstance(error, dict) else [error]
+        if isinstance(error, dict):  # `detail` is FastAPI's, of which transformers' server is made
+            parts = [error.get("message", error.get("detail")), error.get("code")]
+        else:
+            parts = [error]
         return self._shown(", ".join(str(part) for part in parts if part)) or response.reason_phrase
 
     def _shown(self, text: str) -> str:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from potstill.core.errors import DataError, EngineError
+from potstill.core.alternatives import Alternatives
+from potstill.core.errors import DataError, EngineError, ModelError
 from potstill.data.chat import Renderer, check_prompt_length
 from potstill.data.responses import response_text
 from potstill.models import LoadedModel, TransformersModel, decoder_start_id, load
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig
 
-__all__ = ["TransformersTeacher", "context_tokens", "generate_batch", "generation_inputs"]
+__all__ = ["TransformersTeacher", "context_tokens", "generate_batch", "generation_inputs", "local_batch"]
 
 _CPU_BATCH, _GPU_BATCH = 32, 64
 _GATHER_S = 0.02
@@ -35,15 +36,17 @@ def generate_batch(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
+    top_logprobs: int = 0,
     stop: threading.Event | None = None,
 ) -> list[Answer]:
     """One response a prompt, decoded together in one left-padded batch.
 
     Temperature 0 takes the likeliest token. Otherwise each row draws with its own seed, so that a row's
     response does not depend on the rows beside it, beyond what another batch shape changes in the last bits
-    of the logits. Log- probabilities are at temperature 1, over the tokenizer's vocabulary. A row ends at an
-    end-of-turn or end-of-text token ("stop"), which is left out, or after `max_new_tokens` or at the end of
-    the model's context ("length"). `stop` ends every row at once. Raises DataError for a prompt that leaves
+    of the logits. Log-probabilities are at temperature 1, over the tokenizer's vocabulary, of the tokens
+    themselves and of the `top_logprobs` likeliest in each place. A row ends at an end-of-turn or end-of-text
+    token ("stop"), which is left out, or after `max_new_tokens` or at the end of the model's context
+    ("length"). `stop` ends every row at once. Raises DataError for a prompt that leaves
     no room in the context.
     """
     if temperature > 0 and (seeds is None or len(seeds) != len(prompts_token_ids)):
@@ -58,7 +61,7 @@ def generate_batch(
             room = min(room, context - len(ids))
         begun = 0 if start is None else len(ids) - ids.index(start)
         rows_by_room.setdefault((room, begun), []).append(row)
-    decoding = _Decoding(loaded, renderer, temperature, top_p, stop)
+    decoding = _Decoding(loaded, renderer, temperature, top_p, top_logprobs, stop)
     answers: dict[int, Answer] = {}
     # Rows whose context ends earlier make a batch of their own: learned positions do not exist beyond it. So
     # do those of which an encoder-decoder has as many tokens of the response already.
@@ -114,10 +117,11 @@ class _Decoding:
         renderer: Renderer,
         temperature: float,
         top_p: float,
+        top_logprobs: int,
         stop: threading.Event | None,
     ) -> None:
         self.loaded, self.renderer = loaded, renderer
-        self.temperature, self.top_p, self.stop = temperature, top_p, stop
+        self.temperature, self.top_p, self.top_logprobs, self.stop = temperature, top_p, top_logprobs, stop
         # generate() of a PEFT model insists on a generation config of its own; the model inside keeps its
         # adapter.
         model = loaded.model
@@ -135,6 +139,7 @@ class _Decoding:
         inputs, width = generation_inputs(self.model, prompts, padding_id)
         drawn_BT = _uniform_draws(seeds, room) if self.temperature > 0 else None
         chosen_logprobs: list[torch.Tensor] = []
+        likeliest: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def choose(ids_BT: "torch.Tensor", logits_BV: "torch.Tensor") -> "torch.Tensor":
             known_BV = logits_BV[:, : self.loaded.vocabulary_size].float()
@@ -144,7 +149,11 @@ class _Decoding:
             else:
                 column_B = drawn_BT[:, min(step, room - 1)].to(known_BV.device)
                 chosen_B1 = _draw(known_BV / self.temperature, self.top_p, column_B)
-            chosen_logprobs.append(known_BV.log_softmax(-1).gather(1, chosen_B1).cpu())
+            log_probs_BV = known_BV.log_softmax(-1)
+            chosen_logprobs.append(log_probs_BV.gather(1, chosen_B1).cpu())
+            if self.top_logprobs:
+                top_BK = log_probs_BV.topk(self.top_logprobs)
+                likeliest.append((top_BK.indices.cpu(), top_BK.values.cpu()))
             return torch.full_like(logits_BV, -torch.inf).scatter_(1, chosen_B1, 0.0)
 
         def stopped(ids_BT: "torch.Tensor", scores: object, **_: object) -> "torch.Tensor":
@@ -167,10 +176,19 @@ class _Decoding:
                 stopping_criteria=[stopped],
             )
         logprobs_BT = torch.cat(chosen_logprobs, dim=1).tolist()
-        return [
+        answers = [
             self._answer(prompt, ids, logprobs)
             for prompt, ids, logprobs in zip(prompts, output_BT[:, width:].tolist(), logprobs_BT, strict=True)
         ]
+        if self.top_logprobs:
+            for row, answer in enumerate(answers):
+                assert answer.response_tokens is not None
+                places = (
+                    list(zip(ids_BK[row].tolist(), log_probs_BK[row].tolist(), strict=True))
+                    for ids_BK, log_probs_BK in likeliest[: answer.response_tokens]
+                )
+                answers[row] = replace(answer, alternatives=Alternatives.of(places, as_ids=True))
+        return answers
 
     def _answer(self, prompt: list[int], new_ids: list[int], logprobs: list[float]) -> Answer:
         end = next((at for at, token in enumerate(new_ids) if token in self.stop_ids), None)
@@ -243,21 +261,31 @@ def _draw(logits_BV: "torch.Tensor", top_p: float, drawn_B: "torch.Tensor") -> "
 
 
 class TransformersTeacher:
-    """Requests that arrive together are decoded in one batch, in a thread beside the event loop."""
+    """Requests that arrive together are decoded in one batch, in a thread beside the event loop.
+
+    It is cut into pieces where memory runs out, as all later ones are then.
+    """
 
     def __init__(self, settings: TransformersModel, *, say: Callable[[str], None] | None = None) -> None:
+        from potstill.scoring import Pieces
+
+        def more(pieces: int) -> None:
+            if say is not None:
+                say(f"out of memory: batches are decoded in {pieces} pieces from here on")
+
+        self._pieces = Pieces(more=more)
         self._loaded = load(settings, say=say)
         self.renderer = Renderer(self._loaded.tokenizer)
         self.identity = self._loaded.identity
         self.capabilities = Capabilities(
             "token_ids",
             token_ids=True,
-            logprobs=1,
+            logprobs=self._loaded.vocabulary_size,
             full_logits=True,
             deterministic=False,
             logprob_temperature=1.0,
         )
-        self.concurrency = _CPU_BATCH if self._loaded.model.device.type == "cpu" else _GPU_BATCH
+        self.concurrency = local_batch(self._loaded.model.device)
         self.sampling: dict[str, Any] = {}
         self._waiting: list[tuple[Request, asyncio.Future[Answer]]] = []
         self._stop = threading.Event()
@@ -308,18 +336,20 @@ class TransformersTeacher:
 
     def _decode_or_error(self, requests: list[Request]) -> list[Answer] | EngineError:
         try:
-            answers = self._decode(requests)
+            answers = list(self._pieces.run(self._decode, requests, _too_large))
+        except ModelError as error:
+            return EngineError(error.what, where="transformers engine", mend=error.mend)
         except Exception as error:  # torch and transformers raise what they like; all of the batch hears it
             return EngineError(
                 f"decoding a batch of {len(requests)} failed: {type(error).__name__}: {error}",
                 where="transformers engine",
-                mend="where memory ran out, lower `concurrency` (the rows of a batch) or `max_new_tokens`",
+                mend="lower `concurrency`, the rows at once; if it fails again, the message is torch's own",
             )
         if self._stop.is_set():
             return EngineError("closed while it decoded")  # what there is was cut off
         return answers
 
-    def _decode(self, requests: list[Request]) -> list[Answer]:
+    def _decode(self, requests: Sequence[Request]) -> list[Answer]:
         first = requests[0]
         answers = generate_batch(
             self._loaded,
@@ -329,6 +359,7 @@ class TransformersTeacher:
             temperature=first.temperature,
             top_p=first.top_p,
             seeds=[request.seed for request in requests],
+            top_logprobs=_top_logprobs(first),
             stop=self._stop,
         )
         return [
@@ -344,5 +375,22 @@ class TransformersTeacher:
             await self._serving
 
 
-def _kind(request: Request) -> tuple[float, float, int]:
-    return request.temperature, request.top_p, request.max_new_tokens
+def local_batch(device: "torch.device") -> int:
+    """Answers that are decoded at once on a device by default."""
+    return _CPU_BATCH if device.type == "cpu" else _GPU_BATCH
+
+
+def _too_large(request: Request) -> ModelError:
+    tokens = len(request.prompt_token_ids or []) + request.max_new_tokens
+    return ModelError(
+        f"an answer of up to {tokens:,} tokens, prompt included, does not fit into memory",
+        mend="lower `max_new_tokens`, or use a machine or device with more memory",
+    )
+
+
+def _kind(request: Request) -> tuple[float, float, int, int]:
+    return request.temperature, request.top_p, request.max_new_tokens, _top_logprobs(request)
+
+
+def _top_logprobs(request: Request) -> int:
+    return request.logprobs if request.logprobs is not None and request.logprobs > 1 else 0

@@ -79,12 +79,31 @@ def test_logprobs_are_the_models_own_at_temperature_one_whatever_the_sampling(se
         assert torch.allclose(logprobs[known], expected[known], atol=0.02)
 
 
+def test_alternatives_are_the_models_likeliest_ids_at_temperature_one(settings, tiny_llama):
+    answers = ask(settings, QUESTIONS[:3], temperature=1.7, top_p=0.8, max_new_tokens=12, logprobs=5)
+    known = 0
+    for answer in answers:
+        prompt, ids = answer.prompt_token_ids or [], answer.response_token_ids or []
+        logits = tiny_llama(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, len(prompt) - 1 :]
+        log_probs = logits.log_softmax(-1)
+        assert len(answer.alternatives or []) == answer.response_tokens
+        for place, logprob in enumerate(answer.logprobs or []):
+            found = list(answer.alternatives or [])[place]
+            assert bool(found) != math.isnan(logprob)  # none inside a character
+            known += bool(found)
+            if found:
+                values = log_probs[place, [id_ for id_, _ in found]].tolist()
+                assert [one for _, one in found] == pytest.approx(values, abs=0.02)
+                assert values == pytest.approx(log_probs[place].topk(5).values.tolist(), abs=0.02)
+    assert known
+
+
 def test_tokens_inside_a_character_have_no_logprob():
     bytes_of = [b"a", b"\xf0\x9f", b"\x98", b"\x80", b"\xe4\xbd\xa0", b"\x80", b"", b"\xec"]
     entries = [{"id": index, "logprob": -float(number)} for number, index in enumerate([0, 3, 4, 5, 6, 8, 0])]
-    logprobs = _aligned([0, 1, 2, 3, 4, 5, 6, 8, 7, 0, 0, 1], entries, bytes_of)
-    nan = math.nan
-    assert logprobs == pytest.approx([0, nan, nan, -1, -2, -3, -4, -5, nan, nan, -6, nan], nan_ok=True)
+    aligned = _aligned([0, 1, 2, 3, 4, 5, 6, 8, 7, 0, 0, 1], entries, bytes_of)
+    logprobs = [None if one is None else one["logprob"] for one in aligned]
+    assert logprobs == [0, None, None, -1, -2, -3, -4, -5, None, None, -6, None]
     with pytest.raises(RequestError, match="do not belong"):
         _aligned([0, 0], [{"id": 0, "logprob": 0.0}, {"id": 1, "logprob": 0.0}], bytes_of)
 
@@ -244,10 +263,10 @@ def test_the_fingerprint_knows_the_file_and_the_context_and_not_how_it_is_run(se
     assert plain["content"] == {"identity": TransformersModel(path=str(gguf_path)).content()["identity"]}
 
 
-def ask_both_ways(settings: LlamaCppModel, monkeypatch: Any) -> tuple[Answer, Answer]:
+def ask_both_ways(settings: LlamaCppModel, monkeypatch: Any, logprobs: int = 1) -> tuple[Answer, Answer]:
     """One greedy answer of the native engine, and the openai engine's from the same server."""
     messages = [{"role": "user", "content": QUESTIONS[0]}]
-    sampling: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 8, "logprobs": 1}
+    sampling: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 8, "logprobs": logprobs}
 
     async def use(teacher: LlamaCppTeacher) -> tuple[Answer, Answer]:
         assert teacher._server is not None
@@ -286,6 +305,22 @@ def test_the_openai_engine_gets_the_same_from_llama_cpps_own_server(
     assert remote.finish_reason == own.finish_reason == "length"
     assert remote.tokenizer == own.tokenizer
     assert (remote.prompt_tokens, remote.response_tokens) == (own.prompt_tokens, own.response_tokens)
+
+
+def test_the_openai_engine_gets_the_same_alternatives_from_llama_cpps_own_server(
+    tmp_path, tiny_llama, tiny_tokenizer, monkeypatch
+):
+    path = tmp_path / "letters.gguf"
+    letter = tiny_tokenizer("x", add_special_tokens=False).input_ids[0]
+    to_gguf(path, rigged(tiny_llama, letter, 0.9), tiny_tokenizer, pre="gpt-2")
+    settings = LlamaCppModel(engine="llama_cpp", model=str(path), context_tokens=256, slots=2, threads=1)
+    own, remote = ask_both_ways(settings, monkeypatch, logprobs=4)
+    assert len(own.alternatives or []) == len(remote.alternatives or []) == 8
+    for found, wanted in zip(remote.alternatives or [], own.alternatives or [], strict=True):
+        assert len(found) == len(wanted) == 4
+        assert found[0] == wanted[0] == (letter, pytest.approx(math.log(0.9), abs=0.05))
+        # All others are alike, so that any three of them may be the likeliest.
+        assert [one for _, one in found] == pytest.approx([one for _, one in wanted], abs=1e-3)
 
 
 def test_a_wrong_key_to_llama_cpps_server_ends_the_work(settings, monkeypatch):

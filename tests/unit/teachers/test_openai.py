@@ -341,6 +341,18 @@ def test_what_an_unusable_answer_was_billed_is_known(server):
     assert failure.usage == Usage()
 
 
+def test_the_detail_of_a_server_made_of_fastapi_is_its_reason(server, tiny_model_folder):
+    """Pitfall: `transformers serve` refuses a field that it does not know, and says so in `detail`."""
+    server.always = lambda body: (
+        Reply(422, {"detail": "Unexpected fields in the request: {'return_token_ids'}"})
+        if "return_token_ids" in body
+        else Reply(422, {"detail": "no such thing"})
+    )
+    [failure] = ask(settings_of(server, tokenizer=str(tiny_model_folder)), "one")
+    assert failure.what == "HTTP 422: no such thing"
+    assert len(server.requests) == 2
+
+
 def test_ids_are_asked_for_where_they_are_of_use_and_taken(server, tiny_model_folder):
     ask(settings_of(server, tokenizer=str(tiny_model_folder)), "hello")
     ask(settings_of(server), "hello")
@@ -359,6 +371,18 @@ def test_a_server_that_knows_no_such_parameter_is_asked_without_it(server, tiny_
     answers = ask(settings_of(server, tokenizer=str(tiny_model_folder), concurrency=1), "one", "two")
     assert [answer.response for answer in answers] == ["fine", "fine"]
     assert len(server.requests) == 4  # both had been put into words before the first was refused
+
+
+def test_a_server_that_knows_no_ids_of_alternatives_is_asked_without_any_ids(server, tiny_model_folder):
+    refused = "Unrecognized request argument supplied: return_tokens_as_token_ids"
+    server.always = lambda body: (
+        Reply(400, error(refused))
+        if "return_tokens_as_token_ids" in body
+        else with_alternatives("x", [[{"token": "x", "logprob": -1.0}]])
+    )
+    [answer] = ask(settings_of(server, tokenizer=str(tiny_model_folder)), "hello", logprobs=2)
+    assert list(answer.alternatives) == [[(b"x", -1.0)]]
+    assert len(server.requests) == 2
 
 
 def test_reasoning_of_its_own_field_comes_before_the_answer(server):
@@ -480,6 +504,95 @@ def test_logprobs_that_were_asked_for_and_did_not_come_are_a_failure(server):
     assert "no log-probabilities" in str(failure)
 
 
+def with_alternatives(text: str, likeliest: list[list[dict[str, Any]]], **choice: Any) -> Reply:
+    entries = [{**place[0], "top_logprobs": place} for place in likeliest]
+    return with_logprobs(text, entries, **choice)
+
+
+def test_alternatives_are_asked_for_and_kept_by_their_bytes(server):
+    """The end-of-turn's place has some as well, and a server without tokenizer has no ids of use."""
+    likeliest: list[list[dict[str, Any]]] = [
+        [
+            {"token": "1", "bytes": [49], "logprob": -0.5, "id": 7},
+            {"token": "\ufffd", "bytes": [0xF0], "logprob": -9999.0},
+        ],
+        [{"token": "9", "logprob": -1}, {"token": "é", "logprob": -2}],
+        [{"token": "<eos>", "logprob": -2.0}, {"token": "!", "logprob": None}],
+    ]
+    server.script.append(with_alternatives("19", likeliest))
+    [answer] = ask(settings_of(server), "hello", logprobs=2)
+    assert (server.requests[0]["logprobs"], server.requests[0]["top_logprobs"]) == (True, 2)
+    assert "return_tokens_as_token_ids" not in server.requests[0]
+    assert answer.logprobs == [-0.5, -1.0]
+    assert answer.alternatives.ids is None
+    assert list(answer.alternatives) == [
+        [(b"1", -0.5), (b"\xf0", -math.inf)],
+        [(b"9", -1.0), ("é".encode(), -2.0)],
+        [(b"<eos>", -2.0)],
+    ]
+
+
+@pytest.mark.parametrize("form", ["vllm", "llama.cpp"])
+def test_alternatives_are_ids_where_the_server_gives_them(server, form, tiny_model_folder, tiny_tokenizer):
+    """Pitfall 23: two ids of one text, an incomplete character say, are two alternatives."""
+    ids = [*tiny_tokenizer("12", add_special_tokens=False).input_ids, 2]
+    if form == "vllm":  # whose bytes of an alternative are then those of the words "token_id:9"
+        likeliest = [
+            [{"token": f"token_id:{id_}", "bytes": [*b"token_id"], "logprob": -1.0} for id_ in (one, 9)]
+            for one in ids
+        ]
+        reply = with_alternatives("12", likeliest, token_ids=ids)
+    else:
+        likeliest = [[{"token": "\ufffd", "id": id_, "logprob": -1.0} for id_ in (one, 9)] for one in ids]
+        reply = with_alternatives("12", likeliest)
+    server.script.append(reply)
+    [answer] = ask(settings_of(server, tokenizer=str(tiny_model_folder)), "hello", logprobs=2)
+    assert server.requests[0]["return_tokens_as_token_ids"] is True
+    assert answer.response_token_ids == ids[:-1]
+    assert list(answer.alternatives) == [[(id_, -1.0), (9, -1.0)] for id_ in ids]
+
+
+def test_ids_of_alternatives_that_no_tokenizer_has_are_no_ids(server, tiny_model_folder, tiny_tokenizer):
+    ids = tiny_tokenizer("12", add_special_tokens=False).input_ids
+    likeliest = [
+        [{"token": "x", "id": id_, "logprob": -1.0}, {"token": "y", "id": 2**40, "logprob": -2.0}]
+        for id_ in ids
+    ]
+    server.script.append(with_alternatives("12", likeliest, token_ids=ids))
+    [answer] = ask(settings_of(server, tokenizer=str(tiny_model_folder)), "hello", logprobs=2)
+    assert list(answer.alternatives) == [[(b"x", -1.0), (b"y", -2.0)] for _ in ids]
+
+
+def test_reasoning_without_log_probabilities_has_no_alternatives(server):
+    reply = with_alternatives("It is", [[{"token": "It is", "logprob": -0.5}]])
+    assert isinstance(reply.body, dict)
+    reply.body["choices"][0]["message"]["reasoning_content"] = "Two and two."
+    server.script.append(reply)
+    [answer] = ask(settings_of(server), "hello", logprobs=3)
+    assert len(answer.logprobs) == 2
+    assert list(answer.alternatives) == [[], [(b"It is", -0.5)]]
+
+
+def test_alternatives_that_were_asked_for_and_did_not_come_are_a_failure(server):
+    server.script.append(with_logprobs("x", [{"token": "x", "logprob": -1.0, "top_logprobs": None}]))
+    [failure] = ask(settings_of(server), "hello", logprobs=2)
+    assert "no alternatives to its tokens" in str(failure)
+
+
+def test_one_log_probability_a_token_keeps_no_alternatives(server):
+    server.script.append(with_alternatives("x", [[{"token": "x", "logprob": -1.0}]]))
+    [answer] = ask(settings_of(server), "hello", logprobs=1)
+    assert answer.alternatives is None
+
+
+def test_a_server_that_allows_fewer_alternatives_says_how_to_be_served(server):
+    server.script.append(
+        Reply(400, error("Requested sample logprobs of 50, which is greater than max allowed: 20"))
+    )
+    [failure] = ask(settings_of(server), "hello", logprobs=50)
+    assert "--max-logprobs of at least logprobs" in str(failure)
+
+
 def test_the_key_goes_into_the_header_and_nowhere_else(server, monkeypatch):
     monkeypatch.setenv("CANARY", KEY)
     server.script.extend([Reply(401, error(f"Incorrect API key provided: {KEY}")), Reply(400, f"bad: {KEY}")])
@@ -589,13 +702,26 @@ class TestContinuing:
 
     def test_the_beginning_is_an_unfinished_last_message(self, server):
         [answer] = ask(settings_of(server), "hello", prefix="First 12")
-        [body] = server.requests
+        [_, body] = server.requests  # the first asked whether a beginning is repeated
         assert body["messages"] == [
             {"role": "user", "content": "hello"},
             {"role": "assistant", "content": "First 12"},
         ]
         assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)
         assert answer.response == "echo First 12", "what the server writes is the rest alone"
+
+    def test_a_server_that_repeats_the_beginning_is_found_out_once_and_gives_the_rest_alone(self, server):
+        """Pitfall: llama.cpp's server answers with the whole message, and the trace began twice."""
+        server.always = lambda body: Reply(body=completion(body["messages"][-1]["content"] + " and seven"))
+        answers = ask(settings_of(server), "one", "two", prefix="First 12")
+        assert [answer.response for answer in answers] == [" and seven"] * 2
+        assert len(server.requests) == 3
+        assert server.requests[0]["max_tokens"] == 1
+
+    def test_a_loop_that_says_the_beginning_again_is_no_repetition(self, server):
+        server.always = lambda body: Reply(body=completion("wait wait "))
+        [answer] = ask(settings_of(server), "one", prefix="wait ")
+        assert answer.response == "wait wait "
 
     def test_other_requests_say_nothing_of_it(self, server):
         ask(settings_of(server), "hello")

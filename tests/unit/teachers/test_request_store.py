@@ -1,10 +1,12 @@
 import math
 import sqlite3
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from potstill.core.alternatives import Alternatives
 from potstill.core.errors import StoreError
 from potstill.teachers import Answer
 from potstill.teachers.protocol import Usage
@@ -31,6 +33,29 @@ def test_an_answer_comes_back_as_it_was_given(tmp_path):
         store.put("nan", Answer("x", "stop", logprobs=[math.nan]), buyer="step")
         [unknown] = (store.get("nan") or ANSWER).logprobs or [0.0]
         assert math.isnan(unknown)
+
+
+@pytest.mark.parametrize(
+    "alternatives",
+    [
+        Alternatives.of([[(7, -0.5), (2**31 - 1, -math.inf)], []], as_ids=True),
+        Alternatives.of([[(b"\xff\x00", -0.25), (b"", -1.0)], [(b'"', -3.0)]], as_ids=False),
+    ],
+    ids=["ids", "bytes"],
+)
+def test_alternatives_come_back_as_they_were_given(tmp_path, alternatives):
+    answer = Answer("x", "stop", logprobs=[-0.5, -1.0], alternatives=alternatives)
+    with RequestStore(tmp_path / "store.sqlite") as store:
+        store.put("a", answer, buyer="step")
+        assert store.get("a") == answer
+
+
+def test_an_alternative_takes_a_dozen_bytes_in_the_store(tmp_path):
+    places = [[(number, -1 / 3 - number) for number in range(20)]] * 500
+    with RequestStore(tmp_path / "store.sqlite") as store:
+        store.put("a", Answer("x", "stop", alternatives=Alternatives.of(places, as_ids=True)), buyer="step")
+        [text] = store.row("SELECT answer FROM answers") or [""]
+    assert len(text) < 12 * 500 * 20
 
 
 def test_a_keys_first_answer_stays(tmp_path):
@@ -121,3 +146,37 @@ def test_a_full_disk_is_said_so_and_keeps_what_was_there(tmp_path):
     assert sqlite3.connect(tmp_path / "store.sqlite").execute("SELECT count(*) FROM answers").fetchone() == (
         1,
     )
+
+
+def test_an_answer_that_was_damaged_is_never_given_and_can_be_kept_anew(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with RequestStore(path) as store:
+        for key in ("a", "b", "c"):
+            store.put(key, Answer(f"the answer of {key}", "stop"), buyer="step")
+    data = path.read_bytes()
+    for key in (b"a", b"c"):
+        data = data.replace(b"the answer of " + key, b"the\xffanswer of " + key)
+    path.write_bytes(data)
+    with RequestStore(path) as store:
+        assert (store.get("b") or ANSWER).response == "the answer of b"
+        with pytest.raises(StoreError, match="2 answers were damaged on the disk, and have been taken out"):
+            store.get("a")
+        assert "a" not in store
+        assert "c" not in store
+        assert "b" in store
+        store.put("a", ANSWER, buyer="step")
+        assert store.get("a") == ANSWER
+
+
+def test_a_flipped_bit_anywhere_gives_the_answer_or_none_or_an_error(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with RequestStore(path) as store:
+        store.put("a", ANSWER, buyer="step")
+    data, lost = path.read_bytes(), 0
+    for place in [*range(100), *range(0, len(data), 97), *range(len(data) - 400, len(data), 3)]:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
+        lost += 1
+        with suppress(StoreError), RequestStore(path) as store:
+            assert store.get("a") in (ANSWER, None)
+            lost -= 1
+    assert lost > 20

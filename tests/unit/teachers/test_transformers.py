@@ -45,6 +45,41 @@ def test_a_left_padded_batch_gives_what_each_row_gives_alone(
         assert answer.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
+def test_alternatives_are_the_likeliest_ids_of_each_place_and_of_the_end_of_turns(
+    loaded, renderer, tiny_llama
+):
+    answers = generate_batch(
+        loaded, renderer, PROMPTS, max_new_tokens=6, temperature=1.5, seeds=[1, 2, 3, 4], top_logprobs=4
+    )
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        ids = answer.response_token_ids or []
+        assert answer.alternatives is not None
+        assert (
+            len(answer.alternatives) == answer.response_tokens == len(ids) + (answer.finish_reason == "stop")
+        )
+        for place, found in enumerate(answer.alternatives):
+            known = logits_after(tiny_llama, [*prompt, *ids[:place]])[: len(loaded.tokenizer)].log_softmax(-1)
+            wanted = known.topk(4)
+            assert [id_ for id_, _ in found] == wanted.indices.tolist()
+            assert [one for _, one in found] == pytest.approx(wanted.values.tolist(), abs=1e-4)
+    without = generate_batch(loaded, renderer, PROMPTS, max_new_tokens=6, temperature=1.5, seeds=[1, 2, 3, 4])
+    assert [one.response_token_ids for one in without] == [one.response_token_ids for one in answers]
+    assert all(one.alternatives is None for one in without)
+
+
+def test_the_place_where_a_response_ended_has_alternatives_as_well(loaded, renderer, tiny_llama):
+    [probe] = generate_batch(loaded, renderer, [PROMPTS[0]], max_new_tokens=3)
+    assert probe.response_token_ids is not None
+    end = probe.response_token_ids[-1]
+    tiny_llama.generation_config.eos_token_id = end
+    [answer] = generate_batch(loaded, renderer, [PROMPTS[0]], max_new_tokens=6, top_logprobs=2)
+    assert answer.finish_reason == "stop"
+    assert answer.alternatives is not None
+    places = [*answer.alternatives]
+    assert len(places) == len(answer.response_token_ids or []) + 1
+    assert places[-1][0][0] == end
+
+
 def test_greedy_takes_the_likeliest_token_of_the_tokenizers_own_vocabulary(loaded, renderer, tiny_llama):
     with torch.no_grad():
         tiny_llama.get_input_embeddings().weight[len(loaded.tokenizer) :] *= 100  # the padding rows shout
@@ -186,6 +221,38 @@ def test_requests_that_arrive_together_are_decoded_in_one_batch(settings, monkey
     assert batches == [4, 1]
     assert all(one.logprobs is None for one in together)
     assert len(last.logprobs or []) == len(last.response_token_ids or [])
+
+
+def test_requests_that_do_not_fit_into_memory_together_are_decoded_in_pieces(settings, loaded, monkeypatch):
+    tried: list[int] = []
+    decode = TransformersTeacher._decode
+
+    def small_memory(self: TransformersTeacher, requests: Any) -> list[Answer]:
+        tried.append(len(requests))
+        if len(requests) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(self, requests)
+
+    monkeypatch.setattr(TransformersTeacher, "_decode", small_memory)
+
+    async def run() -> list[Answer]:
+        teacher = TransformersTeacher(settings, say=said.append)
+        try:
+            requests = [Request([], ids, temperature=0.0, max_new_tokens=4) for ids in PROMPTS]
+            return await asyncio.gather(*map(teacher.answer, requests))
+        finally:
+            await teacher.close()
+
+    most, said = 2, list[str]()
+    answers = asyncio.run(run())
+    assert [len(one.response_token_ids or []) for one in answers] == [4] * 4
+    assert tried == [4, 2, 2]
+    assert said == ["out of memory: batches are decoded in 2 pieces from here on"]
+    most = 0
+    with pytest.raises(
+        EngineError, match=r"an answer of up to \d+ tokens, prompt included, does not fit into memory"
+    ):
+        asyncio.run(run())
 
 
 def test_requests_of_different_sampling_are_kept_apart(settings, loaded, renderer):
