@@ -3,21 +3,28 @@
 Shapes: B rows, T positions, N supervised tokens, H hidden size, V vocabulary.
 """
 
-import json
+import itertools
 import time
+from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Iterable, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from potstill.core.checked_json import DamagedJsonError, checked_json, read_checked_json
 from potstill.core.errors import DataError, ModelError
+from potstill.core.keys import KeyNumbers
+from potstill.core.records import Record
+from potstill.core.replicas import OpenReplicas, Replicas
 from potstill.core.settings import ModelRef, Settings, execution
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact, Store, write_atomically
-from potstill.data.batches import micro_batches
+from potstill.data.batches import many_micro_batches
 from potstill.data.chat import Rendered, Renderer
+from potstill.data.packed_rows import PackedRows
 from potstill.data.sources import Data, read
 from potstill.models import (
     LoadedModel,
@@ -28,20 +35,25 @@ from potstill.models import (
     vocabulary_size,
 )
 from potstill.teachers import GivenTokens, OpenAIModel
+from potstill.teachers.failures import FAILURES_FILE, Failures
+from potstill.teachers.given_tokens import KEPT
+from potstill.teachers.kept_tokens import kept_alternatives, tokenizer_of
+from potstill.teachers.replicated import identity_of_copy, open_copies
+from potstill.teachers.transformers import context_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from potstill.logits.codecs import Codec
-    from potstill.logits.shards import CachedRow
+    from potstill.logits.shards import CachedRow, ShardWriter
 
-__all__ = ["CacheSettings", "import_artifact", "run"]
+__all__ = ["CacheSettings", "ScoringReplica", "import_artifact", "run"]
 
 # Past this many tokens a CPU's matrix products get no faster; a GPU's need more of them.
 _MOST_CPU_TOKENS, _MOST_GPU_TOKENS, _LEAST_BATCH_TOKENS = 4096, 65_536, 256
-# One refused request drops the other answers of its batch.
 _SERVER_TOKENS = 16_384
 
 
@@ -75,6 +87,13 @@ class CacheSettings(Settings):
         "model's context",
     )
 
+    from_traces: bool = Field(
+        False,
+        description="take what the traces keep of the model that wrote them (`logprobs` of generate)",
+    )
+    max_failed_share: float = Field(
+        0.0, ge=0, le=1, description="share of the rows that may be left without logits, since they failed"
+    )
     mask_prefix: bool = Field(
         False,
         description="of responses that the teacher continued, keep nothing for what the other model wrote",
@@ -115,31 +134,41 @@ def run(settings: CacheSettings, context: StepContext) -> StepResult:
 
     with _open_scorer(settings, context) as scorer:
         rows, too_long, conversations = _rows(settings, context, scorer)
+        first = _first_of_each(rows)
         codec = _codec(settings, context, scorer.vocabulary_size)
         writer = ShardWriter(
             context.folder, codec, tokenizer=scorer.renderer.tokenizer_hash, model=scorer.identity
         )
-        first = {row.key: number for number, row in reversed(list(enumerate(rows)))}
-        lengths = [len(row.token_ids) for row in rows]
         size = _BatchSize(context, settings.batch_tokens or scorer.batch_tokens())
-        # Batches are made of all rows, captured or not, so that an interruption changes no numbers.
-        plan = micro_batches(lengths, sorted(first.values()), size.tokens)
-        total = sum(lengths[number] for number in first.values())
+        # Batches are made of all rows, captured or not, so that an interruption changes no numbers: what a
+        # model in memory gives to a row depends on the rows beside it in the last bits.
+        plan = scorer.plan(rows.lengths, first, size.tokens)
+        total = sum(rows.lengths[number] for number in first)
+        batches = ([rows[number] for number in numbers] for numbers in plan)
+        failed: set[bytes] = set()
         with context.progress("scoring", total, "tokens") as progress:
-            for batch in ([rows[number] for number in numbers] for numbers in plan):
-                context.check_stop()
-                missing = [row.key not in writer for row in batch]
-                if any(missing):
-                    scored = size.score(scorer, codec, batch)
-                    for row, is_missing, kept in zip(batch, missing, scored, strict=True):
-                        if is_missing:
-                            writer.append(row, kept)
+            for batch, asked, scored in scorer.score_batches(codec, batches, writer, size):
+                for row, kept in zip(asked, scored, strict=True):
+                    if kept is None:
+                        failed.add(row.key)
+                    elif row.key not in writer:
+                        writer.append(row, kept)
                 progress.advance(sum(len(row.token_ids) for row in batch))
-    writer.seal()
-    write_index(context.folder, rows)
+        writer.seal()
+        del writer  # its keys, before the index has them too
+        scorer.failures.check(settings.max_failed_share, len(first), kept=scorer.kept)
+        if failed:
+            context.say(f"{len(failed):,} rows left out: {scorer.failures.path}")
+    indexed = (row for row in rows if row.key not in failed)
+    write_index(context.folder, indexed, scratch=context.scratch)
     cache = LogitCache.open(context.folder)
     return StepResult(
-        counts={**cache.counts(), "distinct_rows": len(first), "too_long": too_long},
+        counts={
+            **cache.counts(),
+            "distinct_rows": len(first) - len(failed),
+            "too_long": too_long,
+            "failed": len(failed),
+        },
         metrics=cache.figures(),
         extra=cache.description | (scorer.renderer.described() if conversations else {}),
         tokenizer=cache.tokenizer,
@@ -148,26 +177,113 @@ def run(settings: CacheSettings, context: StepContext) -> StepResult:
     )
 
 
+_Batch = list["CachedRow"]
+_Kept = dict[str, "Tensor"] | None
+"""What the codec keeps of a row's supervised tokens; None for a row that failed."""
+
+
+class _Rows:
+    """The rows of a cache in order, on disk; in memory a row costs 13 bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._packed, self._held_out = PackedRows(folder), bytearray()
+        self.lengths = self._packed.lengths
+
+    def append(self, rendered: Rendered, record: Record) -> None:
+        self._packed.append(rendered, record.id)
+        self._held_out.append(record.held_out)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __iter__(self) -> "Iterator[CachedRow]":
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> "CachedRow":
+        from potstill.logits.shards import CachedRow
+
+        rendered, record_id = self._packed[number], self._packed.id(number)
+        return CachedRow(rendered.ids, rendered.mask, bool(self._held_out[number]), record_id)
+
+
+def _first_of_each(rows: _Rows) -> "array[int]":
+    """The numbers of the rows that no earlier one equals."""
+    keys = KeyNumbers()
+    return array("i", (number for number, row in enumerate(rows) if keys.add(row.key)))
+
+
 class _Scorer(Protocol):
-    """A teacher that scores rows."""
+    """A teacher that scores rows, and what it says of rows that it cannot score."""
 
     renderer: Renderer
     vocabulary_size: int
     identity: str
     context_tokens: int | None
+    failures: Failures
+    kept: str
+
+    def plan(self, lengths: "array[int]", numbers: "array[int]", tokens: int) -> Iterable[list[int]]:
+        """The numbers of the rows of each batch."""
 
     def batch_tokens(self) -> int:
         """Padded tokens that a batch should have on this machine."""
 
-    def score(self, codec: "Codec", batch: "list[CachedRow]") -> "Iterable[dict[str, Tensor]]":
-        """What the codec keeps of each row's supervised tokens."""
+    def score_batches(
+        self, codec: "Codec", batches: Iterable[_Batch], done: "ShardWriter", size: "_BatchSize"
+    ) -> "Iterator[tuple[_Batch, _Batch, list[_Kept]]]":
+        """Each batch in order, the rows of it that were asked for, and what the codec keeps of each of these.
+
+        None is asked for where all rows are `done`.
+        """
+
+
+class _OneScorer(ABC):
+    """A teacher that scores one batch after the other, rows of like length together.
+
+    `row_by_row` says that nothing depends on the batches.
+    """
+
+    failures: Failures
+    kept = KEPT
+    row_by_row = False
+
+    def plan(self, lengths: "array[int]", numbers: "array[int]", tokens: int) -> Iterable[list[int]]:
+        """Batches of at most so many padded tokens."""
+        return many_micro_batches(lengths, numbers, tokens)
+
+    def score_batches(
+        self, codec: "Codec", batches: Iterable[_Batch], done: "ShardWriter", size: "_BatchSize"
+    ) -> "Iterator[tuple[_Batch, _Batch, list[_Kept]]]":
+        """Each batch in order, the rows of it that were asked for, and what the codec keeps of each of these.
+
+        None is asked for where all rows are `done`.
+        """
+        for batch in batches:
+            size.context.check_stop()
+            missing = [row.key not in done for row in batch]
+            if not all(missing):
+                self.failures.answered()
+            asked = list(itertools.compress(batch, missing)) if self.row_by_row or not any(missing) else batch
+            scored = size.pieces.run(lambda rows: list(self.score(codec, rows)), asked, _too_large)
+            yield batch, asked, list(scored)
+
+    @abstractmethod
+    def score(self, codec: "Codec", batch: "Sequence[CachedRow]") -> Iterable[_Kept]:
+        """What the codec keeps of each row."""
 
 
 @contextmanager
 def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Scorer]":
     model = context.model(settings.model)
-    if isinstance(model, TransformersModel):
-        yield _LocalScorer(load(model, say=context.say))
+    failures = Failures(context.folder / FAILURES_FILE, where=f"model {settings.model}")
+    if settings.from_traces:
+        yield _TraceScorer(settings, model, context, failures)
+    elif isinstance(model, TransformersModel):
+        if context.replicas is None:
+            yield _LocalScorer(load(model, say=context.say), failures)
+        else:
+            with closing(_ReplicatedScorer(model, context.replicas, failures)) as replicated:
+                yield replicated
     elif isinstance(model, OpenAIModel) and model.tokenizer is not None:
         if settings.codec != "topk" or settings.temperatures != [1.0]:
             raise ModelError(
@@ -175,7 +291,7 @@ def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Sc
                 expected="codec: topk with temperatures: [1.0]",
                 mend="let transformers run the teacher here for other temperatures or codec: sampled",
             )
-        with closing(_ServerScorer(model, context)) as scorer:
+        with closing(_ServerScorer(model, context, failures)) as scorer:
             if scorer.context_tokens is None and settings.max_length is None:
                 raise ModelError(
                     f"the server of {settings.model!r} does not say how long a prompt may be",
@@ -192,55 +308,136 @@ def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Sc
         )
 
 
-class _LocalScorer:
+class _LocalScorer(_OneScorer):
     """A model in memory."""
 
-    def __init__(self, teacher: LoadedModel) -> None:
-        self._teacher = teacher
+    def __init__(self, teacher: LoadedModel, failures: Failures) -> None:
+        self._teacher, self.failures = teacher, failures
         self.renderer = Renderer(teacher.tokenizer)
         self.vocabulary_size, self.identity = teacher.vocabulary_size, teacher.identity
-        config = teacher.model.config.get_text_config()
-        self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
+        self.context_tokens = context_tokens(teacher)
 
     def batch_tokens(self) -> int:
-        """As many as a quarter of the free memory holds the widest layers' activations of, within bounds."""
-        import psutil
+        """As many as fit."""
+        return _batch_tokens(self._teacher)
+
+    def score(self, codec: "Codec", batch: "Sequence[CachedRow]") -> Iterable[_Kept]:
+        """From the chunked head."""
+        return _score_rows(self._teacher, codec, batch)
+
+
+def _batch_tokens(teacher: LoadedModel) -> int:
+    """As many as a quarter of the free memory holds the widest layers' activations of, within bounds."""
+    import psutil
+    import torch
+
+    model = teacher.model
+    config, on_gpu = model.config.get_text_config(), model.device.type == "cuda"
+    width = 16 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
+    fits = int(free / 4 / (width * model.dtype.itemsize))
+    return max(_LEAST_BATCH_TOKENS, min(fits, _MOST_GPU_TOKENS if on_gpu else _MOST_CPU_TOKENS))
+
+
+def _score_rows(
+    teacher: LoadedModel, codec: "Codec", batch: "Sequence[CachedRow]"
+) -> list[dict[str, "Tensor"]]:
+    """What the codec keeps of each row: no more than one chunk of logits exists at a time."""
+    import torch
+
+    from potstill.losses.head import per_token
+    from potstill.scoring import hidden_of_rows
+
+    rendered = [Rendered(list(row.token_ids), list(row.mask)) for row in batch]
+    with torch.no_grad():
+        hidden_NH, _ = hidden_of_rows(teacher.model, rendered)
+    head = output_head(teacher.model, teacher.vocabulary_size)
+    counts = [row.supervised_tokens for row in rendered]
+    kept = per_token(hidden_NH, head, codec.encoder([row.key for row in batch], counts))
+    split = {name: torch.split(values, counts) for name, values in kept.items()}
+    return [{name: parts[number] for name, parts in split.items()} for number in range(len(batch))]
+
+
+class ScoringReplica:
+    """A copy of the teacher in a process of its own, for batches of rows."""
+
+    def __init__(self, model: TransformersModel) -> None:
+        self._loaded = load(model)
+        self.identity: dict[str, Any] = {
+            **identity_of_copy(self._loaded.identity, Renderer(self._loaded.tokenizer)),
+            "vocabulary_size": self._loaded.vocabulary_size,
+            "context_tokens": context_tokens(self._loaded),
+        }
+        # One batch waits while another is scored.
+        self.capacity = {"concurrency": 2, "batch_tokens": _batch_tokens(self._loaded)}
+
+    async def work(
+        self, header: dict[str, Any], batch: _Batch, pieces: int
+    ) -> "tuple[list[dict[str, NDArray[Any]]], int]":
+        """What the codec keeps of each row, and into how many pieces the batch was cut."""
+        from potstill.logits.codecs import codec_of
+        from potstill.scoring import Pieces
+
+        codec, held = codec_of(header, where="the step that asks"), Pieces(pieces)
+        scored = held.run(lambda rows: _score_rows(self._loaded, codec, rows), batch, _too_large)
+        kept = [{name: values.numpy(force=True) for name, values in one.items()} for one in scored]
+        return kept, held.count
+
+
+class _ReplicatedScorer:
+    """Copies of a model, each with batches of its own."""
+
+    plan, kept = _OneScorer.plan, KEPT
+
+    def __init__(self, model: TransformersModel, replicas: Replicas, failures: Failures) -> None:
+        self.renderer, self.failures = Renderer(load_tokenizer(model)), failures
+        opening = open_copies(replicas, ScoringReplica, (model,), model, self.renderer)
+        self._replicas = OpenReplicas(replicas.count, opening)
+        self.close = self._replicas.close
+        found = self._replicas.identity
+        self.vocabulary_size: int = found["vocabulary_size"]
+        self.identity: str = found["model"]
+        self.context_tokens: int | None = found["context_tokens"]
+
+    def batch_tokens(self) -> int:
+        """What the first copy's machine has room for."""
+        return self._replicas.first_capacity["batch_tokens"]
+
+    def score_batches(
+        self, codec: "Codec", batches: Iterable[_Batch], done: "ShardWriter", size: "_BatchSize"
+    ) -> "Iterator[tuple[_Batch, _Batch, list[_Kept]]]":
+        """As one copy would, in the batches' order."""
         import torch
 
-        model = self._teacher.model
-        config, on_gpu = model.config.get_text_config(), model.device.type == "cuda"
-        width = 16 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-        free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
-        fits = int(free / 4 / (width * model.dtype.itemsize))
-        return max(_LEAST_BATCH_TOKENS, min(fits, _MOST_GPU_TOKENS if on_gpu else _MOST_CPU_TOKENS))
+        from potstill.logits.codecs import describe
 
-    def score(self, codec: "Codec", batch: "list[CachedRow]") -> "Iterable[dict[str, Tensor]]":
-        """From the chunked head: no more than one chunk of logits exists at a time."""
-        import torch
+        header = describe(codec)
 
-        from potstill.losses.head import per_token
-        from potstill.scoring import hidden_of_rows
+        def job(batch: _Batch) -> tuple[Any, ...] | None:
+            return None if all(row.key in done for row in batch) else (header, batch, size.pieces.count)
 
-        teacher = self._teacher
-        rendered = [Rendered(list(row.token_ids), list(row.mask)) for row in batch]
-        with torch.no_grad():
-            hidden_NH, _ = hidden_of_rows(teacher.model, rendered)
-        head = output_head(teacher.model, teacher.vocabulary_size)
-        counts = [row.supervised_tokens for row in rendered]
-        kept = per_token(hidden_NH, head, codec.encoder([row.key for row in batch], counts))
-        split = {name: torch.split(values, counts) for name, values in kept.items()}
-        return [{name: parts[number] for name, parts in split.items()} for number in range(len(batch))]
+        for batch, found in self._replicas.in_order(batches, job, size.context.check_stop):
+            if found is None:
+                yield batch, [], []
+                continue
+            kept, pieces = found
+            if pieces > size.pieces.count:
+                size.cut(pieces)
+            # A copy: Ray's own memory is not to be written to.
+            yield batch, batch, [{name: torch.tensor(values) for name, values in one.items()} for one in kept]
 
 
-class _ServerScorer:
+class _ServerScorer(_OneScorer):
     """A server that gives the log-probabilities of a prompt's tokens, asked by token ids."""
 
-    def __init__(self, model: OpenAIModel, context: StepContext) -> None:
+    row_by_row = True
+
+    def __init__(self, model: OpenAIModel, context: StepContext, failures: Failures) -> None:
         assert model.tokenizer is not None
         self.renderer = Renderer(load_tokenizer(TransformersModel(path=model.tokenizer)))
         self.vocabulary_size = vocabulary_size(self.renderer.tokenizer)
-        self.identity = model.known_as()
-        self._server = GivenTokens(model, context)
+        self.identity, self.failures = model.known_as(), failures
+        self._server = GivenTokens(model, context, failures)
         self.context_tokens = self._server.context_tokens
         self.close = self._server.close
 
@@ -248,12 +445,12 @@ class _ServerScorer:
         """Enough for the server to have many rows at once."""
         return _SERVER_TOKENS
 
-    def score(self, codec: "Codec", batch: "list[CachedRow]") -> "Iterable[dict[str, Tensor]]":
+    def score(self, codec: "Codec", batch: "Sequence[CachedRow]") -> Iterable[_Kept]:
         """The tail is what the kept ids leave over; the logsumexp stays unknown (NaN)."""
         from potstill.logits.codecs import TopK
 
         assert isinstance(codec, TopK)
-        kept: dict[int, dict[str, Tensor]] = {}
+        kept: dict[int, _Kept] = {}
 
         def keep(number: int, found: list[dict[int, float]]) -> None:
             mask = batch[number].mask[1:]
@@ -261,8 +458,70 @@ class _ServerScorer:
                 [likeliest for likeliest, supervised in zip(found, mask, strict=True) if supervised]
             )
 
-        self._server.ask([(f"record {row.record_id}", row.token_ids) for row in batch], codec.k, keep)
+        def refused(number: int, reason: str) -> None:
+            kept[number] = None
+
+        rows = [(f"record {row.record_id}", row.token_ids) for row in batch]
+        self._server.ask(rows, codec.k, keep, refused)
         return [kept[number] for number in range(len(batch))]
+
+
+class _TraceScorer(_OneScorer):
+    """What traces hold of the model that wrote them: the alternatives to their tokens, at temperature 1.
+
+    Rows are gone through in their order, beside the records that they come from.
+    """
+
+    kept = "Rows that hold enough of their teacher are kept"
+    row_by_row = True
+
+    def __init__(
+        self, settings: CacheSettings, model: Settings, context: StepContext, failures: Failures
+    ) -> None:
+        if settings.codec != "topk" or settings.temperatures != [1.0]:
+            raise ModelError(
+                "traces hold the likeliest ids at temperature 1",
+                expected="codec: topk with temperatures: [1.0]",
+                mend="leave from_traces out, and let transformers run the teacher here",
+            )
+        tokenizer = tokenizer_of(model)
+        if tokenizer is None:
+            raise ModelError(
+                f"no tokenizer of {settings.model!r} is known, whose ids the traces would have to hold",
+                mend="state the model's `tokenizer`, in the step that makes the traces as well",
+            )
+        self.renderer = Renderer(load_tokenizer(tokenizer))
+        self.vocabulary_size = vocabulary_size(self.renderer.tokenizer)
+        self.identity, self.failures = str((model.content() or {})["identity"]), failures
+        self.context_tokens: int | None = None
+        self._records = read(settings.data, context)
+        self._record: Record | None = None
+
+    def plan(self, lengths: "array[int]", numbers: "array[int]", tokens: int) -> Iterable[list[int]]:
+        """One row after the other."""
+        return ([number] for number in numbers)
+
+    def batch_tokens(self) -> int:
+        """A row a batch."""
+        return 1
+
+    def score(self, codec: "Codec", batch: "Sequence[CachedRow]") -> Iterable[_Kept]:
+        """As of a server; the token itself is one of its place's ids, whether it is among the likeliest."""
+        from potstill.logits.codecs import TopK
+
+        assert isinstance(codec, TopK)
+        for row in batch:
+            if self._record is None or self._record.id != row.record_id:
+                self._record = next(one for one in self._records if one.id == row.record_id)
+            record = self._record
+            try:
+                likeliest = kept_alternatives(record, row.token_ids, row.mask, codec.k, model=self.identity)
+            except DataError as error:
+                self.failures.add({"row": f"record {record.id}"}, error, kept=self.kept)
+                yield None
+            else:
+                self.failures.answered()
+                yield codec.from_log_probs(likeliest)
 
 
 class _BatchSize:
@@ -273,41 +532,40 @@ class _BatchSize:
     """
 
     def __init__(self, context: StepContext, tokens: int) -> None:
-        self._context, self._path = context, context.scratch / "batches.json"
-        self.tokens, self.pieces = tokens, 1
+        from potstill.scoring import Pieces
+
+        self.context, self._path = context, context.scratch / "batches.json"
+        self.tokens, pieces = tokens, 1
         if self._path.exists():
-            self.tokens, self.pieces = json.loads(self._path.read_text(encoding="utf-8"))
-        else:
-            self._save()
-
-    def _save(self) -> None:
-        write_atomically(self._path, json.dumps([self.tokens, self.pieces]))
-
-    def score(
-        self, scorer: _Scorer, codec: "Codec", batch: "list[CachedRow]"
-    ) -> "Iterator[dict[str, Tensor]]":
-        """Score a batch in as few pieces as fit; that number stays for what comes after."""
-        start = 0
-        while start < len(batch):
-            rows = max(1, -(-len(batch) // self.pieces))
             try:
-                scored = list(scorer.score(codec, batch[start : start + rows]))
-            except RuntimeError as error:
-                from potstill.scoring import is_out_of_memory
+                kept = read_checked_json(self._path.read_bytes())
+                self.tokens, pieces = kept["tokens"], kept["pieces"]
+            except (DamagedJsonError, KeyError) as error:
+                raise DataError(
+                    f"is damaged ({error})",
+                    where=str(self._path),
+                    expected="how many rows the interrupted capture scored at once",
+                    mend="make the step again with --force",
+                ) from error
+        else:
+            self._save(pieces)
+        self.pieces = Pieces(pieces, self.cut)
 
-                if not is_out_of_memory(error):
-                    raise
-                if rows == 1:
-                    raise ModelError(
-                        f"a row of {len(batch[start].token_ids):,} tokens does not fit into memory",
-                        mend="lower `max_length`, or use a machine or device with more memory",
-                    ) from error
-                self.pieces *= 2
-                self._save()
-                self._context.say(f"out of memory: batches are scored in {self.pieces} pieces from here on")
-                continue
-            yield from scored
-            start += len(scored)
+    def _save(self, pieces: int) -> None:
+        write_atomically(self._path, checked_json({"tokens": self.tokens, "pieces": pieces}))
+
+    def cut(self, pieces: int) -> None:
+        """Cut batches into more pieces from here on."""
+        self.pieces.count = pieces
+        self._save(pieces)
+        self.context.say(f"out of memory: batches are scored in {pieces} pieces from here on")
+
+
+def _too_large(row: "CachedRow") -> ModelError:
+    return ModelError(
+        f"a row of {len(row.token_ids):,} tokens does not fit into memory",
+        mend="lower `max_length`, or use a machine or device with more memory",
+    )
 
 
 def import_artifact(path: Path, folder: Path) -> Artifact:
@@ -344,18 +602,14 @@ def _codec(settings: CacheSettings, context: StepContext, vocabulary_size: int) 
     return Draws(settings.draws, vocabulary_size, temperatures, context.derive_seed("draws"))
 
 
-def _rows(
-    settings: CacheSettings, context: StepContext, scorer: _Scorer
-) -> "tuple[list[CachedRow], int, bool]":
-    """Every row that fits, in order and in four bytes a token; texts come in windows.
+def _rows(settings: CacheSettings, context: StepContext, scorer: _Scorer) -> tuple[_Rows, int, bool]:
+    """Every row that fits, in order; texts come in windows.
 
     And how many do not fit, and whether some are conversations.
     """
-    from potstill.logits.shards import CachedRow
-
     renderer, stated = scorer.renderer, (settings.max_length, scorer.context_tokens)
     limit = min((one for one in stated if one is not None), default=None)
-    rows, too_long, conversations = [], 0, False
+    rows, too_long, conversations = _Rows(context.scratch), 0, False
     for number, record in enumerate(read(settings.data, context), start=1):
         if record.response_token_ids is not None and record.tokenizer != renderer.tokenizer_hash:
             raise DataError(
@@ -370,12 +624,11 @@ def _rows(
         if limit is not None and len(rendered.ids) > limit:
             windows = [] if record.messages else _windows(rendered, limit)
             too_long += bool(record.messages)
-        rows += [
-            CachedRow(array("I", one.ids), bytes(one.mask), record.held_out, record.id) for one in windows
-        ]
+        for one in windows:
+            rows.append(one, record)
     if too_long:
         context.say(f"{too_long:,} rows of more than {limit:,} tokens left out")
-    if not rows:
+    if not len(rows):
         raise DataError(
             f"each of the {too_long:,} rows has more than {limit:,} tokens",
             expected="rows that fit into `max_length` and the model's context",

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from pydantic import ValidationError
 
 from potstill.cache import CacheSettings, import_artifact, run
+from potstill.core.alternatives import Alternatives
 from potstill.core.errors import DataError, EngineError, Interrupted, ModelError, StoreError
 from potstill.core.events import Reporter
 from potstill.core.records import RECORDS_FILE, Record, write_records
@@ -31,7 +33,7 @@ from potstill.data.batches import collate
 from potstill.data.chat import Rendered, Renderer
 from potstill.logits import shards
 from potstill.logits.hdf5 import export_hdf5
-from potstill.logits.shards import LogitCache
+from potstill.logits.shards import LogitCache, ShardWriter
 from potstill.losses.types import Sampled, Sparse
 from potstill.models import (
     LoadedModel,
@@ -42,8 +44,11 @@ from potstill.models import (
 )
 from potstill.scoring import hidden_of_rows
 from potstill.teachers import OpenAIModel
+from potstill.teachers.failures import FAILURES_FILE
+from potstill.teachers.transformers import generate_batch
 
-from ..servers import Reply, ScriptedServer, error, prompt_logprobs, running_server, vllm
+from ..copies import CopiesHere
+from ..servers import Reply, ScriptedServer, error, prompt_logprobs, rows_scored, running_server, vllm
 
 # Rows of several lengths; the last is the first again, under another id.
 RESPONSES = [
@@ -101,8 +106,11 @@ class Bench:
             folder, kind="generate", fingerprint="f" * 24, settings={}, seed=1, seconds=0.0
         )
 
-    def run(self, name: str = "cache", **settings: Any) -> tuple[StepResult, LogitCache]:
+    def run(
+        self, name: str = "cache", *, copies: CopiesHere | None = None, **settings: Any
+    ) -> tuple[StepResult, LogitCache]:
         context = self.context(name)
+        context.replicas = copies
         result = run(_settings(**settings), context)
         return result, LogitCache.open(context.folder)
 
@@ -197,6 +205,7 @@ def test_counts_and_figures_are_reported(bench: Bench) -> None:
         "rows": 7,
         "distinct_rows": 6,
         "too_long": 0,
+        "failed": 0,
         "tokens": tokens,
         "supervised_tokens": supervised,
     }
@@ -385,7 +394,8 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(
     for number in range(7):
         assert found.row(number) == whole.row(number)
         assert torch.equal(found.signal(number).top_ids, whole.signal(number).top_ids)
-    assert json.loads((bench.root / "found" / "scratch" / "batches.json").read_text()) == [2000, 4]
+    kept = json.loads((bench.root / "found" / "scratch" / "batches.json").read_text())
+    assert (kept["tokens"], kept["pieces"]) == (2000, 4)
 
 
 def test_a_row_that_fits_into_no_memory_is_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,8 +428,7 @@ def test_the_batch_size_is_what_a_quarter_of_the_free_memory_holds_within_bounds
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_bytes))
     bench.run()
-    found, _ = json.loads((bench.root / "cache" / "scratch" / "batches.json").read_text())
-    assert found == tokens
+    assert json.loads((bench.root / "cache" / "scratch" / "batches.json").read_text())["tokens"] == tokens
 
 
 @pytest.fixture
@@ -443,7 +452,7 @@ def test_pitfall_7_a_cache_from_a_servers_prompt_logprobs_is_that_of_the_model(
     bench: Bench, tiny_model_folder: Path, server: ScriptedServer
 ) -> None:
     result, served = bench.run("served")
-    prompts = [request for request in server.requests if "prompt" in request]
+    prompts = rows_scored(server)
     assert len(prompts) == 6
     assert all(request["max_tokens"] == 1 and request["prompt_logprobs"] == 8 for request in prompts)
     bench.model = TransformersModel(path=str(tiny_model_folder), dtype="float32")
@@ -521,34 +530,229 @@ def test_a_server_that_does_not_say_its_context_needs_max_length(
     assert len(cache) == 7
 
 
-def test_pitfall_20_a_row_that_the_server_refuses_is_named(
+def refusing(teacher: LoadedModel, token_ids: list[int]) -> Callable[[dict[str, Any]], Reply]:
+    """A server of the tiny model that takes every row but one."""
+
+    def answer(body: dict[str, Any]) -> Reply:
+        if body["prompt"] == token_ids:
+            return Reply(400, error("the prompt holds what may not be"))
+        return Reply(body=prompt_logprobs(teacher, body))
+
+    return vllm(answer)
+
+
+def test_pitfall_20_a_row_that_the_server_refuses_is_a_row_of_its_own(
     bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel
 ) -> None:
     _, everything = bench.run("everything")
-    longest = int(everything.lengths.argmax())
-    refused = everything.row(longest)
+    number = int(everything.lengths.argmax())
+    refused = everything.row(number)
+    server.always = refusing(tiny_teacher, refused.token_ids)
+    result, cache = bench.run("refused", max_failed_share=0.2)
+    assert (result.counts["failed"], result.counts["distinct_rows"], len(cache)) == (1, 5, 6)
+    assert [cache.row(one) for one in range(6)] == [everything.row(one) for one in range(7) if one != number]
+    [failure] = map(json.loads, (bench.root / "refused" / FAILURES_FILE).read_text().splitlines())
+    assert failure == {
+        "row": f"record {refused.record_id}",
+        "reason": "HTTP 400: the prompt holds what may not be",
+        "status": 400,
+    }
+    assert "1 rows left out: " in bench.said.getvalue()
+
+
+def test_above_the_share_a_capture_fails_and_the_next_one_asks_what_is_missing(
+    bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel
+) -> None:
+    _, everything = bench.run("everything")
+    refused = everything.row(int(everything.lengths.argmax()))
+    healthy = server.always
+    server.always = refusing(tiny_teacher, refused.token_ids)
+    with pytest.raises(EngineError, match=r"1 of 6 requests failed: 1 x HTTP 400: the prompt holds"):
+        bench.run("refused")
+    server.always = healthy
+    server.requests.clear()
+    _, cache = bench.run("refused")
+    assert [one["prompt"] for one in rows_scored(server)] == [refused.token_ids]
+    assert [cache.row(one) for one in range(7)] == [everything.row(one) for one in range(7)]
+
+
+def test_a_server_that_refuses_every_row_is_given_up_after_a_few(
+    bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel
+) -> None:
+    bench.records = [replace(RECORDS[0], id=f"r{one}", response=f"{one} and {one}") for one in range(60)]
 
     def answer(body: dict[str, Any]) -> Reply:
-        if body["prompt"] == refused.token_ids:
-            return Reply(400, error("the prompt holds what may not be"))
+        if body in rows_scored(server):
+            return Reply(400, error("no"))
         return Reply(body=prompt_logprobs(tiny_teacher, body))
 
     server.always = vllm(answer)
-    with pytest.raises(EngineError, match=rf"record {refused.record_id}: HTTP 400: the prompt holds"):
-        bench.run("refused")
+    with pytest.raises(EngineError, match=r"\d+ requests in a row failed, the last with: HTTP 400: no"):
+        bench.run(max_failed_share=1.0)
 
 
-@pytest.mark.usefixtures("server")
-def test_one_refused_row_costs_no_more_than_a_small_batch_of_answers(bench: Bench) -> None:
-    bench.run()
-    tokens, _ = json.loads((bench.root / "cache" / "scratch" / "batches.json").read_text())
-    assert tokens <= 16_384
+def written(teacher: TransformersModel, top_logprobs: int, **fields: Any) -> list[Record]:
+    """Traces of the model with the alternatives to their tokens, some of them ended, some cut off."""
+    loaded = load(teacher)
+    renderer = Renderer(loaded.tokenizer)
+    messages = [[{"role": "user", "content": f"Problem {number}"}] for number in range(12)]
+    answers = generate_batch(
+        loaded,
+        renderer,
+        [renderer.prompt_ids(one) for one in messages],
+        max_new_tokens=100,
+        temperature=1.3,
+        seeds=list(range(12)),
+        top_logprobs=top_logprobs,
+    )
+    assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+    kept = ("prompt_token_ids", "response_token_ids", "logprobs", "alternatives", "tokenizer")
+    records = [
+        Record(
+            prompt_id=str(number),
+            messages=asked,
+            response=answer.response,
+            finish_reason=answer.finish_reason,
+            model=loaded.identity,
+            sampling={"logprob_temperature": 1.0, "template": renderer.template_hash, "temperature": 1.3},
+            **{name: getattr(answer, name) for name in kept},
+        )
+        for number, (asked, answer) in enumerate(zip(messages, answers, strict=True))
+        if answer.response_token_ids
+    ]
+    return [replace(record, **fields) for record in records]
 
 
-@pytest.mark.usefixtures("server")
-def test_pitfall_24_a_capture_from_a_server_says_to_serve_without_prefix_caching(bench: Bench) -> None:
-    bench.run()
-    assert "serve by vLLM with --no-enable-prefix-caching" in bench.said.getvalue()
+class TestFromTraces:
+    """What traces keep of their teacher is a cache without anything being asked."""
+
+    def test_it_is_the_cache_that_the_teacher_gives_online(
+        self, bench: Bench, forward_passes: list[int]
+    ) -> None:
+        assert isinstance(bench.model, TransformersModel)
+        bench.records = written(bench.model, 8)
+        _, online = bench.run("online")
+        assert forward_passes
+        forward_passes.clear()
+        result, kept = bench.run("kept", from_traces=True)
+        assert forward_passes == []
+        assert result.counts["failed"] == 0
+        assert (kept.tokenizer, kept.model, kept.codec) == (online.tokenizer, online.model, online.codec)
+        assert len(kept) == len(online) == len(bench.records)
+        for number in range(len(kept)):
+            assert kept.row(number) == online.row(number)
+            found, wanted = kept.signal(number), online.signal(number)
+            assert isinstance(found, Sparse)
+            assert isinstance(wanted, Sparse)
+            assert torch.equal(found.ids_NK, wanted.ids_NK)
+            torch.testing.assert_close(found.log_probs_NK, wanted.log_probs_NK, rtol=0, atol=0.02)
+            torch.testing.assert_close(found.log_tail_N, wanted.log_tail_N, rtol=0, atol=2**-9)
+
+    def test_a_teacher_behind_an_api_is_not_asked_and_need_not_be_there(
+        self, bench: Bench, tiny_model_folder: Path
+    ) -> None:
+        assert isinstance(bench.model, TransformersModel)
+        bench.records = written(bench.model, 8, model="big at http://127.0.0.1:9/v1", prompt_token_ids=None)
+        for record in bench.records:
+            del record.sampling["template"]  # a server has its own
+        bench.model = OpenAIModel(
+            engine="openai", base_url="http://127.0.0.1:9/v1", model="big", tokenizer=str(tiny_model_folder)
+        )
+        result, cache = bench.run(from_traces=True, top_k=5)
+        assert result.model_identity == "big at http://127.0.0.1:9/v1"
+        assert len(cache) == len(bench.records)
+
+    @pytest.mark.usefixtures("small_shards")
+    def test_an_interrupted_one_ends_with_the_same_bytes(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert isinstance(bench.model, TransformersModel)
+        bench.records = written(bench.model, 8)
+        bench.run("whole", from_traces=True)
+        append = ShardWriter.append
+
+        def stops(self: ShardWriter, *arguments: Any, **options: Any) -> None:
+            if len(list(self.folder.glob("shard-*"))) == 3:
+                raise Interrupted
+            append(self, *arguments, **options)
+
+        monkeypatch.setattr(ShardWriter, "append", stops)
+        with pytest.raises(Interrupted):
+            bench.run("parts", from_traces=True)
+        monkeypatch.setattr(ShardWriter, "append", append)
+        bench.run("parts", from_traces=True)
+        whole, parts = _bytes(bench.root / "whole"), _bytes(bench.root / "parts")
+        assert whole == parts
+
+    @pytest.mark.parametrize(
+        ("changed", "reason"),
+        [
+            ({"alternatives": None}, "holds no alternatives to its tokens"),
+            ({"model": "another"}, "holds those of another to its tokens"),
+            ({"sampling": {"logprob_temperature": 0.7}}, "nobody states that its log-probabilities are at"),
+            (
+                {"tokenizer": None, "response_token_ids": None},
+                "holds texts, or other ids than those that are learnt",
+            ),
+        ],
+    )
+    def test_a_trace_that_does_not_hold_them_is_a_failed_row(
+        self, bench: Bench, changed: dict[str, Any], reason: str
+    ) -> None:
+        assert isinstance(bench.model, TransformersModel)
+        records = written(bench.model, 8)
+        bench.records = [replace(records[0], **changed), *records[1:]]
+        with pytest.raises(EngineError, match=rf"1 of {len(records)} requests failed: 1 x .*{reason}"):
+            bench.run("none", from_traces=True)
+        result, cache = bench.run("some", from_traces=True, max_failed_share=0.1)
+        assert (result.counts["failed"], len(cache)) == (1, len(records) - 1)
+
+    def test_more_ids_than_were_kept_and_an_end_that_nobody_told_of_fail_by_row(self, bench: Bench) -> None:
+        assert isinstance(bench.model, TransformersModel)
+        records = written(bench.model, 4)
+        bench.records = records
+        with pytest.raises(EngineError, match=r"holds 4 ids in the place of a token, and top_k is 8"):
+            bench.run("more", from_traces=True)
+        bench.records = [
+            replace(one, alternatives=Alternatives.of([*one.alternatives][:-1], as_ids=True))
+            if one.alternatives is not None and one.finish_reason == "stop"
+            else one
+            for one in records
+        ]
+        ended = sum(one.finish_reason == "stop" for one in records)
+        result, _ = bench.run("ended", from_traces=True, top_k=4, max_failed_share=0.9)
+        assert result.counts["failed"] == ended
+        failures = (bench.root / "ended" / FAILURES_FILE).read_text()
+        assert failures.count("no alternatives in the place where its response ended") == ended
+
+    def test_what_traces_do_not_hold_is_refused_at_once(self, bench: Bench) -> None:
+        with pytest.raises(ModelError, match="the likeliest ids at temperature 1"):
+            bench.run(from_traces=True, temperatures=[2.0])
+        bench.model = OpenAIModel(engine="openai", base_url="http://127.0.0.1:9/v1", model="big")
+        with pytest.raises(ModelError, match="no tokenizer of 'teacher' is known"):
+            bench.run(from_traces=True)
+
+
+def test_pitfall_24_a_server_whose_log_probabilities_depend_on_the_order_is_refused(
+    bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel
+) -> None:
+    """A text that begins as one before it has other log-probabilities than when it came first."""
+    seen: set[tuple[int, ...]] = set()
+
+    def answer(body: dict[str, Any]) -> Reply:
+        begun = tuple(body["prompt"][:16])
+        found = prompt_logprobs(tiny_teacher, body)
+        if begun in seen:
+            for values in found["choices"][0]["prompt_logprobs"][1:]:
+                for value in values.values():
+                    value["logprob"] -= 0.1
+        seen.add(begun)
+        return Reply(body=found)
+
+    server.always = vllm(answer)
+    with pytest.raises(EngineError, match=r"scores a text differently once(.|\n)*--no-enable-prefix-caching"):
+        bench.run()
+    assert not rows_scored(server)
 
 
 def test_a_model_without_logits_is_refused(bench: Bench) -> None:
@@ -692,3 +896,57 @@ def test_an_import_that_fails_over_a_finished_one_leaves_no_manifest_behind(
     with pytest.raises(StoreError, match="not a finished artifact"):
         Artifact.open(folder)
     assert import_artifact(path, folder).manifest.content == whole.manifest.content
+
+
+@pytest.mark.parametrize("codec", [{}, {"codec": "sampled", "draws": 5}], ids=["topk", "sampled"])
+def test_copies_of_the_teacher_leave_the_same_bytes_as_one(
+    bench: Bench, small_shards: None, codec: dict[str, Any]
+) -> None:
+    one, _ = bench.run("one", batch_tokens=70, **codec)
+    copies = CopiesHere(2)
+    two, _ = bench.run("two", copies=copies, batch_tokens=70, **codec)
+    assert two == one
+    assert len(list((bench.root / "one").glob("shard-*"))) > 1
+    assert _bytes(bench.root / "two") == _bytes(bench.root / "one")
+    assert all(copies.jobs)
+
+
+@pytest.mark.parametrize("copies_first", [True, False])
+def test_a_capture_that_one_teacher_began_is_taken_up_by_copies_and_the_other_way(
+    bench: Bench, small_shards: None, monkeypatch: pytest.MonkeyPatch, copies_first: bool
+) -> None:
+    bench.run("whole", batch_tokens=70)
+    context = bench.context("half")
+    context.replicas = CopiesHere(2) if copies_first else None
+    writer_class = shards.ShardWriter.func  # type: ignore[attr-defined]  # a partial, of small_shards
+    appended = writer_class.append
+
+    def stops(writer: Any, *row: Any, **options: Any) -> None:
+        appended(writer, *row, **options)
+        if list(context.folder.glob("shard-*")):
+            context.stop.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_class, "append", stops)
+        with pytest.raises(Interrupted):
+            run(_settings(batch_tokens=70), context)
+    sealed = _bytes(bench.root / "half")
+    assert [name for name in sealed if name.startswith("shard")] == ["shard-000-00000.safetensors"]
+    copies = CopiesHere(2)
+    bench.run("half", copies=None if copies_first else copies, batch_tokens=70)
+    assert copies_first or 0 < sum(copies.jobs) < 7
+    assert _bytes(bench.root / "half") == _bytes(bench.root / "whole")
+
+
+def test_a_copy_that_runs_out_of_memory_tells_the_step_in_how_many_pieces_it_scored(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scarce(model: Any, rows: list[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError
+        return hidden_of_rows(model, rows)
+
+    monkeypatch.setattr("potstill.scoring.hidden_of_rows", scarce)
+    _, cache = bench.run(copies=CopiesHere(2), batch_tokens=4096)
+    assert len(cache) == len(RECORDS)
+    assert "batches are scored in 4 pieces from here on" in bench.said.getvalue()

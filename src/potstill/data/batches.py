@@ -5,7 +5,7 @@ Shapes: B rows, T tokens.
 
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from potstill.core.hashing import derive_seed
@@ -14,7 +14,7 @@ from potstill.data.chat import Rendered
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["collate", "collate_packed", "epoch_plan", "micro_batches", "packs", "share"]
+__all__ = ["collate", "collate_packed", "epoch_plan", "many_micro_batches", "micro_batches", "packs", "share"]
 
 # Rows are sorted by length within groups of this many steps: enough that a step's rows are alike in length,
 # few enough that which rows meet in a step stays random.
@@ -70,15 +70,32 @@ def micro_batches(
     order = sorted(rows, key=lengths.__getitem__, reverse=True)
     if pass_tokens is not None:
         return _cheapest(lengths, order, max_tokens, pass_tokens)
-    batches: list[list[int]] = []
+    return [*_filled(lengths, order, max_tokens)]
+
+
+def many_micro_batches(lengths: "array[int]", rows: "array[int]", max_tokens: int) -> Iterator[list[int]]:
+    """`micro_batches` of rows that are too many for a list: while it is planned a row costs some 16 bytes."""
+    import numpy as np
+
+    numbers = np.asarray(rows)
+    order = numbers[np.argsort(-np.asarray(lengths)[numbers], kind="stable")]
+    return _filled(lengths, order, max_tokens)
+
+
+def _filled(lengths: Sequence[int], order: Iterable[int], max_tokens: int) -> Iterator[list[int]]:
+    """Rows, longest first, in micro-batches that hold as many as fit."""
+    batch: list[int] = []
     room = 0
-    for row in order:
-        if room == 0:
-            batches.append([])
+    for row in map(int, order):
+        if room == 0 and batch:
+            yield batch
+            batch = []
+        if not batch:
             room = max(1, max_tokens // max(1, lengths[row]))
-        batches[-1].append(row)
+        batch.append(row)
         room -= 1
-    return batches
+    if batch:
+        yield batch
 
 
 def _cheapest(

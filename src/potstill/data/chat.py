@@ -293,7 +293,16 @@ class Renderer:
         return ids
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except TypeError as error:
+            if not any("\ud800" <= one <= "\udfff" for one in text):
+                raise
+            raise DataError(
+                "holds half of a surrogate pair, which is no character",
+                expected="text that UTF-8 can hold",
+                mend="leave the row out, or decode its source anew",
+            ) from error
         return ids
 
     def _apply_template(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:

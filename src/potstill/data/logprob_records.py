@@ -81,6 +81,7 @@ class LogprobIndex:
             tokenizer=self._hash if own else None,
             logprobs=logprobs,
             token_bytes=sizes,
+            alternatives=None,
             sampling=sampling,
         )
 

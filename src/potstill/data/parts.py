@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from itertools import islice
 from typing import Any
 
 from potstill.core.errors import DataError
+from potstill.core.keys import KeyNumbers
 from potstill.core.records import RECORDS_FILE, Record, read_records
 from potstill.core.settings import DataRef
 from potstill.core.store import Artifact
@@ -32,10 +33,9 @@ def matches(where: Where, columns: Mapping[str, Any]) -> bool:
 
 def prompts(records: Iterable[Record]) -> Iterator[Record]:
     """Each prompt once, without the response and what was found out about it; plain text is no prompt."""
-    seen: set[str] = set()
+    seen = KeyNumbers()
     for record in records:
-        if record.messages and record.prompt_id not in seen:
-            seen.add(record.prompt_id)
+        if record.messages and seen.add(record.prompt_id.encode("utf-8", "surrogatepass")):
             yield Record(
                 prompt_id=record.prompt_id,
                 messages=record.messages,
@@ -109,6 +109,15 @@ def part_content(part: StepPart, artifacts: Views) -> str:
     if key not in _CONTENTS:
         found = hashlib.sha256()
         for record in read_part(part, artifacts):
-            found.update(json.dumps(asdict(record), sort_keys=True).encode() + b"\n")
+            found.update(json.dumps(_content(record), sort_keys=True).encode() + b"\n")
         _CONTENTS[key] = found.hexdigest()
     return _CONTENTS[key]
+
+
+def _content(record: Record) -> dict[str, Any]:
+    """A record as JSON."""
+    content = {one.name: getattr(record, one.name) for one in fields(record)}
+    del content["alternatives"]
+    if record.alternatives is not None:
+        content["alternatives"] = record.alternatives.to_json()
+    return content

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from potstill.core.errors import DataError
 from potstill.core.events import Reporter
 from potstill.core.hashing import derive_seed
+from potstill.core.keys import KeyNumbers
 from potstill.core.records import RECORDS_FILE, Record, count_records, prompt_identity
 from potstill.core.settings import DataRef, InputPath, Reference
 from potstill.core.step import StepContext
@@ -173,15 +174,14 @@ def _mixed(members: list[Member], context: StepContext) -> Iterator[Record]:
     """
     weights = [getattr(member, "weight", None) for member in members]
     streams = [_read_one(member, context) for member in members]
-    taken, repeated, seen = [0] * len(members), [0] * len(members), set[str]()
+    taken, repeated, seen = [0] * len(members), [0] * len(members), KeyNumbers()
 
     def fresh(number: int) -> Iterator[Record]:
         for record in streams[number]:
             key = record.prompt_id if record.response is None else record.id
-            if key in seen:
+            if not seen.add(key.encode("utf-8", "surrogatepass")):
                 repeated[number] += 1
                 continue
-            seen.add(key)
             taken[number] += 1
             yield record
 
@@ -323,7 +323,10 @@ class _Reading:
                 )
             rest = messages[1:] if messages[0]["role"] == "system" else messages
             messages = [{"role": "system", "content": system}, *rest]
-        prompt_id = prompt_identity(example.question)
+        try:
+            prompt_id = prompt_identity(example.question)
+        except (TypeError, ValueError) as error:
+            raise BadRow(f"a column that no JSON can hold ({error})") from error
         share = derive_seed(self.context.seed, "held_out", prompt_id) / 2**63
         reasoning, answer = (None, None) if response is None else split_reasoning(response)
         record = Record(

@@ -337,8 +337,13 @@ def codec_of(description: Mapping[str, Any], *, where: str) -> Codec:
     kinds: tuple[type[TopK], type[Draws]] = (TopK, Draws)
     for kind in kinds:
         if (description.get("codec"), description.get("codec_version")) == (kind.name, kind.version):
-            settings = {name: description[name] for name in (field.name for field in fields(kind))}
-            return kind(**{**settings, "temperatures": tuple(description["temperatures"])})
+            try:
+                settings = {name: description[name] for name in (field.name for field in fields(kind))}
+                return kind(**{**settings, "temperatures": tuple(description["temperatures"])})
+            except (AssertionError, KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"says of codec {kind.name!r} what no version of it wrote ({error})", where=where
+                ) from error
     raise DataError(
         f"the logits are stored by codec {description.get('codec')!r}, "
         f"version {description.get('codec_version')}",

@@ -47,6 +47,10 @@ _CHUNK_TOKENS, _GZIP_LEVEL = 1024, 4
 # float16 logits of up to 128 are off by 1/32.
 _ROUNDING = 0.1
 _NEEDED_DATA = ("top_k_ids", "top_k_values", "lengths", "token_ids", "token_lengths", "loss_mask")
+_OPTIONAL_DATA = ("log_tail", "logsumexp", "held_out", "record_ids")
+_LONGEST_ROW = 2**31
+# NumPy's letters for types; all others are whole numbers or truth values.
+_KINDS = {"record_ids": "OS", "top_k_values": "fiu", "log_tail": "fiu", "logsumexp": "fiu"}
 _NEEDED_ATTRIBUTES = ("k", "vocab_size", "model", "tokenizer", "temperatures", "values")
 
 
@@ -128,12 +132,7 @@ def import_hdf5(path: Path, folder: Path) -> LogitCache:
     name, for an attribute or data set that is missing or does not fit the others, and by row for ids that are
     not in the vocabulary or twice in a token's, for log-probabilities past 0, and for NaN.
     """
-    h5py = _h5py()
-    try:
-        opened = h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"cannot be read as HDF5 ({error})", where=str(path)) from error
-    with opened as file:
+    with _opened(path) as file:
         _check(file, path)
         attributes = {name: file.attrs[name] for name in _NEEDED_ATTRIBUTES}
         temperatures = tuple(float(one) for one in np.atleast_1d(attributes["temperatures"]))
@@ -149,14 +148,14 @@ def import_hdf5(path: Path, folder: Path) -> LogitCache:
         )
         lengths, token_lengths = file["lengths"][:].astype(int), file["token_lengths"][:].astype(int)
         held_out = file["held_out"][:] if "held_out" in file else np.zeros(len(lengths), dtype=bool)
-        names = [one.decode("utf-8") for one in file["record_ids"][:]] if "record_ids" in file else None
+        names = _record_ids(file, path) if "record_ids" in file else None
         starts, token_starts = lengths.cumsum() - lengths, token_lengths.cumsum() - token_lengths
         rows = []
         for number, (start, count) in enumerate(zip(starts, lengths, strict=True)):
             where = f"{path}, row {number}"
             part = slice(token_starts[number], token_starts[number] + token_lengths[number])
             mask = file["loss_mask"][part].astype(np.uint8)
-            if mask.sum() != count or count == 0 or mask[0]:
+            if mask.sum() != count or count == 0 or mask[0] or mask.max() > 1:
                 raise DataError(
                     f"`lengths` says {count} supervised tokens, `loss_mask` {mask.sum()}",
                     where=where,
@@ -172,6 +171,33 @@ def import_hdf5(path: Path, folder: Path) -> LogitCache:
     writer.seal()
     write_index(folder, rows)
     return LogitCache.open(folder)
+
+
+@contextmanager
+def _opened(path: Path) -> "Iterator[h5py.File]":
+    """The file, open for reading. Raises DataError where it is none, or is damaged where it is read."""
+    h5py = _h5py()
+    try:
+        opened = h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"cannot be read as HDF5 ({error})", where=str(path)) from error
+    with opened as file:
+        try:
+            yield file
+        except (OSError, RuntimeError, KeyError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of what is written, not of what is read
+            raise DataError(f"cannot be read as HDF5 ({error})", where=str(path)) from error
+
+
+def _record_ids(file: "h5py.File", path: Path) -> list[str]:
+    try:
+        names = [one.decode("utf-8") for one in file["record_ids"][:]]
+    except (AttributeError, UnicodeDecodeError) as error:
+        raise DataError(f"`record_ids` holds what is no text ({error})", where=str(path)) from error
+    if not all(names):
+        raise DataError("`record_ids` holds an empty one", where=str(path), expected="a name for each row")
+    return names
 
 
 def _ids(file: "h5py.File", name: str, part: slice, codec: TopK, where: str) -> Array:
@@ -241,23 +267,59 @@ def _faults(file: "h5py.File") -> Iterator[tuple[str, str]]:
     for name in _NEEDED_DATA:
         if name not in file:
             yield f"the data set {name!r} is missing", f"the data sets {', '.join(_NEEDED_DATA)}"
+    for name in (*_NEEDED_DATA, *_OPTIONAL_DATA):
+        if name in file:
+            yield from _no_numbers(file, name)
+    yield from _wrong_attributes(file)
     values, temperatures = file.attrs["values"], np.atleast_1d(file.attrs["temperatures"]).tolist()
     if values not in ("log_probs", "logits"):
         yield f"the attribute 'values' is {values!r}", "'log_probs' or 'logits'"
     if values == "logits" and "logsumexp" not in file:
         yield "the data set 'logsumexp' is missing", "the normaliser that makes log-probabilities of logits"
-    if 1.0 not in temperatures:
-        yield f"the attribute 'temperatures' is {temperatures}", "1 among them, that of the values"
     if len(temperatures) > 1 and "log_tail" not in file:
         yield "the data set 'log_tail' is missing", "the tail at each of several temperatures"
     yield from _wrong_shapes(file, len(temperatures))
 
 
+def _no_numbers(file: "h5py.File", name: str) -> Iterator[tuple[str, str]]:
+    """What keeps a data set from being an array of numbers, or of texts, in this very file."""
+    h5py = _h5py()
+    data, kinds = file[name], _KINDS.get(name, "iub")
+    expected = {"OS": "an array of texts", "fiu": "an array of numbers"}.get(
+        kinds, "an array of whole numbers"
+    )
+    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in kinds or data.ndim == 0:
+        yield f"the data set {name!r} is {data}", expected
+    # Links and external storage would read whatever file the sender of this one names.
+    elif not isinstance(file.get(name, getlink=True), h5py.HardLink) or data.is_virtual or data.external:
+        yield f"the data set {name!r} lies in another file or under another name", "its values in this file"
+
+
+def _wrong_attributes(file: "h5py.File") -> Iterator[tuple[str, str]]:
+    for name in ("k", "vocab_size"):
+        if not isinstance(file.attrs[name], int | np.integer):
+            yield f"the attribute {name!r} is {file.attrs[name]!r}", "a whole number"
+    if not 1 <= file.attrs["k"] <= file.attrs["vocab_size"] < 2**31:
+        yield f"the attribute 'k' is {file.attrs['k']}", f"1 to vocab_size ({file.attrs['vocab_size']}) ids"
+    for name in ("model", "tokenizer", "values"):
+        if not isinstance(file.attrs[name], str):
+            yield f"the attribute {name!r} is {file.attrs[name]!r}", "a text"
+    temperatures = np.atleast_1d(file.attrs["temperatures"])
+    if temperatures.dtype.kind not in "fiu" or temperatures.ndim != 1 or not (temperatures > 0).all():
+        yield f"the attribute 'temperatures' is {temperatures}", "numbers above 0"
+    if 1.0 not in temperatures or np.isinf(temperatures).any():
+        yield f"the attribute 'temperatures' is {temperatures.tolist()}", "1 among them, that of the values"
+
+
 def _wrong_shapes(file: "h5py.File", temperatures: int) -> Iterator[tuple[str, str]]:
+    for name in ("lengths", "token_lengths"):
+        lengths = file[name]
+        if lengths.ndim != 1 or not len(lengths) or lengths[:].min() < 1 or lengths[:].max() > _LONGEST_ROW:
+            yield f"the data set {name!r} has no length of a row", "a whole number above 0 for each row"
     tokens, k, total = (
-        int(file["lengths"][:].sum()),
+        int(file["lengths"][:].astype(np.int64).sum()),
         int(file.attrs["k"]),
-        int(file["token_lengths"][:].sum()),
+        int(file["token_lengths"][:].astype(np.int64).sum()),
     )
     wanted = {
         "top_k_ids": (tokens, k),
@@ -267,6 +329,8 @@ def _wrong_shapes(file: "h5py.File", temperatures: int) -> Iterator[tuple[str, s
         "token_ids": (total,),
         "loss_mask": (total,),
         "token_lengths": file["lengths"].shape,
+        "held_out": file["lengths"].shape,
+        "record_ids": file["lengths"].shape,
     }
     for name, shape in wanted.items():
         if name in file and file[name].shape != shape:

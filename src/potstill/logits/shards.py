@@ -10,10 +10,12 @@ file gets its name only once it is whole, and holds the SHA-256 of its content.
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
+from array import array
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
+from potstill.core.checked_json import DamagedJsonError, checked_json, read_checked_json
 from potstill.core.errors import DataError, StoreError
+from potstill.core.keys import KeyNumbers
+from potstill.core.spool import Spool
 from potstill.core.store import MANIFEST_FILE, write_atomically
 from potstill.logits.codecs import Codec, codec_of, describe, id_type
 from potstill.logits.packing import (
@@ -43,6 +48,7 @@ __all__ = [
     "CachedRow",
     "LogitCache",
     "ShardWriter",
+    "checked_when_read",
     "prepare_import",
     "row_key",
     "write_index",
@@ -58,6 +64,10 @@ _PARTIAL_NAME = re.compile(r"(\.(cache|manifest)\.json\.\d+|index|shard-\d+-\d+)
 _OPEN_SHARDS, _UNPACKED_BLOCKS = 64, 8
 _MASS_BINS = 10_000
 _KEY_BYTES = 32
+# Of an index so many rows are in memory at once.
+_READ_ROWS = 8_192
+_NAMES_OF_TYPES = {"|u1": "U8", "<u4": "U32", "<i8": "I64"}  # safetensors' own
+_Place = np.dtype(("<u4", 6))  # shard, block, first token and tokens, first supervised token and how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +118,7 @@ class ShardWriter:
         if (folder / _HEADER_FILE).exists():
             _check_same(_read_header(folder), header, folder)
         else:
-            write_atomically(folder / _HEADER_FILE, json.dumps(header, indent=2))
+            write_atomically(folder / _HEADER_FILE, checked_json(header))
         (folder / _INDEX_FILE).unlink(missing_ok=True)
         for unfinished in folder.glob(f"{self._prefix}*.partial"):
             unfinished.unlink()
@@ -117,7 +127,10 @@ class ShardWriter:
             int(path.stem.removeprefix(self._prefix)) for path in folder.glob(f"{self._prefix}*.safetensors")
         ]
         self._number = max(numbers, default=-1) + 1
-        self._keys = {key for path in _shard_paths(folder) for key in _keys(_load(path))}
+        self._keys = KeyNumbers()
+        for path in _shard_paths(folder):
+            for key in _keys(_load(path)):
+                self._keys.add(key)
         self._pending: list[tuple[bytes, CachedRow, dict[str, Array]]] = []
         self._pending_tokens = 0
 
@@ -140,10 +153,10 @@ class ShardWriter:
                 mend="use data of the teacher's own tokenizer, or leave the row out",
             )
         key, packed = row.key, self.codec.pack(quantities, where=where)
-        assert key not in self._keys
         assert row.mask[0] == 0
         assert all(len(values) == sum(row.mask) > 0 for values in quantities.values())
-        self._keys.add(key)
+        is_new = self._keys.add(key)
+        assert is_new
         self._pending.append((key, row, packed))
         self._pending_tokens += sum(row.mask)
         if self._pending_tokens >= self.shard_tokens:
@@ -183,6 +196,11 @@ class ShardWriter:
         self._pending_tokens = 0
 
 
+def checked_when_read(name: str) -> bool:
+    """Whether a cache's file of this name holds a checksum that its reader compares."""
+    return name.endswith(".safetensors")
+
+
 def prepare_import(folder: Path, path: Path, file_hash: str) -> None:
     """Make a folder ready to import a file into: an empty one, or that file's own import.
 
@@ -212,52 +230,66 @@ def prepare_import(folder: Path, path: Path, file_hash: str) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def write_index(folder: Path, rows: Iterable[CachedRow]) -> None:
-    """Complete a cache: its rows in order, each found in a sealed shard, or else a DataError."""
-    place: dict[bytes, tuple[int, ...]] = {}
+def write_index(folder: Path, rows: Iterable[CachedRow], *, scratch: Path | None = None) -> None:
+    """Complete a cache: its rows in order, each found in a sealed shard, or else a DataError.
+
+    In memory a stored row costs up to 28 bytes. What is put together lies in `scratch` until it is whole, by
+    default where the system keeps temporary files.
+    """
     paths = _shard_paths(folder)
-    for number, path in enumerate(paths):
+    stored, places = KeyNumbers(), Spool(scratch)
+    # Of what several writers have stored, the last counts.
+    for number, path in reversed([*enumerate(paths)]):
         shard = _load(path)
-        lengths, supervised = shard["lengths"].astype(np.int64), shard["supervised"].astype(np.int64)
-        block_rows = shard["block_rows"].astype(np.int64)
-        block_of_row = np.repeat(np.arange(len(block_rows) - 1), np.diff(block_rows))
-        first_rows = block_rows[block_of_row]
-        starts, supervised_starts = lengths.cumsum() - lengths, supervised.cumsum() - supervised
-        for key, *where in zip(
-            _keys(shard),
-            block_of_row,
-            starts - starts[first_rows],
-            lengths,
-            supervised_starts - supervised_starts[first_rows],
-            supervised,
-            strict=True,
-        ):
-            place[key] = (number, *where)
-    keys, places, held_out, record_ids = [], [], [], []
-    for position, row in enumerate(rows):
-        if (key := row.key) not in place:
-            raise DataError(f"row {position} (record {row.record_id}) is in no shard", where=str(folder))
-        keys.append(key)
-        places.append(place[key])
-        held_out.append(row.held_out)
-        record_ids.append(row.record_id.encode("utf-8"))
-    assert all(record_ids)
-    tensors: dict[str, Array] = {
-        "shards": np.frombuffer(json.dumps([path.name for path in paths]).encode("utf-8"), dtype=np.uint8),
-        "keys": _key_array(keys),
-        "places": np.array(places, dtype=np.uint32),
-        "held_out": np.array(held_out, dtype=np.uint8),
-        "record_ids": np.frombuffer(b"".join(record_ids), dtype=np.uint8),
-        "record_id_ends": np.cumsum([len(one) for one in record_ids], dtype=np.int64),
+        for key, place in zip(_keys(shard), _places(number, shard), strict=True):
+            if stored.add(key):
+                places.append(place.tobytes())
+    names = json.dumps([path.name for path in paths]).encode("utf-8")
+    columns = {
+        name: Spool(scratch) for name in ("keys", "places", "held_out", "record_ids", "record_id_ends")
     }
-    _write(folder / _INDEX_FILE, tensors)
+    count = 0
+    for row in rows:
+        if (found := stored.number(row.key)) is None:
+            raise DataError(f"row {count} (record {row.record_id}) is in no shard", where=str(folder))
+        assert row.record_id
+        columns["keys"].append(row.key)
+        columns["places"].append(places.read(found * _Place.itemsize, _Place.itemsize))
+        columns["held_out"].append(bytes([row.held_out]))
+        columns["record_ids"].append(row.record_id.encode("utf-8"))
+        columns["record_id_ends"].append(np.int64(columns["record_ids"].size).tobytes())
+        count += 1
+    columns["shards"] = Spool(scratch)
+    columns["shards"].append(names)
+    shapes = {"keys": ("|u1", (count, _KEY_BYTES)), "places": ("<u4", (count, *_Place.shape))}
+    shapes |= {"held_out": ("|u1", (count,)), "record_id_ends": ("<i8", (count,))}
+    shapes |= {name: ("|u1", (columns[name].size,)) for name in ("record_ids", "shards")}
+    _write_columns(folder / _INDEX_FILE, {name: (*shapes[name], columns[name]) for name in columns})
+
+
+def _places(number: int, shard: Mapping[str, Array]) -> Array:
+    """Where each row of a shard lies: its block, and its first token and supervised token there."""
+    lengths, supervised = shard["lengths"].astype(np.int64), shard["supervised"].astype(np.int64)
+    block_rows = shard["block_rows"].astype(np.int64)
+    block_of_row = np.repeat(np.arange(len(block_rows) - 1), np.diff(block_rows))
+    first_rows = block_rows[block_of_row]
+    starts, supervised_starts = lengths.cumsum() - lengths, supervised.cumsum() - supervised
+    columns = (
+        np.full(len(lengths), number),
+        block_of_row,
+        starts - starts[first_rows],
+        lengths,
+        supervised_starts - supervised_starts[first_rows],
+        supervised,
+    )
+    return np.stack(columns, -1).astype("<u4")
 
 
 class LogitCache:
     """A finished cache, which is a training set by itself: rows are read from the shards when asked for.
 
-    What it holds in memory does not grow with the logits, only by some 60 bytes a row for where each lies.
-    It can be handed to data-loader workers, forked or not.
+    What it holds in memory does not grow with the logits, and with the rows by a byte each; once a row is
+    looked for by its content (`find`), by up to 33. It can be handed to data-loader workers, forked or not.
     """
 
     def __init__(
@@ -265,15 +297,13 @@ class LogitCache:
     ) -> None:
         self.folder, self.codec, self.tokenizer, self.model = folder, codec, tokenizer, model
         self.imported = imported
-        index = _load(folder / _INDEX_FILE)
-        self._names: list[str] = json.loads(index["shards"].tobytes())
+        self._index = _Index(folder / _INDEX_FILE)
+        self._names: list[str] = json.loads(self._index.read("shards").tobytes())
         for name in self._names:
             if not (folder / name).is_file():
                 raise DataError(f"{name} is missing", where=str(folder), mend="run the cache step again")
-        self._places: Array = index["places"]
-        self._record_ids, self._record_id_ends = index["record_ids"].tobytes(), index["record_id_ends"]
-        self.held_out: Array = index["held_out"].astype(bool)
-        self._numbers: dict[bytes, int] | None = None
+        self.held_out: Array = self._index.read("held_out").astype(bool)
+        self._found: tuple[KeyNumbers, array[int]] | None = None
         self._checked: set[str] = set()
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int], Block] = OrderedDict()
@@ -306,7 +336,7 @@ class LogitCache:
         return cls(folder, codec, header["tokenizer"], header["model"], header.get("imported"))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.held_out)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": OrderedDict(), "_blocks": OrderedDict()}
@@ -319,26 +349,34 @@ class LogitCache:
     @property
     def lengths(self) -> Array:
         """Tokens of each row."""
-        lengths: Array = self._places[:, 3].astype(np.int64)
-        return lengths
+        return self._column_of_places(3)
 
     @property
     def supervised(self) -> Array:
         """Supervised tokens of each row."""
-        supervised: Array = self._places[:, 5].astype(np.int64)
-        return supervised
+        return self._column_of_places(5)
+
+    def _column_of_places(self, column: int) -> Array:
+        parts = [part[:, column].astype(np.int64) for part in self._index.parts("places")]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def _place(self, number: int) -> list[int]:
+        [place] = self._index.read("places", number, number + 1).tolist()
+        found: list[int] = place
+        return found
 
     def row(self, number: int) -> CachedRow:
         """A row's token ids and mask, and which record it was."""
-        shard, block, start, length, _, _ = self._places[number].tolist()
+        number = range(len(self))[number]
+        shard, block, start, length, _, _ = self._place(number)
         part, found = slice(start, start + length), self._block(shard, block)
-        end = int(self._record_id_ends[number])
-        begin = int(self._record_id_ends[number - 1]) if number else 0
+        ends = self._index.read("record_id_ends", max(0, number - 1), number + 1).tolist()
+        record_id = self._index.read("record_ids", ends[0] if number else 0, ends[-1])
         return CachedRow(
             found.read("token_ids", part).tolist(),
             found.read("mask", part).tolist(),
             bool(self.held_out[number]),
-            self._record_ids[begin:end].decode("utf-8"),
+            record_id.tobytes().decode("utf-8"),
         )
 
     def signal(self, number: int, temperature: float = 1.0, k: int | None = None) -> Sparse | Sampled:
@@ -359,7 +397,7 @@ class LogitCache:
         first tokens. Raises DataError as the codec's `decode` does, and for a damaged shard.
         """
         parts = []
-        for position, (shard, block, _, _, start, count) in enumerate(self._places[list(numbers)].tolist()):
+        for position, (shard, block, _, _, start, count) in enumerate(map(self._place, numbers)):
             wanted = slice(start, start + (count if tokens is None else tokens[position]))
             assert wanted.stop - start <= count
             part = self.codec.select(self._block(shard, block).read, wanted)
@@ -371,7 +409,7 @@ class LogitCache:
     def logsumexp(self, numbers: Sequence[int]) -> Array:
         """Of a top-k cache: the logsumexp of logits / T of some rows' supervised tokens, a column a T."""
         parts = []
-        for shard, block, _, _, start, count in self._places[list(numbers)].tolist():
+        for shard, block, _, _, start, count in map(self._place, numbers):
             parts.append(self._block(shard, block).read("logsumexp", slice(start, start + count)))
         logsumexp_NT: Array = np.concatenate(parts).astype(np.float32)
         return logsumexp_NT
@@ -381,18 +419,23 @@ class LogitCache:
 
         Raises DataError when there is none: training on without the teacher would be another training.
         """
-        if self._numbers is None:
-            keys = _keys(_load(self.folder / _INDEX_FILE, {"keys"}))
-            self._numbers = {key: number for number, key in reversed(list(enumerate(keys)))}
-        try:
-            return self._numbers[row_key(token_ids, mask)]
-        except KeyError:
+        if self._found is None:
+            keys, first_rows, row = KeyNumbers(), array("I"), 0
+            for part in self._index.parts("keys"):
+                for key in part:
+                    if keys.add(key.tobytes()):
+                        first_rows.append(row)
+                    row += 1
+            self._found = keys, first_rows
+        keys, first_rows = self._found
+        if (number := keys.number(row_key(token_ids, mask))) is None:
             raise DataError(
                 f"there are no logits for a row of {len(token_ids)} tokens, {sum(mask)} of them supervised",
                 where=str(self.folder),
                 expected="every row that is trained on",
                 mend="run the cache step on this data, with the chat template and lengths of the training",
-            ) from None
+            )
+        return first_rows[number]
 
     def counts(self) -> dict[str, int]:
         """Rows, tokens and supervised tokens, a repeated row counted each time."""
@@ -455,6 +498,56 @@ class LogitCache:
         return block
 
 
+class _Index:
+    """The index of a cache, checked once; its columns are read from the file in parts.
+
+    Raises DataError for a file that is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with safe_open(path, framework="np") as file:
+                checksum = (file.metadata() or {}).get("sha256")
+            with path.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(header_bytes))
+        except (OSError, SafetensorError) as error:
+            raise _damaged(path, str(error)) from error
+        types = {name: dtype for dtype, name in _NAMES_OF_TYPES.items()}
+        self._columns = {
+            name: (
+                np.dtype(types[one["dtype"]]),
+                tuple(one["shape"]),
+                8 + header_bytes + one["data_offsets"][0],
+            )
+            for name, one in header.items()
+            if name != "__metadata__"
+        }
+        found = _digest((name, *self._columns[name][:2], self._bytes(name)) for name in sorted(self._columns))
+        if checksum != found:
+            raise _damaged(path, "its checksum is another")
+
+    def _bytes(self, name: str) -> Iterator[memoryview]:
+        return (part.reshape(-1).view(np.uint8).data for part in self.parts(name))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """A column's rows from `start` to before `stop`."""
+        dtype, (rows, *rest), offset = self._columns[name]
+        width, stop = math.prod(rest), rows if stop is None else stop
+        # Opened anew each time, as a shard is.
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(offset + start * width * dtype.itemsize)
+            data = file.read((stop - start) * width * dtype.itemsize)
+        return np.frombuffer(data, dtype).reshape(-1, *rest)
+
+    def parts(self, name: str) -> Iterator[Array]:
+        """A column, some rows at a time."""
+        rows = self._columns[name][1][0]
+        for start in range(0, rows, _READ_ROWS):
+            yield self.read(name, start, min(start + _READ_ROWS, rows))
+
+
 class _Shard:
     """An open shard: which id each number stands for, and where its blocks lie."""
 
@@ -515,21 +608,34 @@ def _load(path: Path, names: Collection[str] | None = None) -> dict[str, Array]:
     except (OSError, SafetensorError) as error:
         damage = str(error)
     if damage is not None:
-        raise DataError(
-            f"is damaged ({damage})",
-            where=str(path),
-            expected="a file as the cache step sealed it",
-            mend="delete it and run the cache step again, which makes what is missing",
-        )
+        raise _damaged(path, damage)
     return tensors
 
 
+def _damaged(path: Path, how: str) -> DataError:
+    return DataError(
+        f"is damaged ({how})",
+        where=str(path),
+        expected="a file as the cache step sealed it",
+        mend="delete it and run the cache step again, which makes what is missing",
+    )
+
+
 def _checksum(tensors: Mapping[str, Array]) -> str:
+    arrays = ((name, np.ascontiguousarray(tensors[name])) for name in sorted(tensors))
+    return _digest(
+        (name, values.dtype, values.shape, [values.reshape(-1).view(np.uint8).data])
+        for name, values in arrays
+    )
+
+
+def _digest(columns: Iterable[tuple[str, np.dtype[Any], tuple[int, ...], Iterable[Any]]]) -> str:
+    """SHA-256 of columns in the order of their names: each with its type, its shape and its bytes."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        values = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name} {values.dtype.str} {values.shape} ".encode())
-        digest.update(values.reshape(-1).view(np.uint8).data)
+    for name, dtype, shape, data in columns:
+        digest.update(f"{name} {dtype.str} {shape} ".encode())
+        for part in data:
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -543,9 +649,32 @@ def _keys(shard: Mapping[str, Array]) -> list[bytes]:
 
 def _write(path: Path, tensors: dict[str, Array]) -> None:
     """Write a file so that it has its name only when all of it is on the disk."""
+    _write_parts(path, [save(tensors, {"sha256": _checksum(tensors)})])
+
+
+def _write_columns(path: Path, columns: Mapping[str, tuple[str, tuple[int, ...], Spool]]) -> None:
+    """`_write` of what is not in memory: of each column its type, its shape and its bytes."""
+    digest = _digest(
+        (name, np.dtype(dtype), shape, spool.chunks())
+        for name, (dtype, shape, spool) in sorted(columns.items())
+    )
+    header: dict[str, Any] = {"__metadata__": {"sha256": digest}}
+    order = sorted(columns, key=lambda name: (-np.dtype(columns[name][0]).itemsize, name))
+    end = 0
+    for name in order:
+        dtype, shape, spool = columns[name]
+        offsets = [end, end := end + spool.size]
+        header[name] = {"dtype": _NAMES_OF_TYPES[dtype], "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    data = (chunk for name in order for chunk in columns[name][2].chunks())
+    _write_parts(path, itertools.chain([len(text).to_bytes(8, "little") + text], data))
+
+
+def _write_parts(path: Path, parts: Iterable[bytes]) -> None:
     unfinished = path.with_suffix(".partial")
     with unfinished.open("wb") as file:
-        file.write(save(tensors, {"sha256": _checksum(tensors)}))
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
@@ -554,8 +683,10 @@ def _write(path: Path, tensors: dict[str, Array]) -> None:
 def _read_header(folder: Path) -> dict[str, Any]:
     path = folder / _HEADER_FILE
     try:
-        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        header = read_checked_json(path.read_bytes())
+        if not all(isinstance(header.get(name), str) for name in ("codec", "tokenizer", "model")):
+            raise DamagedJsonError("it does not say whose logits these are")
+    except (OSError, DamagedJsonError) as error:
         raise DataError(
             f"cannot be read ({error})", where=str(path), mend="run the cache step again"
         ) from error

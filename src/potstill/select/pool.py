@@ -1,18 +1,20 @@
 """The rows that a selection chooses from, read and filtered once, and what becomes of each of them."""
 
 import heapq
+import itertools
 import json
 import math
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from potstill.core.errors import DataError
 from potstill.core.records import RECORDS_FILE, Record, count_records, read_records, write_records
 from potstill.core.step import StepContext, StepResult
 from potstill.data.sources import label_names, read
+from potstill.select.candidates import Arm, Candidates, Outcome
 from potstill.select.filters import Dropped, FilterSettings, filter_records
 from potstill.select.settings import SelectSettings
 
@@ -22,6 +24,7 @@ DROPPED_FILE = "dropped.jsonl"
 _CANDIDATES_FILE = "candidates.parquet"
 _LEFT_OUT_FILE, _BY_RULE_FILE = "left-out.jsonl", "by-rule.jsonl"
 _NO_RESPONSE = Dropped("response", "no response")
+_KEPT = Outcome({}, None, kept=True)
 MISSING = -1.0
 
 
@@ -35,10 +38,10 @@ def logprob_temperature(record: Record) -> float | None:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The rows that stay beside the held-out ones, by what they were chosen, and the step's metrics."""
+    """The scored rows, which arm's rows stay beside the held-out ones and why others go, and the metrics."""
 
-    rows: frozenset[int]
-    by: Literal["rule", "random", "length"]
+    candidates: Candidates
+    by: Arm
     reason: str
     metrics: dict[str, Any]
 
@@ -57,10 +60,8 @@ class Pool:
             with self._left_out.open("w", encoding="utf-8", newline="\n") as left_out:
                 write_records(self.path, self._read(left_out))
         self.left_out = Counter(json.loads(line)["by"] for line in self._left_out_lines())
-        dropped = {json.loads(line)["row"] for line in self._left_out_lines()}
-        rows = count_records(self.path) + len(dropped)
-        self.numbers = array("q", (number for number in range(1, rows + 1) if number not in dropped))
-        self.rows = rows
+        rows = self.rows = count_records(self.path) + self.left_out.total()
+        self.numbers = array("q", self._numbers())
         if not self.numbers:
             raise DataError(
                 f"none of the {rows:,} rows is left to choose from ({_counted(self.left_out)})",
@@ -121,6 +122,14 @@ class Pool:
         with self._left_out.open(encoding="utf-8") as lines:
             yield from lines
 
+    def _numbers(self) -> Iterator[int]:
+        """The numbers of the rows that were not left out."""
+        left_out = (int(json.loads(line)["row"]) for line in self._left_out_lines())
+        before = 0
+        for number in itertools.chain(left_out, [self.rows + 1]):
+            yield from range(before + 1, number)
+            before = number
+
     def __iter__(self) -> Iterator[tuple[int, Record]]:
         """Each row's number and record."""
         return zip(self.numbers, read_records(self.path), strict=True)
@@ -129,27 +138,24 @@ class Pool:
         """The rows that a rule chooses from: those that are not held out."""
         return ((number, record) for number, record in self if not record.held_out)
 
-    def write(
-        self,
-        chosen: Chosen | None = None,
-        scores: Mapping[int, dict[str, float]] | None = None,
-        unscored: Mapping[int, str] | None = None,
-        *,
-        tokens: int = 0,
-    ) -> StepResult:
+    def write(self, chosen: Chosen | None = None, *, tokens: int = 0) -> StepResult:
         """Write what stays, with its scores, and a line for every row that does not."""
         by_rule = self.context.scratch / _BY_RULE_FILE
-        scores, unscored = scores or {}, unscored or {}
-        held_out = kept = 0
+        held_out = kept = unscored = 0
         with by_rule.open("w", encoding="utf-8", newline="\n") as dropped:
 
             def staying() -> Iterator[Record]:
-                nonlocal held_out, kept
+                nonlocal held_out, kept, unscored
                 for number, record in self:
-                    record.scores = {**record.scores, **scores.get(number, {})}
-                    if number in unscored:
-                        dropped.write(_dropped_line(number, record, "score", unscored[number]))
-                    elif chosen is not None and not record.held_out and number not in chosen.rows:
+                    found = _KEPT
+                    if chosen is not None and not record.held_out:
+                        found = chosen.candidates.outcome(number, chosen.by)
+                    record.scores = {**record.scores, **found.scores}
+                    if found.unscored is not None:
+                        unscored += 1
+                        dropped.write(_dropped_line(number, record, "score", found.unscored))
+                    elif not found.kept:
+                        assert chosen is not None
                         dropped.write(_dropped_line(number, record, chosen.by, chosen.reason, record.scores))
                     else:
                         held_out += record.held_out
@@ -165,11 +171,11 @@ class Pool:
                 heapq.merge(self._left_out_lines(), from_rule, key=lambda line: int(json.loads(line)["row"]))
             )
         reasons = Counter(self.left_out)
-        reasons["score"] = len(unscored)
+        reasons["score"] = unscored
         counts = {"records": kept + held_out, "held_out": held_out, "rows": self.rows}
         counts |= {f"dropped_by_{name}": count for name, count in sorted(reasons.items()) if count}
         if chosen is not None:
-            counts[f"dropped_by_{chosen.by}"] = len(self.numbers) - held_out - len(unscored) - kept
+            counts[f"dropped_by_{chosen.by}"] = len(self.numbers) - held_out - unscored - kept
         return StepResult(
             counts=counts,
             metrics=chosen.metrics if chosen else {},

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from potstill.core.database import Database
+from potstill.core.database import CheckedValues
 from potstill.core.hashing import hash_json
 
 if TYPE_CHECKING:
@@ -15,27 +15,23 @@ if TYPE_CHECKING:
 __all__ = ["ScoreStore", "open_score_store"]
 
 
-class ScoreStore(Database):
+class ScoreStore(CheckedValues):
     """One model's log-probabilities by a row's key. A key's first value stays."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "scores", ["scores (key BLOB PRIMARY KEY, logprobs BLOB NOT NULL)"])
-
-    def __contains__(self, key: bytes) -> bool:
-        return self.row("SELECT 1 FROM scores WHERE key = ?", key) is not None
+        super().__init__(path, "scores", "key BLOB", "logprobs BLOB")
 
     def __getitem__(self, key: bytes) -> "NDArray[np.float32]":
         import numpy as np
 
-        row = self.row("SELECT logprobs FROM scores WHERE key = ?", key)
-        if row is None:
+        values = self.value(key)
+        if values is None:
             raise KeyError(key.hex())
-        return np.frombuffer(row[0], dtype="<f4")
+        return np.frombuffer(values, dtype="<f4")
 
     def put(self, scores: "Iterable[tuple[bytes, NDArray[np.float32]]]") -> None:
         """Keep a batch, whole or not at all; a key that is there already keeps what it has."""
-        rows = [(key, logprobs.astype("<f4").tobytes()) for key, logprobs in scores]
-        self.write(("INSERT OR IGNORE INTO scores VALUES (?, ?)", rows))
+        self.keep((key, logprobs.astype("<f4").tobytes()) for key, logprobs in scores)
 
 
 def open_score_store(cache_folder: Path, model: Any) -> ScoreStore:

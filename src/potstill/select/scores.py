@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from potstill.core.errors import DataError
 from potstill.core.records import Record
+from potstill.core.replicas import OpenReplicas, Replicas
 from potstill.core.step import StepContext
 from potstill.data.chat import Rendered, Renderer
 from potstill.data.prefixes import batches_by_prefix, shared_prefix
@@ -24,18 +25,24 @@ from potstill.models import (
     load_tokenizer,
     supports_bf16,
 )
-from potstill.scoring import micro_batch_tokens, run_shared_prefix, token_logprobs
+from potstill.models.prefixes import Prefix
+from potstill.scoring import micro_batch_tokens, run_prefix, run_shared_prefix, token_logprobs
 from potstill.select.score_store import open_score_store
 from potstill.select.sentences import tokens_of_spans
 from potstill.teachers import GivenTokens, OpenAIModel
+from potstill.teachers.failures import Failures
+from potstill.teachers.given_tokens import KEPT
+from potstill.teachers.replicated import identity_of_copy, open_copies
 from potstill.teachers.transformers import context_tokens
 
 __all__ = [
     "LocalScores",
     "ModelScores",
+    "ReplicatedScores",
     "SentenceClass",
     "ServedScores",
     "TokenScores",
+    "TokenScoresReplica",
     "probability",
     "sentence_class",
     "sentence_probabilities",
@@ -153,13 +160,14 @@ class ModelScores(ABC):
     def __init__(self, called: str, renderer: Renderer, known_as: Any, context: StepContext) -> None:
         self.called, self.renderer, self.context = called, renderer, context
         self._store = open_score_store(context.cache_folder, known_as)
+        self._refused: dict[bytes, str] = {}
 
     def close(self) -> None:
         """Close the store."""
         self._store.close()
 
     def fill(self, records: Iterable[tuple[int, Record]], progress: Callable[[int], None]) -> int:
-        """Score each row (its number, its record) that is not in the store; returns the tokens of all.
+        """Score each row (its number, its record) that is not in the store; returns the tokens of those.
 
         `progress` hears how many rows are done. The model is opened when the first row has to be scored, and
         let go at the end.
@@ -167,9 +175,10 @@ class ModelScores(ABC):
         total = 0
         try:
             for window, skipped in self._windows(records):
+                missing = dict(zip(window.keys, window.rows, strict=True))
+                total += sum(len(row.ids) for key, row in missing.items() if key not in self._store)
                 self._fill_window(window, progress)
                 progress(skipped)
-                total += sum(len(row.ids) for row in window.rows)
         finally:
             self._let_go()
         return total
@@ -208,6 +217,8 @@ class ModelScores(ABC):
         if isinstance(rendered, str):
             return rendered
         key = row_key(rendered.ids, rendered.mask)
+        if (reason := self._refused.get(key)) is not None:
+            return f"{self.called} gave no answer: {reason}"
         if key not in self._store or not len(logprobs := self._store[key]):
             return f"its {len(rendered.ids):,} tokens exceed the context of {self.called}"
         if not np.isfinite(logprobs).all():
@@ -244,55 +255,161 @@ class LocalScores(ModelScores):
         dtype = settings.dtype or ("bfloat16" if supports_bf16(device) else "float32")
         renderer = Renderer(load_tokenizer(settings, say=context.say))
         super().__init__(settings.path, renderer, [identity(settings), settings.quantize, dtype], context)
-        self._settings, self._max_tokens = settings, max_tokens or micro_batch_tokens(device)
+        # The scores are known by it, wherever they are computed.
+        self._settings = settings.model_copy(update={"dtype": dtype})
+        self._max_tokens = max_tokens or micro_batch_tokens(device)
         self._loaded: LoadedModel | None = None
 
     def _fill_window(self, window: _Window, progress: Callable[[int], None]) -> None:
-        rows, keys = window.rows, window.keys
-        lengths = [len(row.ids) for row in rows]
-        prefix = None
-        for batch in batches_by_prefix(rows, self._max_tokens, start=shared_prefix(rows)):
-            self.context.check_stop()
-            if any(keys[number] not in self._store for number in batch):
-                loaded = self._loaded = self._loaded or load(self._settings)
-                limit = context_tokens(loaded) or max(lengths)
-                prefix = prefix or run_shared_prefix(
-                    loaded.model, [row for row in rows if len(row.ids) <= limit]
-                )
-                fits = [number for number in batch if lengths[number] <= limit]
-                scored = (
-                    token_logprobs(
-                        loaded, [rows[number] for number in fits], max_tokens=self._max_tokens, prefix=prefix
-                    )
-                    if fits
-                    else []
-                )
-                found = {number: logprobs.numpy() for number, logprobs in zip(fits, scored, strict=True)}
-                nothing = np.zeros(0, dtype=np.float32)
+        keys, nothing = window.keys, np.zeros(0, dtype=np.float32)
+        batches = batches_by_prefix(window.rows, self._max_tokens, start=shared_prefix(window.rows))
+        for batch, found in self._score(window, batches):
+            if found is not None:
                 self._store.put((keys[number], found.get(number, nothing)) for number in batch)
             progress(len(batch))
+
+    def _score(
+        self, window: _Window, batches: Iterable[list[int]]
+    ) -> Iterator[tuple[list[int], dict[int, NDArray[Any]] | None]]:
+        """Each batch with the log-probabilities of its rows that fit; None where all are in the store."""
+        rows, prefix = window.rows, None
+        for batch in batches:
+            self.context.check_stop()
+            if self._is_kept(window, batch):
+                yield batch, None
+                continue
+            loaded = self._loaded = self._loaded or load(self._settings)
+            limit = context_tokens(loaded)
+            fits = [number for number in batch if _fits(rows[number], limit)]
+            prefix = prefix or run_shared_prefix(loaded.model, [row for row in rows if _fits(row, limit)])
+            scored = _logprobs(loaded, [rows[number] for number in fits], self._max_tokens, prefix)
+            yield batch, dict(zip(fits, scored, strict=True))
+
+    def _is_kept(self, window: _Window, batch: Sequence[int]) -> bool:
+        return all(window.keys[number] in self._store for number in batch)
 
     def _let_go(self) -> None:
         self._loaded = None
 
 
-class ServedScores(ModelScores):
-    """What a server's model gives. A row is asked once, and kept as its answer arrives."""
+def _fits(row: Rendered, limit: int | None) -> bool:
+    return limit is None or len(row.ids) <= limit
 
-    def __init__(self, settings: OpenAIModel, context: StepContext) -> None:
+
+def _logprobs(
+    loaded: LoadedModel, rows: Sequence[Rendered], max_tokens: int, prefix: Prefix | None
+) -> list[NDArray[Any]]:
+    if not rows:
+        return []
+    return [one.numpy() for one in token_logprobs(loaded, rows, max_tokens=max_tokens, prefix=prefix)]
+
+
+class TokenScoresReplica:
+    """A copy of a model in a process of its own, which scores batches of rows."""
+
+    def __init__(self, settings: TransformersModel, max_tokens: int) -> None:
+        self._loaded, self._max_tokens = load(settings), max_tokens
+        self.identity: dict[str, Any] = {
+            **identity_of_copy(self._loaded.identity, Renderer(self._loaded.tokenizer)),
+            "context_tokens": context_tokens(self._loaded),
+        }
+        # One batch waits while another is scored.
+        self.capacity = {"concurrency": 2}
+        self._prefix_ids: list[int] = []
+        self._prefix: Prefix | None = None
+
+    async def work(self, prefix_ids: list[int], rows: list[Rendered]) -> list[NDArray[Any]]:
+        """The log-probabilities of each row, all of which begin with the prefix, which is run once."""
+        if prefix_ids != self._prefix_ids:
+            self._prefix_ids, self._prefix = prefix_ids, run_prefix(self._loaded.model, prefix_ids)
+        return _logprobs(self._loaded, rows, self._max_tokens, self._prefix)
+
+
+class ReplicatedScores(LocalScores):
+    """What copies of a model give: the same batches as one would have, whichever copy scores them."""
+
+    def __init__(
+        self, settings: TransformersModel, context: StepContext, max_tokens: int | None, replicas: Replicas
+    ) -> None:
+        super().__init__(settings, context, max_tokens)
+        self._replicas = replicas
+        self._open: OpenReplicas | None = None
+
+    def _score(
+        self, window: _Window, batches: Iterable[list[int]]
+    ) -> Iterator[tuple[list[int], dict[int, NDArray[Any]] | None]]:
+        batches = list(batches)
+        if all(self._is_kept(window, batch) for batch in batches):
+            yield from ((batch, None) for batch in batches)
+            return
+        opened = self._open = self._open or self._start()
+        rows, limit = window.rows, opened.identity["context_tokens"]
+        fitting = [row for row in rows if _fits(row, limit)]
+        prefix_ids = fitting[0].ids[: shared_prefix(fitting)] if fitting else []
+
+        def fits(batch: Sequence[int]) -> list[int]:
+            return [number for number in batch if _fits(rows[number], limit)]
+
+        def job(batch: Sequence[int]) -> tuple[Any, ...] | None:
+            if self._is_kept(window, batch):
+                return None
+            return prefix_ids, [rows[number] for number in fits(batch)]
+
+        for batch, found in opened.in_order(batches, job, self.context.check_stop):
+            yield batch, None if found is None else dict(zip(fits(batch), found, strict=True))
+
+    def _start(self) -> OpenReplicas:
+        arguments = (self._settings, self._max_tokens)
+        opening = open_copies(self._replicas, TokenScoresReplica, arguments, self._settings, self.renderer)
+        return OpenReplicas(self._replicas.count, opening)
+
+    def _let_go(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+class ServedScores(ModelScores):
+    """What a server's model gives. A row is asked once, and kept as its answer arrives.
+
+    One that the server refuses has no scores; its reason is a row of a file of the step's folder, by `role`.
+    """
+
+    def __init__(
+        self, settings: OpenAIModel, context: StepContext, role: str, max_failed_share: float
+    ) -> None:
         assert settings.tokenizer is not None
         renderer = Renderer(load_tokenizer(TransformersModel(path=settings.tokenizer), say=context.say))
         called = settings.known_as()
         super().__init__(called, renderer, [settings.engine, called], context)
-        self._settings = settings
+        self._settings, self._max_failed_share = settings, max_failed_share
+        self._failures = Failures(context.folder / f"failures-{role}.jsonl", where=f"the {role} {called}")
         self._server: GivenTokens | None = None
+
+    def fill(self, records: Iterable[tuple[int, Record]], progress: Callable[[int], None]) -> int:
+        """As any model does. Raises EngineError where more than `max_failed_share` of the rows failed."""
+        rows = 0
+
+        def counted() -> Iterator[tuple[int, Record]]:
+            nonlocal rows
+            for row in records:
+                rows += 1
+                yield row
+
+        total = super().fill(counted(), progress)
+        self._failures.check(self._max_failed_share, rows, kept=KEPT)
+        if self._failures.count:
+            self.context.say(f"{self._failures.count:,} rows got no answer: {self._failures.path}")
+        return total
 
     def _fill_window(self, window: _Window, progress: Callable[[int], None]) -> None:
         missing = {key: (name, row) for name, row, key in zip(*window, strict=True) if key not in self._store}
         progress(len(window.rows) - len(missing))
         if not missing:
             return
-        server = self._server = self._server or GivenTokens(self._settings, self.context)
+        if len(missing) < len({*window.keys}):
+            self._failures.answered()
+        server = self._server = self._server or GivenTokens(self._settings, self.context, self._failures)
         limit = server.context_tokens
         fitting = [
             (key, name, row) for key, (name, row) in missing.items() if limit is None or len(row.ids) <= limit
@@ -306,7 +423,11 @@ class ServedScores(ModelScores):
             self._store.put([(key, np.array(logprobs, dtype=np.float32))])
             progress(1)
 
-        server.ask([(name, row.ids) for _, name, row in fitting], 1, keep)
+        def refused(number: int, reason: str) -> None:
+            self._refused[fitting[number][0]] = reason
+            progress(1)
+
+        server.ask([(name, row.ids) for _, name, row in fitting], 1, keep, refused)
 
     def _let_go(self) -> None:
         if self._server is not None:

@@ -67,6 +67,9 @@ class SelectSettings(Settings):
         description="for comparison, keep as many rows as the rule would: at random, or of the same lengths",
     )
     filters: FilterSettings | None = Field(None, description="what drops rows before the rule sees them")
+    max_failed_share: float = Field(
+        0.0, ge=0, le=1, description="share of the rows that a server may fail to score"
+    )
 
     max_tokens: int | None = execution(
         None, ge=1, description="padded tokens a forward pass; by default by device"

@@ -12,12 +12,14 @@ from potstill.core.records import Record
 from potstill.core.settings import ModelRef
 from potstill.core.step import StepContext, StepResult
 from potstill.models import transformers_model
+from potstill.select.candidates import ARMS, Candidate, Candidates
 from potstill.select.figures import arm, histogram, warnings
 from potstill.select.pool import MISSING, Chosen, Pool, logprob_temperature
-from potstill.select.rules import Candidate, at_random, best, of_like_length
+from potstill.select.rules import keep_at_random, keep_best, keep_of_like_length
 from potstill.select.scores import (
     LocalScores,
     ModelScores,
+    ReplicatedScores,
     ServedScores,
     TokenScores,
     probability,
@@ -32,6 +34,7 @@ from potstill.teachers import OpenAIModel, check_gives_logprobs
 
 __all__ = ["select"]
 
+_SCORED_FILE = "scored.sqlite"
 _UNPLACED = "nobody knows which bytes of the response its tokens stand for"
 _MEND_UNPLACED = (
     "generate again with `logprobs: 1`, which notes the bytes, name a `teacher` that scores them, or take "
@@ -50,17 +53,20 @@ def select(settings: SelectSettings, context: StepContext) -> StepResult:
             for role, reference in settings.models.items()
         }
         tokens = sum(_fill(role, scorer, pool) for role, scorer in scorers.items())
-        scored = _Scored(settings, pool, scorers)
-    chosen = _choose(settings, context, scored, pool)
-    return pool.write(chosen, scored.scores, scored.unscored, tokens=tokens)
+        path, seed = context.scratch / _SCORED_FILE, context.derive_seed("control")
+        candidates = stack.enter_context(Candidates(path, seed))
+        _Scoring(settings, scorers).add(pool, candidates)
+        return pool.write(_choose(settings, context, candidates, pool), tokens=tokens)
 
 
 def _open(role: str, reference: ModelRef, settings: SelectSettings, context: StepContext) -> ModelScores:
     model = context.model(reference)
     check_gives_logprobs(model, f"the {role} {reference}")
     if isinstance(model, OpenAIModel):
-        return ServedScores(model, context)
+        return ServedScores(model, context, role, settings.max_failed_share)
     model = transformers_model(context, reference, device=settings.device)
+    if context.replicas is not None:
+        return ReplicatedScores(model, context, settings.max_tokens, context.replicas)
     return LocalScores(model, context, settings.max_tokens)
 
 
@@ -74,22 +80,21 @@ def _fill(role: str, scorer: ModelScores, pool: Pool) -> int:
         return scorer.fill(rows, progress.advance)
 
 
-class _Scored:
-    """The candidates with what they are ranked by, and the reasons why other rows have no score."""
+class _Scoring:
+    """What rows are ranked by, or why they cannot be."""
 
-    def __init__(self, settings: SelectSettings, pool: Pool, scorers: Mapping[str, ModelScores]) -> None:
+    def __init__(self, settings: SelectSettings, scorers: Mapping[str, ModelScores]) -> None:
         self._settings, self._scorers = settings, scorers
-        self.candidates: list[Candidate] = []
-        self.scores: dict[int, dict[str, float]] = {}
-        self.unscored: dict[int, str] = {}
+
+    def add(self, pool: Pool, candidates: Candidates) -> None:
+        """Add a pool's rows to the candidates; DataError where none can be scored."""
         for number, record in pool.candidates():
             found = self._tokens(number, record)
             scores = found if isinstance(found, str) else self._scores(record, found)
             if isinstance(scores, str) or isinstance(found, str):
-                self.unscored[number] = str(scores)
+                candidates.leave_out(number, str(scores))
                 continue
-            self.scores[number] = scores
-            self.candidates.append(
+            candidates.add(
                 Candidate(
                     number,
                     record.id,
@@ -97,13 +102,15 @@ class _Scored:
                     len(found["student"].logprobs),
                     self._score(scores),
                     scores["divergence"],
-                )
+                ),
+                scores,
             )
-        if not self.candidates:
-            reasons = Counter(self.unscored.values()).most_common(3)
+        candidates.flush()
+        if not candidates.count():
+            reasons = candidates.most_common_reasons(3)
             raise DataError(
                 "no row can be scored: " + "; ".join(f"{count:,} x {reason}" for reason, count in reasons),
-                where=str(settings.data),
+                where=str(self._settings.data),
                 expected="traces that are not held out, which student and teacher can both score",
                 mend=_MEND_UNPLACED if any(_UNPLACED in reason for reason, _ in reasons) else None,
             )
@@ -139,6 +146,9 @@ class _Scored:
 
     def _scores(self, record: Record, tokens: Mapping[str, TokenScores]) -> dict[str, float] | str:
         whole = {role: probability(one.logprobs) for role, one in tokens.items()}
+        for role, value in whole.items():
+            if math.isnan(value):
+                return f"{role}: the log-probability of none of its tokens is known"
         scores = {f"{role}_probability": value for role, value in whole.items()}
         scores["divergence"] = whole["teacher"] - whole["student"]
         if self._settings.level == "response":
@@ -174,38 +184,37 @@ class _Scored:
         return scores["teacher_sentences"] / share
 
 
-def _choose(settings: SelectSettings, context: StepContext, scored: _Scored, pool: Pool) -> Chosen:
-    keep, candidates = settings.keep, scored.candidates
+def _choose(settings: SelectSettings, context: StepContext, candidates: Candidates, pool: Pool) -> Chosen:
+    keep = settings.keep
     assert keep is not None
-    kept = best(candidates, keep)
-    if not kept:
-        highest = max(one.score for one in candidates)
+    keep_best(candidates, keep)
+    if not candidates.count("rule"):
+        _, highest = candidates.extremes("score")
         raise DataError(
             f"no row reaches the threshold of {keep.threshold:g}; the highest score is {highest:.4g}",
             expected="a threshold that some rows reach",
             mend="lower it, or keep a share of the rows: `keep: {top: 0.6}`",
         )
-    seed = context.derive_seed("control")
-    arms = {
-        "all": candidates,
-        "rule": kept,
-        "random": at_random(candidates, kept, keep, seed),
-        "length": of_like_length(candidates, kept, keep, seed),
-    }
-    lowest = min(one.score for one in kept)
-    found = [*_temperature_warnings(settings, pool), *warnings(settings, candidates, kept)]
+    keep_at_random(candidates, keep)
+    keep_of_like_length(candidates, keep)
+    lowest = min(candidates.values("score", "rule"))
+    found = [*_temperature_warnings(settings, pool), *warnings(settings, candidates)]
     for warning in found:
         context.say(f"warning: {warning}")
         context.event("warning", message=warning)
-    gaps = [one.divergence for one in candidates]
+    least, most = candidates.extremes("divergence")
     metrics = {
         "score": "divergence" if settings.level == "response" else f"{settings.measure} of teacher sentences",
         "kept_by": settings.control or "rule",
         # Of each prompt the best stay: there is no score from which on rows do.
         "effective_threshold": lowest if keep.per_prompt is None else None,
-        "divergence": {"mean": math.fsum(gaps) / len(gaps), "low": min(gaps), "high": max(gaps)},
-        "arms": {name: arm(rows, scored.scores) for name, rows in arms.items()},
-        "histogram": histogram(candidates, kept),
+        "divergence": {
+            "mean": math.fsum(candidates.values("divergence")) / candidates.count(),
+            "low": least,
+            "high": most,
+        },
+        "arms": {name: arm(candidates, name) for name in ARMS},
+        "histogram": histogram(candidates),
         "warnings": found,
     }
     if settings.control is not None:
@@ -214,8 +223,7 @@ def _choose(settings: SelectSettings, context: StepContext, scored: _Scored, poo
         reason = f"not among the best {keep.per_prompt} of its prompt"
     else:
         reason = f"below {lowest:.4g}, the lowest score that is kept"
-    by = settings.control or "rule"
-    return Chosen(frozenset(one.row for one in arms[by]), by, reason, metrics)
+    return Chosen(candidates, settings.control or "rule", reason, metrics)
 
 
 def _temperature_warnings(settings: SelectSettings, pool: Pool) -> list[str]:

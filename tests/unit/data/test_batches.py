@@ -2,12 +2,21 @@
 
 import random
 import statistics
+from array import array
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from potstill.data.batches import collate, collate_packed, epoch_plan, micro_batches, packs, share
+from potstill.data.batches import (
+    collate,
+    collate_packed,
+    epoch_plan,
+    many_micro_batches,
+    micro_batches,
+    packs,
+    share,
+)
 from potstill.data.chat import Rendered
 
 LENGTHS = st.lists(st.integers(1, 200), min_size=0, max_size=120)
@@ -91,6 +100,14 @@ class TestMicroBatches:
 
     def test_rows_share_a_batch_when_they_fit(self) -> None:
         assert micro_batches([4, 2, 2, 9], [0, 1, 2, 3], 8) == [[3], [0, 1], [2]]
+
+    @given(st.lists(st.integers(0, 9)), st.integers(1, 40), st.randoms())
+    def test_those_of_arrays_are_those_of_lists(
+        self, lengths: list[int], max_tokens: int, chance: random.Random
+    ) -> None:
+        rows = sorted(chance.sample(range(len(lengths)), chance.randint(0, len(lengths))))
+        found = many_micro_batches(array("i", lengths), array("i", rows), max_tokens)
+        assert [*found] == micro_batches(lengths, rows, max_tokens)
 
     @given(st.lists(st.integers(1, 30), max_size=9), st.integers(1, 80), st.integers(0, 20), st.randoms())
     def test_where_a_pass_has_a_price_passes_and_padding_cost_the_least(

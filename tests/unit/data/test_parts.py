@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from potstill.core.alternatives import Alternatives
 from potstill.core.errors import DataError
 from potstill.core.records import RECORDS_FILE, Record, write_records
 from potstill.core.store import Artifact
@@ -116,10 +117,15 @@ class TestContent:
                     [trace(2, "math", held_out=True), trace(0, "math")],  # another order
                     [*TRACES, trace(7, "math")],
                     [trace(0, "math", verdicts={"correct": True}), *TRACES[1:]],
+                    [trace(0, "math", alternatives=Alternatives.of([[(7, -1.0)]], as_ids=True)), *TRACES[1:]],
+                    [
+                        trace(0, "math", alternatives=Alternatives.of([[(b"7", -1.0)]], as_ids=False)),
+                        *TRACES[1:],
+                    ],
                 )
             )
         }
-        assert len(contents) == 5
+        assert len(contents) == 7
 
     def test_a_view_and_a_limit_are_other_rows(self, sealed: Seal) -> None:
         artifact, where = sealed(TRACES), {"category": "math"}

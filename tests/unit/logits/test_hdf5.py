@@ -281,3 +281,43 @@ def test_the_whole_vocabulary_has_the_kept_ids_as_they_are_and_the_tail_evenly(k
         assert full_NV[0, others].unique().tolist() == pytest.approx(
             [math.log(tail_N[0] / (V - k))], rel=1e-5
         )
+
+
+def test_data_in_another_file_are_not_read(tmp_path: Path, rows: list[CachedRow]) -> None:
+    path, other = tmp_path / "other.h5", tmp_path / "secret.h5"
+    for file in (path, other):
+        _foreign(file, rows)
+    with h5py.File(path, "r+") as file:
+        del file["token_ids"]
+        file["token_ids"] = h5py.ExternalLink(str(other), "token_ids")
+    with pytest.raises(DataError, match="'token_ids' lies in another file"):
+        import_hdf5(path, tmp_path / "linked")
+    with h5py.File(path, "r+") as file:
+        del file["token_ids"]
+        count = sum(len(row.token_ids) for row in rows)
+        (tmp_path / "raw").write_bytes(bytes(4 * count))
+        file.create_dataset("token_ids", (count,), "<i4", external=[(str(tmp_path / "raw"), 0, 4 * count)])
+    with pytest.raises(DataError, match="'token_ids' lies in another file"):
+        import_hdf5(path, tmp_path / "external")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("token_ids", "halves", "'token_ids' is .*"),
+        ("top_k_ids", "halves", "'top_k_ids' is .*"),
+        ("lengths", "negative", "'lengths' has no length of a row"),
+        ("loss_mask", "twos", "`lengths` says"),
+    ],
+)
+def test_arrays_of_the_wrong_kind_are_refused_and_not_rounded(
+    tmp_path: Path, rows: list[CachedRow], name: str, value: str, message: str
+) -> None:
+    path = tmp_path / "other.h5"
+    _foreign(path, rows)
+    with h5py.File(path, "r+") as file:
+        given = file[name][:]
+        del file[name]
+        file[name] = {"halves": given + 0.5, "negative": -given, "twos": given * 2}[value]
+    with pytest.raises(DataError, match=message):
+        import_hdf5(path, tmp_path / "found")

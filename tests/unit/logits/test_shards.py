@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.numpy import save
 from torch import Tensor
 
 from potstill.core.errors import DataError, StoreError
+from potstill.core.keys import KeyNumbers
 from potstill.logits import shards
 from potstill.logits.codecs import Codec, Draws, TopK
 from potstill.logits.shards import CachedRow, LogitCache, ShardWriter, row_key, write_index
@@ -215,6 +217,56 @@ def test_several_writers_fill_one_cache(tmp_path: Path) -> None:
     assert [cache.row(number) for number in range(9)] == rows
 
 
+def test_an_index_is_the_file_that_safetensors_would_write_of_whole_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_READ_ROWS", 4)
+    rows = [_row(number, response=1 + number % 7) for number in range(30)] + [_row(3)]
+    names = [f"rècord {'x' * (number % 5)}{number}" for number in range(len(rows))]
+    rows = [
+        CachedRow(one.token_ids, one.mask, one.held_out, name) for one, name in zip(rows, names, strict=True)
+    ]
+    cache = _write(tmp_path / "cache", rows)
+    path = tmp_path / "cache" / "index.safetensors"
+    tensors = shards._load(path)
+    assert path.read_bytes() == save(tensors, {"sha256": shards._checksum(tensors)})
+    assert [key.tobytes() for key in tensors["keys"]] == [row.key for row in rows]
+    joined = "".join(names).encode()
+    assert tensors["record_ids"].tobytes() == joined
+    assert tensors["record_id_ends"][-1] == len(joined)
+    assert [cache.row(number) for number in range(-1, 30)] == [rows[-1], *rows[:30]]
+    with pytest.raises(IndexError):
+        cache.row(31)
+    assert cache.find(rows[3].token_ids, rows[3].mask) == 3, "the first of equal rows"
+
+
+def test_of_a_row_that_two_writers_have_stored_the_last_counts(tmp_path: Path) -> None:
+    row, kept = _row(1), [_kept(_row(number)) for number in (1, 2)]
+    for writer, quantities in enumerate(kept):
+        made = _writer(tmp_path / "cache", writer=writer)
+        made._keys = KeyNumbers()  # as if both had begun before the other stored it
+        made.append(row, quantities)
+        made.seal()
+    write_index(tmp_path / "cache", [row])
+    found = LogitCache.open(tmp_path / "cache").signal(0, 1.0)
+    assert _equal(found, CODEC.decode(CODEC.pack(kept[1]), 1.0))
+    assert not _equal(found, CODEC.decode(CODEC.pack(kept[0]), 1.0))
+
+
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.99])
+def test_an_index_that_is_damaged_is_refused(tmp_path: Path, where: float) -> None:
+    _write(tmp_path / "cache", [_row(number) for number in range(9)])
+    path = tmp_path / "cache" / "index.safetensors"
+    whole = path.read_bytes()
+    place = int(where * len(whole))
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(DataError, match=r"index\.safetensors: is damaged"):
+        LogitCache.open(tmp_path / "cache")
+    path.write_bytes(whole[:place])
+    with pytest.raises(DataError, match=r"index\.safetensors: is damaged"):
+        LogitCache.open(tmp_path / "cache")
+
+
 _FILL = """
 import sys
 from pathlib import Path
@@ -302,6 +354,10 @@ def test_another_codec_is_refused_by_name(tmp_path: Path) -> None:
     _write(tmp_path / "cache", [_row(1)])
     header = tmp_path / "cache" / "cache.json"
     described = json.loads(header.read_text(encoding="utf-8"))
+    header.write_text(json.dumps({**described, "codec_version": 9}), encoding="utf-8")
+    with pytest.raises(DataError, match="its checksum is another"):
+        LogitCache.open(tmp_path / "cache")
+    del described["checksum"]
     header.write_text(json.dumps({**described, "codec_version": 9}), encoding="utf-8")
     with pytest.raises(DataError, match="codec 'topk', version 9"):
         LogitCache.open(tmp_path / "cache")

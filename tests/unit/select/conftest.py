@@ -59,11 +59,14 @@ class Bench:
         write_records(folder / RECORDS_FILE, records)
         self.artifacts.append(self.seal(folder, "generate"))
 
-    def run(self, folder: str = "artifact", *, seed: int = 1, **settings: Any) -> list[Record]:
+    def run(
+        self, folder: str = "artifact", *, seed: int = 1, copies: Any = None, **settings: Any
+    ) -> list[Record]:
         """The records that stay."""
         self.context = self.build_context(
             "select", folder=folder, seed=seed, models=self.models, data={"traces": self.artifacts[-1:]}
         )
+        self.context.replicas = copies
         plain = {"do": "select", "data": "traces", "student": "student", "keep": {"top": 0.5}}
         given = {key: value for key, value in {**plain, **settings}.items() if value is not None}
         self.result = run(SelectSettings.model_validate(given), self.context)

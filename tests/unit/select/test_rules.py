@@ -2,19 +2,123 @@
 
 import math
 import random
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potstill.select.rules import Candidate, at_random, best, of_like_length
+from potstill.core.hashing import derive_seed
+from potstill.select import candidates as table
+from potstill.select.candidates import Arm, Candidate, Candidates
+from potstill.select.rules import keep_at_random, keep_best, keep_of_like_length
 from potstill.select.settings import Keep
 
 Control = Callable[[list[Candidate], list[Candidate], Keep, int], list[Candidate]]
+
+
+@contextmanager
+def _table(rows: Sequence[Candidate], seed: int = 7) -> Iterator[Candidates]:
+    with tempfile.TemporaryDirectory() as folder, Candidates(Path(folder) / "rows", seed) as candidates:
+        for one in rows:
+            candidates.add(one, {"score": one.score, "tokens": float(one.tokens)})
+        candidates.flush()
+        yield candidates
+
+
+def _kept(candidates: Candidates, arm: Arm, rows: Sequence[Candidate]) -> list[Candidate]:
+    """The rows of an arm, in the order of the rule."""
+    found = [one for one in rows if candidates.outcome(one.row, arm).kept]
+    assert candidates.count(arm) == len(found)
+    return sorted(found, key=lambda one: (-one.score, -one.divergence, one.id, one.row))
+
+
+def best(rows: list[Candidate], keep: Keep) -> list[Candidate]:
+    with _table(rows) as candidates:
+        keep_best(candidates, keep)
+        return _kept(candidates, "rule", rows)
+
+
+def at_random(rows: list[Candidate], kept: list[Candidate], keep: Keep, seed: int) -> list[Candidate]:
+    with _table(rows, seed) as candidates:
+        keep_best(candidates, keep)
+        assert _kept(candidates, "rule", rows) == kept
+        keep_at_random(candidates, keep)
+        return _kept(candidates, "random", rows)
+
+
+def of_like_length(rows: list[Candidate], kept: list[Candidate], keep: Keep, seed: int) -> list[Candidate]:
+    with _table(rows, seed) as candidates:
+        keep_best(candidates, keep)
+        assert _kept(candidates, "rule", rows) == kept
+        keep_of_like_length(candidates, keep)
+        return _kept(candidates, "length", rows)
+
+
 CONTROLS: list[Control] = [at_random, of_like_length]
+
+
+def _first(ranked: list[Candidate], quotas: Counter[Any], group: Callable[[Candidate], Any]) -> set[int]:
+    found = set()
+    for one in ranked:
+        if quotas[group(one)] > 0:
+            quotas[group(one)] -= 1
+            found.add(one.row)
+    return found
+
+
+def _drawn(rows: list[Candidate], seed: int, purpose: str) -> list[Candidate]:
+    return sorted(rows, key=lambda one: (derive_seed(seed, purpose, one.id), one.id, one.row))
+
+
+def naive(rows: list[Candidate], keep: Keep, seed: int) -> dict[Arm, set[int]]:
+    """What each arm keeps, from lists that are sorted whole."""
+    ranked = sorted(rows, key=lambda one: (-one.score, -one.divergence, one.id, one.row))
+    if keep.threshold is not None:
+        kept = [one for one in ranked if one.score >= keep.threshold]
+    elif keep.top is not None:
+        kept = ranked[: math.ceil(Fraction(str(keep.top)) * len(ranked))]
+    else:
+        quotas = Counter({one.prompt_id: keep.per_prompt or 0 for one in ranked})
+        first = _first(ranked, quotas, lambda one: one.prompt_id)
+        kept = [one for one in ranked if one.row in first]
+    by_prompt = keep.per_prompt is not None
+
+    def group(one: Candidate) -> Any:
+        return one.prompt_id if by_prompt else None
+
+    lengths = sorted(one.tokens for one in rows)
+    count = max(1, min(50, math.isqrt(len(rows)) // 2))
+    edges = [lengths[len(rows) * place // count] for place in range(1, count)]
+    bins = {one.row: sum(one.tokens >= edge for edge in edges) for one in rows}
+    by_length = _drawn(rows, seed, "length")
+    wanted = Counter(bins[one.row] for one in kept)
+    if not by_prompt:
+        like = _first(by_length, wanted, lambda one: bins[one.row])
+    else:
+        left, like = Counter(bins.values()), set()
+        quotas = Counter(one.prompt_id for one in kept)
+        for prompt in dict.fromkeys(one.prompt_id for one in by_length):
+            own = [one for one in by_length if one.prompt_id == prompt]
+            for _ in range(quotas[prompt]):
+                one = max(own, key=lambda row: wanted[bins[row.row]] / left[bins[row.row]])
+                own.remove(one)
+                wanted[bins[one.row]] -= 1
+                left[bins[one.row]] -= 1
+                like.add(one.row)
+            left.subtract(bins[one.row] for one in own)
+    return {
+        "rule": {one.row for one in kept},
+        "random": _first(_drawn(rows, seed, "random"), Counter(map(group, kept)), group),
+        "length": like,
+    }
 
 
 def _row(number: int, score: float, *, prompt: str = "p", tokens: int = 10, gap: float = 0.0) -> Candidate:
@@ -40,11 +144,12 @@ candidates = st.lists(
     st.builds(
         Candidate,
         row=st.integers(0, 10**6),
-        id=st.text("abc", max_size=3),
+        # Beyond the bytes of the one a letter's place in the other's alphabet: both orders are the letters'.
+        id=st.text("abc\x00é\ud800\uffff𝄞", max_size=3),
         prompt_id=st.sampled_from(["p", "q", "r"]),
         tokens=st.integers(1, 50),
-        score=st.floats(-1, 1),
-        divergence=st.floats(-1, 1),
+        score=st.one_of(st.sampled_from([0.0, 1.0]), st.floats(-1, 1)),
+        divergence=st.one_of(st.sampled_from([0.0, 0.5]), st.floats(-1, 1)),
     ),
     min_size=1,
     max_size=40,
@@ -84,6 +189,7 @@ def test_between_equal_scores_the_divergence_decides_then_the_id() -> None:
     assert [one.row for one in best(rows, Keep(top=1.0))] == [1, 2, 3]
 
 
+@settings(deadline=None, max_examples=40)  # a table's file is made each time
 @given(candidates, keeps, st.randoms(use_true_random=False))
 def test_the_rule_and_its_controls_keep_the_same_rows_whatever_the_order(
     rows: list[Candidate], keep: Keep, chance: random.Random
@@ -96,6 +202,43 @@ def test_the_rule_and_its_controls_keep_the_same_rows_whatever_the_order(
         assert {one.row for one in control(shuffled, kept, keep, 7)} == {one.row for one in found}
 
 
+@settings(deadline=None, max_examples=40)  # a table's file is made each time
+@given(candidates, keeps, st.integers(0, 3))
+def test_each_arm_keeps_the_rows_that_sorted_lists_would(
+    rows: list[Candidate], keep: Keep, seed: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, _table(rows, seed) as found:
+        patch.setattr(table, "_PENDING_ROWS", 3)
+        keep_best(found, keep)
+        keep_at_random(found, keep)
+        keep_of_like_length(found, keep)
+        for arm, wanted in naive(rows, keep, seed).items():
+            assert {one.row for one in _kept(found, arm, rows)} == wanted, arm
+
+
+@pytest.mark.parametrize("keep", [Keep(top=0.4), Keep(threshold=0.5), Keep(per_prompt=1), Keep(per_prompt=3)])
+def test_the_arms_of_many_rows_are_those_of_sorted_lists(keep: Keep) -> None:
+    rows = _pool(600, prompts=100)
+    with _table(rows, 3) as found:
+        keep_best(found, keep)
+        keep_at_random(found, keep)
+        keep_of_like_length(found, keep)
+        for arm, wanted in naive(rows, keep, 3).items():
+            assert {one.row for one in _kept(found, arm, rows)} == wanted, arm
+
+
+def test_a_row_has_its_scores_or_the_reason_why_it_has_none() -> None:
+    with _table([_row(1, 0.25, tokens=3)]) as found:
+        found.leave_out(2, "too long: \ud800")
+        found.leave_out(4, "too long: \ud800")
+        found.leave_out(3, "no bytes")
+        found.flush()
+        assert found.outcome(1, "all") == ({"score": 0.25, "tokens": 3.0}, None, True)
+        assert found.outcome(2, "all") == ({}, "too long: \ud800", False)
+        assert found.most_common_reasons(2) == [("too long: \ud800", 2), ("no bytes", 1)]
+
+
+@settings(deadline=None, max_examples=40)  # a table's file is made each time
 @given(candidates, keeps)
 def test_a_control_keeps_as_many_rows_and_of_each_prompt_where_the_rule_goes_by_prompts(
     rows: list[Candidate], keep: Keep

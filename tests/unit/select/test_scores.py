@@ -156,5 +156,5 @@ def test_a_score_stays_and_is_there_for_the_next_process(tmp_path: Any) -> None:
 
 def test_a_store_that_cannot_be_used_says_so(tmp_path: Any) -> None:
     (tmp_path / "scores.sqlite").write_text("no database at all, but long enough to be read as one" * 9)
-    with pytest.raises(StoreError, match="the store of scores cannot be used"):
+    with pytest.raises(StoreError, match="the store of scores is damaged"):
         ScoreStore(tmp_path / "scores.sqlite")

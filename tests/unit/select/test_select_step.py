@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from potstill import scoring
+from potstill.core.alternatives import Alternatives
 from potstill.core.errors import DataError, Interrupted, ModelError
 from potstill.core.records import RECORDS_FILE, Record, read_records
 from potstill.core.settings import Settings
@@ -23,6 +25,7 @@ from potstill.select.scores import sentence_class
 from potstill.select.sentences import sentences, tokens_of_spans
 from potstill.teachers import OpenAIModel, SolverModel
 
+from ...copies import CopiesHere
 from .conftest import Bench, naive_probability, written_by
 
 
@@ -220,6 +223,15 @@ def test_rows_left_out_are_whole_before_the_candidates_are_there(
     monkeypatch.setattr(os, "replace", replaced)
     bench.run(rule="none", student=None, keep=None, filters={"max_characters": 40})
     assert len(lines) == bench.result.counts["dropped_by_max_characters"] > 0
+
+
+def test_alternatives_stay_with_the_traces_that_stay(bench: Bench, records: list[Record]) -> None:
+    for number, record in enumerate(records):
+        record.alternatives = Alternatives.of([[(number, -1.0)]], as_ids=True)
+    bench.give(records)
+    kept = {one.id: one.alternatives for one in bench.run(keep={"top": 0.5})}
+    assert 0 < len(kept) < len(records)
+    assert kept == {one.id: one.alternatives for one in records if one.id in kept}
 
 
 @pytest.mark.parametrize("level", ["response", "sentence"])
@@ -588,3 +600,28 @@ def test_what_is_written_is_read_again(bench: Bench) -> None:
     kept = bench.run()
     assert kept == list(read_records(bench.context.folder / RECORDS_FILE))
     assert all(isinstance(path, Path) for path in bench.context.folder.iterdir())
+
+
+def test_copies_of_a_model_score_as_one_does_and_each_takes_up_the_others_scores(
+    bench: Bench, forward_passes: list[int], tmp_path: Path
+) -> None:
+    def scores(folder: str) -> bytes:
+        return (tmp_path / folder / RECORDS_FILE).read_bytes()
+
+    bench.run("one", max_tokens=200)
+    (store,) = tmp_path.glob("store/scores/*.sqlite")
+    whole = dict(sqlite3.connect(store).execute("SELECT key, logprobs FROM scores"))
+    with sqlite3.connect(store) as database:
+        database.execute("DELETE FROM scores")
+    copies = CopiesHere(2)
+    bench.run("two", copies=copies, max_tokens=200)
+    assert all(copies.jobs)
+    assert dict(sqlite3.connect(store).execute("SELECT key, logprobs FROM scores")) == whole
+    assert scores("two") == scores("one")
+    again = CopiesHere(2)
+    bench.run("again", copies=again, max_tokens=200)
+    assert (again.opened, sum(again.jobs)) == (0, 0)
+    forward_passes.clear()
+    bench.run("one again", max_tokens=200)
+    assert forward_passes == []
+    assert (copies.opened, copies.closed) == (1, 1)

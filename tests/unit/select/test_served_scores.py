@@ -1,5 +1,6 @@
 """Traces that a vLLM server scores: what it says, how often it is asked, and what becomes of its refusals."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from potstill.data.chat import Renderer
 from potstill.models import LoadedModel, load, load_tokenizer
 from potstill.teachers import OpenAIModel
 
-from ...servers import Body, Reply, ScriptedServer, error, prompt_logprobs, running_server, vllm
+from ...servers import Body, Reply, ScriptedServer, error, prompt_logprobs, rows_scored, running_server, vllm
 from .conftest import Bench, naive_probability
 
 
@@ -47,10 +48,6 @@ def server(bench: Bench, served: LoadedModel, tmp_path: Path) -> Iterator[Script
         yield running
 
 
-def _asked(server: ScriptedServer) -> list[Body]:
-    return [request for request in server.requests if "prompt" in request]
-
-
 def _to_score(records: list[Record], bench: Bench) -> list[list[int]]:
     """The token ids of the rows that have no log-probabilities at temperature 1, in order."""
     renderer = Renderer(load_tokenizer(bench.models["teacher"]))
@@ -64,14 +61,13 @@ def test_what_is_missing_or_at_another_temperature_is_scored_by_the_server_at_1(
     kept = bench.run(teacher="big", keep={"top": 1.0})
     wanted = _to_score(records, bench)
     assert len(wanted) == 12
-    assert sorted(one["prompt"] for one in _asked(server)) == sorted(wanted)
-    assert all(one["model"] == "tiny" and one["prompt_logprobs"] == 1 for one in _asked(server))
+    assert sorted(one["prompt"] for one in rows_scored(server)) == sorted(wanted)
+    assert all(one["model"] == "tiny" and one["prompt_logprobs"] == 1 for one in rows_scored(server))
     for record in kept:
         if not record.held_out:
             expected = naive_probability(bench, "teacher", record)
             assert record.scores["teacher_probability"] == pytest.approx(expected, rel=1e-5)
-    assert "temperature" not in bench.said.replace("depend on the order", "")
-    assert "serve by vLLM with --no-enable-prefix-caching" in bench.said
+    assert "temperature" not in bench.said
 
 
 def test_sentences_have_the_classes_that_the_same_model_gives_here(
@@ -79,9 +75,9 @@ def test_sentences_have_the_classes_that_the_same_model_gives_here(
 ) -> None:
     settings = {"level": "sentence", "keep": {"top": 1.0}, "beta": 0.001}
     local = bench.run("local", teacher="teacher", **settings)
-    assert not _asked(server)
+    assert not rows_scored(server)
     found = bench.run("served", teacher="big", **settings)
-    assert len(_asked(server)) == 12
+    assert len(rows_scored(server)) == 12
     for one, other in zip(found, local, strict=True):
         assert one.scores == pytest.approx(other.scores, rel=1e-4)
     assert any(one.scores.get("teacher_sentences") for one in found)
@@ -98,7 +94,7 @@ def test_a_served_student_scores_as_it_does_here(
     )
     local = bench.run("local", teacher="teacher", keep={"top": 1.0})
     found = bench.run("served", teacher="teacher", student="small", keep={"top": 1.0})
-    assert len(_asked(server)) == 18
+    assert len(rows_scored(server)) == 18
     for one, other in zip(found, local, strict=True):
         assert one.scores == pytest.approx(other.scores, rel=1e-4)
 
@@ -122,17 +118,17 @@ def test_an_interrupted_step_asks_only_what_is_missing(
     bench.models["big"] = bench.models["big"].model_copy(update={"concurrency": 1})
 
     def stopping(body: Body) -> Reply:
-        if len(_asked(server)) == 5:
+        if len(rows_scored(server)) == 5:
             bench.context.stop.set()
         return Reply(body=prompt_logprobs(served, body))
 
     server.always = vllm(stopping)
     with pytest.raises(Interrupted):
         bench.run("interrupted", teacher="big")
-    assert 5 <= len(_asked(server)) < 12
+    assert 5 <= len(rows_scored(server)) < 12
     server.always = vllm(lambda body: Reply(body=prompt_logprobs(served, body)))
     bench.run("interrupted", teacher="big")
-    times = Counter(tuple(one["prompt"]) for one in _asked(server))
+    times = Counter(tuple(one["prompt"]) for one in rows_scored(server))
     assert len(times) == 12
     # Of the one request under way when the run stopped nobody knows the answer.
     assert times.total() <= 13
@@ -149,7 +145,7 @@ def test_what_may_pass_is_tried_again(bench: Bench, server: ScriptedServer, serv
 
     server.always = vllm(busy_at_first)
     assert len(bench.run(teacher="big", keep={"top": 1.0})) == 24
-    assert set(tries.values()) == {2}
+    assert {tries[tuple(one["prompt"])] for one in rows_scored(server)} == {2}
     assert "dropped_by_score" not in bench.result.counts
 
 
@@ -158,13 +154,12 @@ def test_a_server_without_prompt_logprobs_is_refused(bench: Bench, server: Scrip
     with pytest.raises(EngineError, match="the answer holds no log-probabilities of the prompt's") as caught:
         bench.run(teacher="big")
     assert "serve the model by vLLM, or let transformers run it here" in str(caught.value)
-    assert len(_asked(server)) <= 12, "what no try can mend was tried again"
+    assert len(rows_scored(server)) <= 12, "what no try can mend was tried again"
 
 
-def test_a_row_that_the_server_refuses_is_named_and_the_others_stay(
+def test_a_row_that_the_server_refuses_is_a_row_of_its_own(
     bench: Bench, server: ScriptedServer, served: LoadedModel, records: list[Record]
 ) -> None:
-    bench.models["big"] = bench.models["big"].model_copy(update={"concurrency": 1})
     refused = _to_score(records, bench)[3]
 
     def answer(body: Body) -> Reply:
@@ -173,16 +168,43 @@ def test_a_row_that_the_server_refuses_is_named_and_the_others_stay(
         return Reply(body=prompt_logprobs(served, body))
 
     server.always = vllm(answer)
-    with pytest.raises(EngineError, match=r"row 6 \(record r05\): HTTP 400: the prompt holds what may not"):
-        bench.run(teacher="big")
-    before = [one["prompt"] for one in _asked(server)]
+    with pytest.raises(
+        EngineError, match=r"1 of 12 requests failed: 1 x HTTP 400: the prompt holds what may"
+    ):
+        bench.run(teacher="big", keep={"top": 1.0})
+    [failure] = map(json.loads, (bench.context.folder / "failures-teacher.jsonl").read_text().splitlines())
+    assert (failure["row"], failure["status"]) == ("row 6 (record r05)", 400)
+    asked = len(rows_scored(server))
+    kept = bench.run("again", teacher="big", keep={"top": 1.0}, max_failed_share=0.1)
+    assert [one["prompt"] for one in rows_scored(server)[asked:]] == [refused], (
+        "what was answered was bought again"
+    )
+    assert (len(kept), bench.result.counts["dropped_by_score"]) == (23, 1)
+    text = (bench.context.folder / "dropped.jsonl").read_text(encoding="utf-8")
+    assert f"tiny at {server.base_url} gave no answer: HTTP 400: the prompt holds what may not be" in text
     server.always = vllm(lambda body: Reply(body=prompt_logprobs(served, body)))
-    bench.run("again", teacher="big")
-    after = [one["prompt"] for one in _asked(server)][len(before) :]
-    answered = [one for one in before if one != refused]
-    assert len(answered) >= 3
-    # One more may have been under way when the refusal came.
-    assert len([one for one in after if one in answered]) <= 1
+    assert len(bench.run("healed", teacher="big", keep={"top": 1.0})) == 24
+
+
+def test_rows_that_were_refused_before_do_not_end_the_next_selection(
+    bench: Bench,
+    server: ScriptedServer,
+    served: LoadedModel,
+    records: list[Record],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("potstill.teachers.failures._FAILURES_IN_A_ROW", 3)
+    bench.models["big"] = bench.models["big"].model_copy(update={"concurrency": 1})
+    refused = _to_score(records, bench)[3:7]
+
+    def answer(body: Body) -> Reply:
+        if body["prompt"] in refused:
+            return Reply(400, error("the prompt holds what may not be"))
+        return Reply(body=prompt_logprobs(served, body))
+
+    server.always = vllm(answer)
+    for name in ("first", "again"):
+        assert len(bench.run(name, teacher="big", keep={"top": 1.0}, max_failed_share=0.5)) == 20
 
 
 def test_rows_past_the_servers_context_are_dropped_unasked(
@@ -192,7 +214,7 @@ def test_rows_past_the_servers_context_are_dropped_unasked(
     server.always = vllm(lambda body: Reply(body=prompt_logprobs(served, body)), max_model_len=lengths[8] + 1)
     fitting = sum(length <= lengths[8] for length in lengths)
     kept = bench.run(teacher="big", keep={"top": 1.0})
-    assert len(_asked(server)) == fitting < 12
+    assert len(rows_scored(server)) == fitting < 12
     assert bench.result.counts["dropped_by_score"] == 24 - len(kept) == 12 - fitting
     text = (bench.context.folder / "dropped.jsonl").read_text(encoding="utf-8")
     assert f"exceed the context of tiny at {server.base_url}" in text
