@@ -1,29 +1,35 @@
 """Trainings for one process and, where torchrun starts this module, for several; what they log and learn.
 
-Seven rows in batches of three: an epoch's last step has one row, and of two ranks one has none then.
+Seven rows in batches of three: an epoch's last step has one row, and of two ranks one has none then. Each
+training of several is done twice, with the whole student in each process (DDP) and with a part (FSDP2).
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from potstill.core.errors import TrainingError
 from potstill.logits.shards import LogitCache
 from potstill.losses.types import Dense
-from potstill.models import LoadedModel, TransformersModel, load
+from potstill.models import LoadedModel, TransformersModel, load, output_head
 from potstill.train.arguments import DistillationArguments
 from potstill.train.loader import OptimiserStep
 from potstill.train.lora import add_adapter
 from potstill.train.online import OnlineTeacher
 from potstill.train.rows import CachedTeacher, Rows, TrainingData
 from potstill.train.settings import LoraSettings
+from potstill.train.sharding import whole
 from potstill.train.trainer import DistillationTrainer
 
 from ..conftest import _build
@@ -48,6 +54,42 @@ class CountedByRank(DistillationTrainer):
         return super().training_step(model, OptimiserStep(own or inputs.numbers, inputs.batches))
 
 
+class Summed(DistillationTrainer):
+    """Broken on purpose: parts get the sum over the ranks where the loss is made for their mean."""
+
+    def _prepare_for_training(self, *given: Any) -> Any:
+        prepared = super()._prepare_for_training(*given)
+        for one in self.student.modules():
+            if isinstance(one, FSDPModule):
+                one.set_gradient_divide_factor(1.0)
+        return prepared
+
+
+class HeadOfNoRank(DistillationTrainer):
+    """Broken on purpose: what the head, here the embedding too, gets of the loss is reduced on no rank."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        def without_weights(*given: Any) -> Any:
+            head = output_head(*given)
+            head.parameters = []
+            return head
+
+        with mock.patch("potstill.train.student.output_head", without_weights):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+
+def accelerate_divides() -> Any:
+    """While open, accelerate does on CPUs what it does on GPUs alone: it divides where it is asked to."""
+    plain = AcceleratorState.__init__
+
+    def make(self: Any, *given: Any, fsdp_plugin: Any = None, **named: Any) -> None:
+        plain(self, *given, fsdp_plugin=fsdp_plugin, **named)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    return mock.patch.object(AcceleratorState, "__init__", make)
+
+
 @dataclass(frozen=True)
 class Case:
     """One training: its student (all weights, an adapter, one on NF4, a mixture), teacher, arguments."""
@@ -61,7 +103,7 @@ class Case:
 
 _DISTILLED = {"alpha": 0.3, "temperature": TEMPERATURE}
 CASES = {
-    "response": Case(),
+    "response": Case(arguments={"save_strategy": "steps", "save_steps": SAVED_STEP}),
     "packed": Case(arguments={"packing": True}),
     "cached": Case(teacher="topk", arguments=_DISTILLED),
     "drawn": Case(teacher="sampled", arguments={"alpha": 0.3}),
@@ -79,6 +121,9 @@ CASES = {
     "cka": Case(teacher="wide", arguments={**_DISTILLED, "packing": True, "feature": {"kind": "cka"}}),
     "adapter": Case(student="adapter", arguments={"save_strategy": "steps", "save_steps": SAVED_STEP}),
     "near its base": Case(student="adapter", arguments={"base_kl": 0.5}),
+    "near its start": Case(arguments={"base_kl": 0.5}),
+    "untied": Case(student="untied", arguments={"groups": [{"match": "embed_tokens", "lr": 0}]}),
+    "recomputed": Case(arguments={"activation_checkpointing": True}),
     "nf4": Case(student="nf4"),
     "mixture": Case(student="mixture", arguments={"router_aux_loss_coef": 0.1}),
     "stopped": Case(
@@ -91,29 +136,51 @@ CASES = {
         },
     ),
 }
-RESUMED = Case(student="adapter")
+STRATEGIES = ("ddp", "fsdp2")
+BY_ACCELERATE = ("response", "cached", "online", "adapter", "near its start")
+ON_GPUS = {"ddp": ("nf4",), "fsdp2": BY_ACCELERATE}
+UNDIVIDED = frozenset({"nf4"})  # what cannot be
+# Trained on from the checkpoint of the case of that name.
+RESUMED = {"adapter": Case(student="adapter"), "response": Case()}
 FAULTY = Case(teacher="nan", arguments={"alpha": 1.0})
-BROKEN = {"unsynchronised": Case(trainer=Unsynchronised), "counted by rank": Case(trainer=CountedByRank)}
+BROKEN = {
+    "ddp": {"unsynchronised": Case(trainer=Unsynchronised), "counted by rank": Case(trainer=CountedByRank)},
+    "fsdp2": {
+        "counted by rank": Case(trainer=CountedByRank),
+        "summed": Case(trainer=Summed),
+        "head of no rank": Case(trainer=HeadOfNoRank),
+    },
+}
 
 
-def _student(kind: str, folder: Path) -> LoadedModel:
+def checkpoint_of(case: str, folder: Path) -> Path:
+    """Where a case's training leaves its checkpoint."""
+    return folder / f"output-{case}" / f"checkpoint-{SAVED_STEP}"
+
+
+def cases_of(strategy: str) -> dict[str, Case]:
+    """The cases that are trained with a strategy."""
+    return {name: case for name, case in CASES.items() if strategy == "ddp" or name not in UNDIVIDED}
+
+
+def _student(kind: str, folder: Path, device: torch.device) -> LoadedModel:
     if kind == "nf4":
-        base = TransformersModel(path=str(folder / "base"), quantize="nf4", device="cpu")
+        base = TransformersModel(path=str(folder / "base"), quantize="nf4", device=str(device))
         model = load(base, dtype=torch.float32).model
         return LoadedModel(add_adapter(model, LoraSettings(rank=4), seed=3), VOCABULARY_OF_IDS, kind)
-    model = _build("mixtral" if kind == "mixture" else "llama")
+    model = _build({"mixture": "mixtral", "untied": "qwen2"}.get(kind, "llama"))
     if kind == "mixture":
         model.set_experts_implementation("eager")  # transformers' grouped products know no float64
     if kind == "adapter":
         model = add_adapter(model, LoraSettings(rank=4), seed=3)
-    return LoadedModel(model.double(), VOCABULARY_OF_IDS, kind)
+    return LoadedModel(model.double().to(device), VOCABULARY_OF_IDS, kind)
 
 
 def _teacher(case: Case, folder: Path, student: LoadedModel) -> Any:
     if case.teacher is None:
         return None
     if case.teacher == "model":
-        return OnlineTeacher(_build(seed=1).double(), student)
+        return OnlineTeacher(_build(seed=1).double().to(student.model.device), student)
     if case.teacher == "wide":
         return OnlineTeacher(_build(seed=1, hidden_size=48, num_hidden_layers=4).double(), student)
     if case.teacher == "nan":
@@ -138,7 +205,9 @@ def _without_distribution(rows: Rows, numbers: Sequence[int]) -> Dense:
     return Dense(torch.cat(parts))
 
 
-def train(case: Case, name: str, folder: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+def train(
+    case: Case, name: str, folder: Path, checkpoint: Path | None = None, *, on_gpu: bool = False
+) -> dict[str, Any]:
     """What training logs, how many files of weights this process writes, and the error that ends it.
 
     `folder` has the caches; it gets the output, and the trained weights of each process.
@@ -151,9 +220,12 @@ def train(case: Case, name: str, folder: Path, checkpoint: Path | None = None) -
         "eval_strategy": "epoch",
     }
     arguments = DistillationArguments(
-        output_dir=str(folder / f"output-{name}"), use_cpu=True, autocast=False, **{**usual, **case.arguments}
+        output_dir=str(folder / f"output-{name}"),
+        use_cpu=not on_gpu,
+        autocast=False,
+        **{**usual, **case.arguments},
     )
-    student = _student(case.student, folder)
+    student = _student(case.student, folder, arguments.device)
     data = TrainingData(_rows(range(7)), _rows([7, 0, 1][: case.held_out]))
     trainer = case.trainer(student, arguments, data, teacher=_teacher(case, folder, student))
     failure = None
@@ -162,23 +234,73 @@ def train(case: Case, name: str, folder: Path, checkpoint: Path | None = None) -
             trainer.train(None if checkpoint is None else str(checkpoint))
         except TrainingError as error:
             failure = str(error)
-    trained = {name: one.detach() for name, one in trainer.student.named_parameters() if one.requires_grad}
+    parameters = [*trainer.student.parameters()]
+    held = sum(one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in parameters)
+    trained = {
+        name: whole(one.detach()) for name, one in trainer.student.named_parameters() if one.requires_grad
+    }
     save_file(
         {name: one.contiguous() for name, one in trained.items()},
         folder / f"{name}-{arguments.process_index}-of-{arguments.world_size}.safetensors",
     )
-    return {"log": trainer.state.log_history, "written": saving.call_count, "failure": failure}
+    return {
+        "log": trainer.state.log_history,
+        "written": saving.call_count,
+        "failure": failure,
+        "held": held / sum(one.numel() for one in parameters),
+    }
 
 
-def _main(folder: Path, checkpoint: Path) -> None:
+def _on_gpus(folder: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for strategy, names in ON_GPUS.items():
+        found[strategy] = {}
+        for name in names:
+            case = CASES[name]
+            asked = replace(case, arguments={**case.arguments, "strategy": strategy})
+            found[strategy][name] = train(asked, name, folder / strategy, on_gpu=True)
+    return found
+
+
+def _on_cpus(folder: Path, of_one: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for strategy in STRATEGIES:
+        found[strategy], place = {}, folder / strategy
+        runs: dict[str, tuple[Case, Path | None]] = {
+            name: (case, None) for name, case in {**cases_of(strategy), **BROKEN[strategy]}.items()
+        }
+        for name, case in RESUMED.items():
+            runs[f"{name} from one"] = case, checkpoint_of(name, of_one)
+            runs[f"{name} from two"] = case, checkpoint_of(name, place)
+        runs["faulty"] = FAULTY, None
+        for name, (case, checkpoint) in runs.items():
+            asked = replace(case, arguments={**case.arguments, "strategy": strategy})
+            found[strategy][name] = train(asked, name, place, checkpoint)
+    for name, case in RESUMED.items():
+        of_parts, given = f"{name} from parts", checkpoint_of(name, folder / "fsdp2")
+        found["ddp"][of_parts] = train(case, of_parts, folder / "ddp", given)
+    with accelerate_divides():
+        place, found["accelerate"] = folder / "accelerate", {}
+        # What the arguments ask of it by themselves on a GPU.
+        config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+        dividing = {"strategy": "fsdp2", "fsdp": True, "fsdp_config": config}
+        for name in BY_ACCELERATE:
+            case = replace(CASES[name], arguments={**CASES[name].arguments, **dividing})
+            found["accelerate"][name] = train(case, name, place)
+        case = replace(RESUMED["response"], arguments=dividing)
+        given = checkpoint_of("response", place)
+        found["accelerate"]["response from two"] = train(case, "response from two", place, given)
+    return found
+
+
+def _main(folder: str, of_one: str | None = None) -> None:
     torch.set_num_threads(1)
-    found = {name: train(case, name, folder) for name, case in {**CASES, **BROKEN}.items()}
-    found["resumed"] = train(RESUMED, "resumed", folder, checkpoint)
-    found["faulty"] = train(FAULTY, "faulty", folder)
+    place = Path(folder)
+    found = _on_gpus(place) if of_one is None else _on_cpus(place, Path(of_one))
     rank = torch.distributed.get_rank()
-    (folder / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    (place / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _main(*map(Path, sys.argv[1:]))
+    _main(*sys.argv[1:])

@@ -3,56 +3,48 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from potstill.cache import CacheSettings
 from potstill.core.errors import PotstillError
-from potstill.core.settings import DataRef, ModelRef, meaning
+from potstill.core.settings import DataRef, meaning
 from potstill.core.store import MANIFEST_FILE, Artifact
-from potstill.data.sources import StepPart
 from potstill.evaluate.harness import check_harness
 from potstill.evaluate.rouge import check_rouge
-from potstill.generate import GenerateSettings, check_budget
+from potstill.generate import check_budget
 from potstill.models import (
     TransformersModel,
-    choose_device,
     stored_quantization,
-    stored_vocabulary_size,
-    supports_bf16,
 )
 from potstill.pipeline.graph import Node
+from potstill.pipeline.memory import activation_bytes, decoding_bytes, loss_bytes, scoring_bytes
 from potstill.pipeline.planner import (
     GB,
     PlannedStep,
     Planner,
     is_adapter,
     kept_ids,
+    kept_share,
     model_names,
-    parameters_of,
     trains_adapter,
+    upstream_tokens,
 )
+from potstill.pipeline.times import evaluation_tokens
 from potstill.retrieval.dense import check_qdrant
 from potstill.student.sizes import planned_parameters
 from potstill.teachers import OpenAIModel, check_gives_logprobs
 from potstill.teachers.continuation import check_continues
 from potstill.teachers.solver import SolverModel
+from potstill.teachers.transformers import local_batch
 from potstill.train.settings import default_max_tokens
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["ESTIMATES", "TRACE_TOKEN_BYTES", "cache_bytes_a_token"]
 
-__all__ = ["ESTIMATES", "guessed_seconds"]
-
-_LETTERS_A_TOKEN = 3.0
 # Bytes a parameter: fp32 weight, gradient and AdamW's two moments; a weight on disk.
 _TRAINED_BYTES, _STORED_BYTES = 16, 4
-_TRACE_TOKEN_BYTES = 16
+TRACE_TOKEN_BYTES = 16
+_NEAR_DUPLICATE_BYTES = 3_300  # a row (select.duplicates)
 _ADAPTER_BYTES = 0.16  # an adapter has about a hundredth of the weights, which are trained
-_WIDTH_TO_DEPTH = 70  # hidden size a block of common language models
-_BLOCK_TOKEN_BYTES = 34  # that a block keeps, in multiples of the hidden size (Korthikanti et al. 2022)
-_WIDE_VOCABULARY = 152_000  # Qwen's, where a model's own is not known
-_LOGITS_COPIES = 3  # of a chunk in fp32: logits, their normalised ones, what is made of them
-# Where nothing was measured: what an API writes a request, and the share of a matrix product's speed.
-_STREAM_TOKENS_PER_S, _PEAK_SHARE = 40.0, 0.35
 # Bytes of a token's cached logits: a kept or drawn id, a temperature's sums, ids and key of the row itself.
 _TOP_K_ID_BYTES, _SAMPLED_ID_BYTES, _TEMPERATURE_BYTES, _ROW_BYTES = 1.85, 1.9, 4.0, 4.0
 
@@ -76,40 +68,12 @@ def _plan_generate(planner: Planner, node: Node, planned: PlannedStep) -> None:
             planner.graph.models.get(settings.model.target), SolverModel
         ):  # a function writes as much as it likes, and at once
             planned.tokens = planned.rows * settings.max_new_tokens
-            planned.disk_gb = planned.tokens * _TRACE_TOKEN_BYTES / GB
+            planned.disk_gb = planned.tokens * TRACE_TOKEN_BYTES / GB
+    rows = settings.concurrency or local_batch(planner.device(node))
+    tokens = math.ceil(planner.prompt_tokens(node, settings.data)) + settings.max_new_tokens
+    if (needed := decoding_bytes(planner, node, settings.model, rows, tokens)) is not None:
+        planned.memory_gb = needed / GB
     _plan_cost(planner, node, planned)
-
-
-def guessed_seconds(planner: Planner, node: Node, planned: PlannedStep) -> float | None:
-    """How long a step may take that nothing like it has been made before; noted, since it is a guess."""
-    settings: Any = node.settings
-    if node.kind == "train":
-        # Forward, to the inputs, and to the weights where they are trained; once more forward to recompute.
-        passes = 3 - trains_adapter(planner, node) + settings.activation_checkpointing
-
-        def seconds(model: TransformersModel) -> float | None:
-            import torch
-
-            from potstill.train.throughput import peak_flops_per_s
-
-            device = choose_device(model.model_copy(update={"device": settings.device or model.device}))
-            dtype = torch.bfloat16 if supports_bf16(device) else torch.float32
-            flops = 2.0 * passes * (parameters_of(model) or 0) * (planned.tokens or 0)
-            return flops / (_PEAK_SHARE * peak_flops_per_s(device, dtype)) or None
-
-        planner.notes.append(
-            f"step {node.name}: its time is a guess, from what this machine's matrix products reach"
-        )
-        return planner.of_model(node, settings.student, seconds)
-    model = planner.graph.models.get(settings.model.target) if node.kind == GenerateSettings.kind else None
-    if not isinstance(model, OpenAIModel) or not planned.rows:
-        return None
-    at_once = min(settings.concurrency or model.concurrency, planned.rows)
-    planner.notes.append(
-        f"step {node.name}: its time is a guess, {at_once} requests at once at {_STREAM_TOKENS_PER_S:g} "
-        "tokens/s each"
-    )
-    return (planned.tokens or 0) / (at_once * _STREAM_TOKENS_PER_S)
 
 
 def _plan_cost(planner: Planner, node: Node, planned: PlannedStep) -> None:
@@ -124,8 +88,7 @@ def _plan_cost(planner: Planner, node: Node, planned: PlannedStep) -> None:
         return
     if not isinstance(model, OpenAIModel) or model.price is None or planned.rows is None:
         return
-    letters = sum(len(message["content"]) for prompt in prompts for message in prompt.messages)
-    prompt_tokens = planned.rows * letters / len(prompts) / _LETTERS_A_TOKEN if prompts else 0.0
+    prompt_tokens = planned.rows * planner.prompt_tokens(node, settings.data)
     if not prompts:
         planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
     planned.cost_usd = model.price.cost(prompt_tokens, planned.tokens or 0)
@@ -136,22 +99,30 @@ def _plan_cost(planner: Planner, node: Node, planned: PlannedStep) -> None:
 def _plan_select(planner: Planner, node: Node, planned: PlannedStep) -> None:
     settings: Any = node.settings
     read = planner.rows_of(node, settings.data)
-    planned.rows = None if read is None else math.ceil(read * _kept_share(planner, node))
-    upstream = _upstream_tokens(planner, node)
+    planned.rows = None if read is None else math.ceil(read * kept_share(planner, node))
+    upstream = upstream_tokens(planner, node)
     if upstream is not None:
-        planned.disk_gb = upstream * _TRACE_TOKEN_BYTES / GB
+        planned.disk_gb = upstream * TRACE_TOKEN_BYTES / GB
         # A teacher that fills in what is missing may have to score everything.
-        planned.tokens = upstream * len(settings.models)
+        prompts = math.ceil((read or 0) * planner.prompt_tokens(node, settings.data))
+        planned.tokens = (upstream + prompts) * len(settings.models)
         served = [planner.graph.models.get(one.target) for one in settings.models.values()]
         if prices := [price for one in served if (price := getattr(one, "price", None))]:
             # Of each row the server generates one token.
             planned.cost_usd = sum(price.cost(upstream, read or 0) for price in prices)
             planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
     needed = [
-        found for reference in settings.models.values() if (found := _scoring_bytes(planner, node, reference))
+        found for reference in settings.models.values() if (found := scoring_bytes(planner, node, reference))
     ]
     if needed:
         planned.memory_gb = max(needed) / GB  # one after the other
+    if read and settings.filters is not None and settings.filters.near_duplicates is not None:
+        index_gb = read * _NEAR_DUPLICATE_BYTES / GB
+        planned.memory_gb = max(planned.memory_gb or 0.0, index_gb)  # gone before a model is loaded
+        planner.notes.append(
+            f"step {node.name}: near_duplicates keeps hashes of each row in memory, about {index_gb:.1f} GB; "
+            "every other filter's memory stays as it is however many rows there are"
+        )
     _check_scorers(planner, node)
     if settings.rule == "none" or settings.teacher is not None:
         return
@@ -178,33 +149,34 @@ def _check_scorers(planner: Planner, node: Node) -> None:
                 planner.problem(f"step {node.name}: {error}")
 
 
-def _kept_share(planner: Planner, node: Node) -> float:
-    """At most this share of what a select step reads is kept, as far as its settings say."""
-    settings: Any = node.settings
-    if settings.keep is None or settings.keep.threshold is not None:
-        return 1.0
-    if settings.keep.top is not None:
-        return float(settings.keep.top)
-    samples = [getattr(maker.settings, "samples", None) for maker in planner.makers(node, settings.data)]
-    known = [one for one in samples if one is not None]
-    if len(known) < len(samples) or not known or planner.reads_files(settings.data):
-        return 1.0
-    return min(1.0, float(settings.keep.per_prompt / min(known)))
-
-
 def _plan_cache(planner: Planner, node: Node, planned: PlannedStep) -> None:
     settings: Any = node.settings
     planned.rows = planner.rows_of(node, settings.data)
-    planned.tokens = _upstream_tokens(planner, node)
+    planned.tokens = upstream_tokens(planner, node)
     if planned.tokens is None and planned.rows and settings.max_length:
         planned.tokens = planned.rows * settings.max_length
     if planned.tokens:
-        planned.disk_gb = planned.tokens * _cache_bytes_a_token(settings) / GB
-    if parameters := planner.parameters(node, settings.model):
+        planned.disk_gb = planned.tokens * cache_bytes_a_token(settings) / GB
+    if settings.from_traces:
+        _check_alternatives(planner, node)
+    elif parameters := planner.parameters(node, settings.model):
         planned.memory_gb = parameters * _STORED_BYTES / GB
 
 
-def _cache_bytes_a_token(settings: Any) -> float:
+def _check_alternatives(planner: Planner, node: Node) -> None:
+    """A problem for each generate step whose traces will not hold what a cache is to be made of."""
+    settings: Any = node.settings
+    for maker in planner.writers(node):
+        kept = getattr(maker.settings, "logprobs", None) or 0
+        if kept < max(2, settings.top_k):
+            planner.problem(
+                f"step {node.name}: top_k is {settings.top_k}, and the traces of {maker.name} hold "
+                f"{kept if kept > 1 else 'no'} alternatives to each token; set `{maker.name}.logprobs` to at "
+                "least as many"
+            )
+
+
+def cache_bytes_a_token(settings: CacheSettings) -> float:
     """About what a token takes, from benchmarks/logit_cache.py; other traces differ by some percent."""
     if settings.codec == "sampled":
         # The distinct ids among n draws grow with about the square root of n.
@@ -237,7 +209,7 @@ def _plan_train(planner: Planner, node: Node, planned: PlannedStep) -> None:
         epochs = settings.max_steps * settings.batch / planned.rows
     if settings.tokens is not None:
         planned.tokens = settings.tokens
-    elif tokens := _upstream_tokens(planner, node):
+    elif tokens := upstream_tokens(planner, node):
         planned.tokens = int(tokens * epochs)
     if settings.top_k is not None:
         _check_top_k(planner, node)
@@ -249,21 +221,20 @@ def _plan_train(planner: Planner, node: Node, planned: PlannedStep) -> None:
     if parameters := planner.parameters(node, settings.student):
         frozen = planner.frozen_bytes(node, settings.student, settings.device) if adapter else None
         weights = frozen + parameters * _ADAPTER_BYTES if frozen else parameters * _TRAINED_BYTES
-        planned.memory_gb = weights / GB
+        if settings.base_kl and not adapter:
+            weights += parameters * _STORED_BYTES
+        if settings.teacher is not None:
+            weights += planner.frozen_bytes(node, settings.teacher, settings.device) or 0.0
+        planned.weights_gb = weights / GB
         device = planner.device(node)
         max_tokens = settings.max_tokens or default_max_tokens(device.type)
-        planned.memory_gb += _activation_bytes(settings, parameters, max_tokens) / GB
-        planned.memory_gb += _loss_bytes(planner, node, device) / GB
-        if settings.base_kl and not adapter:
-            planned.memory_gb += parameters * _STORED_BYTES / GB
+        planned.memory_gb = planned.weights_gb + activation_bytes(settings, parameters, max_tokens) / GB
+        planned.memory_gb += loss_bytes(planner, node, device) / GB
         # A checkpoint holds the weights and both moments while the next one is written.
         planned.disk_gb = parameters * (0.1 if adapter else 2 * 12 + _STORED_BYTES) / GB
         if settings.keep_epochs is not None:
             kept = math.floor(epochs) if settings.keep_epochs == "all" else settings.keep_epochs
             planned.disk_gb += kept * parameters * _STORED_BYTES * (0.01 if adapter else 1) / GB
-        if settings.teacher is not None:
-            teacher = planner.frozen_bytes(node, settings.teacher, settings.device)
-            planned.memory_gb += (teacher or 0.0) / GB
 
 
 def _check_student(planner: Planner, node: Node, *, adapter: bool) -> None:
@@ -295,52 +266,6 @@ def _check_student(planner: Planner, node: Node, *, adapter: bool) -> None:
                 f"step {node.name}: mask_prefix leaves nothing out, as {names} continues no response; leave "
                 "it out, or set continue: there"
             )
-
-
-def _activation_bytes(settings: Any, parameters: int, max_tokens: int) -> float:
-    """About what a micro-batch's activations take, from the size of the model alone.
-
-    A block keeps 34 H bytes a token in 16 bits; with checkpointing its input alone, and one block is made
-    again at a time.
-    """
-    hidden = _hidden_size(parameters)
-    blocks = hidden / _WIDTH_TO_DEPTH
-    if settings.activation_checkpointing:
-        token_bytes = 2 * hidden * blocks + _BLOCK_TOKEN_BYTES * hidden
-    else:
-        token_bytes = _BLOCK_TOKEN_BYTES * hidden * blocks
-    return float(token_bytes * max_tokens)
-
-
-def _hidden_size(parameters: int) -> float:
-    """About the hidden size of a model of so many parameters: a block has 12 H^2 of them."""
-    return float((parameters * _WIDTH_TO_DEPTH / 12) ** (1 / 3))
-
-
-def _loss_bytes(planner: Planner, node: Node, device: "torch.device") -> float:
-    """What the longest chunk of a training's logits takes, which become their gradient in place."""
-    from potstill.losses.head import FUSED_CHUNK_TOKENS, FUSED_CHUNK_TOKENS_GPU
-
-    settings: Any = node.settings
-    tokens = FUSED_CHUNK_TOKENS if device.type == "cpu" else FUSED_CHUNK_TOKENS_GPU
-    vocabulary = planner.of_model(node, settings.student, stored_vocabulary_size) or _WIDE_VOCABULARY
-    return float(tokens * vocabulary * (2 if supports_bf16(device) else 4))
-
-
-def _scoring_bytes(planner: Planner, node: Node, reference: ModelRef) -> float | None:
-    """What a model takes that scores rows: its weights, one block's activations, a chunk of logits."""
-    from potstill.losses.head import CHUNK_TOKENS
-    from potstill.scoring import micro_batch_tokens
-
-    settings: Any = node.settings
-    weights = planner.frozen_bytes(node, reference, settings.device)
-    parameters = planner.parameters(node, reference)
-    if weights is None or parameters is None:
-        return weights
-    tokens = settings.max_tokens or micro_batch_tokens(planner.device(node))
-    vocabulary = planner.of_model(node, reference, stored_vocabulary_size) or _WIDE_VOCABULARY
-    activations = _BLOCK_TOKEN_BYTES * _hidden_size(parameters) * tokens
-    return weights + activations + _LOGITS_COPIES * 4 * CHUNK_TOKENS * vocabulary
 
 
 def _check_top_k(planner: Planner, node: Node) -> None:
@@ -423,7 +348,7 @@ def _plan_retrieve(planner: Planner, node: Node, planned: PlannedStep) -> None:
             check_qdrant()
     except PotstillError as error:
         planner.problem(f"step {node.name}: {error}")
-    upstream = _upstream_tokens(planner, node)
+    upstream = upstream_tokens(planner, node)
     if upstream is not None and planned.rows is not None:
         planned.tokens = upstream + planned.rows * settings.document_tokens
 
@@ -437,11 +362,10 @@ def _plan_evaluate(planner: Planner, node: Node, planned: PlannedStep) -> None:
         except PotstillError as error:
             planner.problem(f"step {node.name}: {error}")
     names = list(settings.roles.values())
-    needed = [found for one in names if (found := _scoring_bytes(planner, node, one))]
-    if needed:
-        # Models take turns; their teacher stays.
-        teacher = settings.teacher and planner.frozen_bytes(node, settings.teacher, settings.device)
-        planned.memory_gb = (max(needed) + (teacher or 0.0)) / GB
+    if needed := _evaluation_bytes(planner, node):
+        planned.memory_gb = needed / GB
+    if (each := evaluation_tokens(planner, node)) is not None:
+        planned.tokens = sum(each) * len(names) or None
     compared = None if settings.teacher is None else planner.graph.models.get(settings.teacher.target)
     if compared is not None and not isinstance(compared, TransformersModel):
         planner.problem(
@@ -463,28 +387,26 @@ def _plan_evaluate(planner: Planner, node: Node, planned: PlannedStep) -> None:
             planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
 
 
-def _upstream_tokens(planner: Planner, node: Node) -> int | None:
-    """At most so many tokens of traces or logits a step reads, less what selections before it drop."""
-    tokens: list[int | None] = []
+def _evaluation_bytes(planner: Planner, node: Node) -> float | None:
+    """What the largest model takes that scores and decodes, and the teacher beside it: models take turns."""
     settings: Any = node.settings
-    for maker in planner.makers(node, settings.data):
-        if maker.kind != "select":
-            tokens.append(planner.steps[maker.name].tokens)
-        else:
-            read = _upstream_tokens(planner, maker)
-            made = planner.made.get(maker.name)
-            share = (
-                _kept_share(planner, maker)
-                if made is None
-                else made.manifest.counts["records"] / made.manifest.counts["rows"]
-            )
-            tokens.append(None if read is None else math.ceil(read * share))
-    if not tokens or None in tokens:
+    names = list(settings.roles.values())
+    decoded = [
+        (task.data, settings.decoding(task).max_new_tokens)
+        for task in settings.all_tasks.values()
+        if task.generates
+    ]
+    if settings.data is not None and settings.samples_shown:
+        decoded.append((settings.data, settings.decoding().max_new_tokens))
+    longest = max((planner.prompt_tokens(node, data) + written for data, written in decoded), default=0)
+    needed = [scoring_bytes(planner, node, one) for one in names]
+    if longest:
+        needed += [decoding_bytes(planner, node, one, settings.batch, math.ceil(longest)) for one in names]
+    known = [one for one in needed if one]
+    if not known:
         return None
-    whole, known = sum(one or 0 for one in tokens), planner.steps[node.name].rows
-    if isinstance(settings.data, StepPart) and known and (rows := planner.rows_of(node, settings.data.step)):
-        return math.ceil(whole * min(1.0, known / rows))
-    return whole
+    teacher = settings.teacher and planner.frozen_bytes(node, settings.teacher, settings.device)
+    return max(known) + (teacher or 0.0)
 
 
 ESTIMATES: dict[str, Callable[[Planner, Node, PlannedStep], None]] = {

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from potstill.cache import CacheSettings
 from potstill.core.errors import RecipeError
 from potstill.core.hashing import hash_json
 from potstill.core.settings import ModelRef, ModelsRef, Part, Reference, Settings, meaning
@@ -94,6 +95,22 @@ class Inputs:
             [artifact.manifest.content, view, *_rendering(artifact)]
             for artifact, view in self.artifacts(reference)
         ]
+
+    def check_content(self, checked: set[Path]) -> None:
+        """Compare all that the step reads with what was sealed, but for the folders `checked` already.
+
+        Raises StoreError for a file that a disk or a copy has changed.
+        """
+        from potstill.logits.shards import checked_when_read
+
+        for reference, steps in self.graph.needs_of(self.node):
+            artifacts = [self._made(step.name) for step in steps]
+            if reference.is_path and (Path(reference) / MANIFEST_FILE).is_file():
+                artifacts = [Artifact.open(Path(reference))]
+            for artifact in artifacts:
+                if artifact.folder not in checked:
+                    artifact.check_content(checked_when_read if artifact.kind == CacheSettings.kind else None)
+                    checked.add(artifact.folder)
 
     def described(self) -> dict[str, Any]:
         """Each reference and the artifacts behind it, for the manifest."""

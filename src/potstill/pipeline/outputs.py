@@ -12,7 +12,7 @@ from typing import Any
 
 from potstill.core.errors import DataError, RecipeError, StoreError
 from potstill.core.records import RECORDS_FILE, Record, read_records
-from potstill.core.store import MANIFEST_FILE, MODEL_CARD_FILE, Artifact, write_atomically
+from potstill.core.store import MANIFEST_FILE, MODEL_CARD_FILE, Artifact, manifest_text, write_atomically
 from potstill.data.shapes import WRITTEN_SHAPES, WrittenShape, write_row
 from potstill.pipeline.graph import Graph, nearest
 from potstill.pipeline.run_folder import EVENTS_FILE, LOG_FILE, RECIPE_FILE, REPORT_FILE
@@ -222,7 +222,7 @@ def _manifest_of(artifact: Artifact, view: str | None) -> bytes:
     if view is not None:
         update["model_identity"] = None  # that of the last weights
     manifest = artifact.manifest.model_copy(update=update)
-    return json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False).encode()
+    return manifest_text(manifest).encode()
 
 
 def _bytes_of(path: Path) -> bytes | None:

@@ -10,12 +10,14 @@ from potstill.core.errors import PotstillError
 from potstill.core.events import format_seconds
 from potstill.core.settings import ModelRef, references
 from potstill.core.store import Store
-from potstill.pipeline.estimates import ESTIMATES, guessed_seconds
+from potstill.pipeline.cluster import ClusterStep, on_cluster
+from potstill.pipeline.estimates import ESTIMATES
 from potstill.pipeline.fingerprint import Inputs, MissingInput
-from potstill.pipeline.planner import GB, PlannedStep, Planner
+from potstill.pipeline.planner import GB, PlannedStep, Planner, memory_limit
 from potstill.pipeline.run import Runnable
 from potstill.pipeline.runner import check_scale
-from potstill.scale import Torchrun
+from potstill.pipeline.times import planned_seconds
+from potstill.scale import Cluster, Ray, ReplicatedSettings, Torchrun
 from potstill.teachers import check_teacher
 
 __all__ = ["Plan", "PlannedStep", "make_plan"]
@@ -29,6 +31,8 @@ class Plan:
     steps: list[PlannedStep]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    cluster: str | None = None
+    on_cluster: list[ClusterStep] = field(default_factory=list)
 
     def to_json(self) -> str:
         """The plan as one JSON object."""
@@ -51,13 +55,9 @@ class Plan:
             ]
             for step in self.steps
         ]
-        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-        lines = [f"plan of {self.name}", ""]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            for row in [head, *rows]
-        ]
-        lines.append("")
+        lines = [f"plan of {self.name}", "", *_table([head, *rows]), ""]
+        if self.cluster is not None:
+            lines += [*self._cluster_lines(), ""]
         for step in self.steps:
             settings = ", ".join(
                 f"{key}={value}" for key, value in step.settings.items() if value not in (None, {}, [])
@@ -68,22 +68,39 @@ class Plan:
         lines.append("cannot run" if self.problems else "can run; nothing was spent")
         return "\n".join(lines)
 
+    def _cluster_lines(self) -> Iterator[str]:
+        yield f"on {self.cluster}, steps that models carry out:"
+        head = ["step", "GPUs", "FLOPs", "tokens/s", "time", "sent a step", "cost", "how"]
+        rows = [
+            [
+                step.name,
+                f"{step.gpus:,}",
+                f"{step.flops:.2g}",
+                f"{step.tokens_per_s:,.0f}",
+                format_seconds(step.seconds),
+                _shown(step.network_gb or None, "{:.2f} GB"),
+                _shown(step.cost_usd, "${:,.2f}"),
+                step.how,
+            ]
+            for step in self.on_cluster
+        ]
+        yield from _table([head, *rows])
+        seconds = sum(step.seconds for step in self.on_cluster)
+        disk = sum(step.disk_gb or 0.0 for step in self.steps)
+        costs = [step.cost_usd for step in self.on_cluster if step.cost_usd is not None]
+        cost = f", ${sum(costs):,.2f} of GPUs" if costs else ""
+        yield f"one after the other {format_seconds(seconds)}{cost}; {disk:,.2f} GB of disk"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
 
 def _shown(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
-
-
-def _memory_limit(device: str) -> tuple[float, str] | None:
-    """The most that a step can have of a device's memory in GB, and what to say of it; None where unknown."""
-    if device.startswith("cuda"):
-        import torch
-
-        free, total = (one / GB for one in torch.cuda.mem_get_info(device))
-        return free, f"{device} has {free:.1f} of its {total:.1f} GB free"
-    if device != "cpu" or not hasattr(os, "sysconf"):
-        return None
-    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
-    return memory_gb, f"this machine has {memory_gb:.0f} GB"
 
 
 def _check_models(planner: Planner) -> None:
@@ -95,7 +112,7 @@ def _check_models(planner: Planner) -> None:
     }
     for name in sorted(used & set(planner.graph.models)):
         problem, note = check_teacher(planner.graph.models[name])
-        if problem:
+        if problem and not planner.elsewhere:  # what is missing there, this machine cannot know
             planner.problem(f"model {name}: {problem}")
         if note:
             planner.notes.append(f"model {name}: {note}")
@@ -117,7 +134,7 @@ def _plan_step(planner: Planner, name: str) -> None:
     except MissingInput:
         found = None
     except PotstillError as error:
-        planner.problem(f"step {name}: {error}")
+        planner.failed(f"step {name}", error)
         found = None
     if found is not None:
         planner.made[name] = found
@@ -130,15 +147,12 @@ def _plan_step(planner: Planner, name: str) -> None:
     ESTIMATES[node.kind](planner, node, planned)
     if planned.memory_gb:
         planned.device = str(planner.device(node))
-    if planned.tokens and (speed := planner.speeds.get(planner.work(node))):
-        planned.seconds = planned.tokens / speed
-    elif planned.tokens:
-        planned.seconds = guessed_seconds(planner, node, planned)
+    planned.seconds = planned_seconds(planner, node, planned)
 
 
 def _machine_problems(steps: list[PlannedStep], store: Store) -> Iterator[str]:
     for step in steps:
-        if step.memory_gb and (limit := _memory_limit(step.device)) and step.memory_gb > limit[0]:
+        if step.memory_gb and (limit := memory_limit(step.device)) and step.memory_gb > limit[0]:
             yield f"step {step.name} needs about {step.memory_gb:.0f} GB of memory; {limit[1]}"
     folder = next(one for one in (store.root, *store.root.parents) if one.exists())
     if not os.access(folder, os.W_OK):
@@ -150,31 +164,73 @@ def _machine_problems(steps: list[PlannedStep], store: Store) -> Iterator[str]:
 
 
 def _plan_scale(planner: Planner, scale: Torchrun) -> None:
-    """What train steps need in several processes, each with the whole student, and whether they can start."""
+    """What train steps need in several processes, and whether they can start."""
+    processes = scale.nnodes * scale.nproc_per_node
     for name, planned in planner.steps.items():
         if planned.kind != "train" or planned.status == "made":
             continue
         try:
-            check_scale(scale, planner.graph, name, elsewhere=scale.nnodes > 1)
+            check_scale(scale, planner.graph, name, elsewhere=scale.nnodes > 1 or planner.elsewhere)
         except PotstillError as error:
             planner.problem(f"step {name}: {error}")
-        if planned.memory_gb is not None and planned.device == "cpu":  # else each has a GPU of its own
-            planned.memory_gb *= scale.nproc_per_node
-        processes = scale.nnodes * scale.nproc_per_node
+        if planned.memory_gb is not None and planned.weights_gb is not None:
+            if scale.strategy == "fsdp2":
+                planned.memory_gb -= planned.weights_gb * (1 - 1 / processes)
+            if planned.device == "cpu":  # else each has a GPU of its own
+                planned.memory_gb *= scale.nproc_per_node
         planner.notes.append(
             f"step {name}: in {processes:,} processes; memory is a machine's or each GPU's, time that of one"
         )
+    at_once = sorted(
+        (one for one in planner.steps.values() if one.kind == "train" and one.status != "made"),
+        key=lambda one: -(one.memory_gb or 0.0) * (one.device == "cpu"),
+    )[: scale.parallel_steps]
+    needed_gb = sum(one.memory_gb or 0.0 for one in at_once if one.device == "cpu")
+    if not planner.elsewhere and len(at_once) > 1 and (limit := memory_limit("cpu")) and needed_gb > limit[0]:
+        names = ", ".join(one.name for one in at_once)
+        planner.problem(f"{names} need about {needed_gb:.0f} GB of memory at once; {limit[1]}")
 
 
-def make_plan(recipe: Runnable, store: Store) -> Plan:
-    """Plan a recipe: what each step will do, reuse and need. Reads inputs, makes nothing, spends nothing."""
-    planner = Planner(recipe.graph, recipe.seed, store)
+def _plan_replicas(planner: Planner, scale: Ray) -> None:
+    """What steps need whose models have copies, and whether there can be any."""
+    asking = [
+        one
+        for one in planner.steps.values()
+        if isinstance(planner.graph.nodes[one.name].settings, ReplicatedSettings) and one.status != "made"
+    ]
+    for one in asking:
+        try:
+            check_scale(scale, planner.graph, one.name, elsewhere=False)
+        except PotstillError as error:
+            planner.problem(str(error))
+            break
+        if one.memory_gb is not None and one.device == "cpu" and scale.address == "local":
+            one.memory_gb *= scale.replicas
+    if asking:
+        planner.notes.append(
+            f"steps {', '.join(one.name for one in asking)}: models in {scale.replicas:,} copies on Ray "
+            f"({scale.address}); time that of one"
+        )
+
+
+def make_plan(recipe: Runnable, store: Store, cluster: Cluster | None = None) -> Plan:
+    """Plan a recipe: what each step will do, reuse and need. Reads inputs, makes nothing, spends nothing.
+
+    With a cluster it says besides what the steps would take there, and not whether this machine has room.
+    """
+    planner = Planner(recipe.graph, recipe.seed, store, elsewhere=cluster is not None)
     _check_models(planner)
     for name in recipe.graph.order:
         _plan_step(planner, name)
-    if recipe.scale is not None:
+    if isinstance(recipe.scale, Ray):
+        if cluster is None:
+            _plan_replicas(planner, recipe.scale)
+    elif recipe.scale is not None:
         _plan_scale(planner, recipe.scale)
     steps = list(planner.steps.values())
+    if cluster is not None:
+        there = on_cluster(planner, cluster)
+        return Plan(recipe.name, steps, planner.problems, planner.notes, str(cluster), there)
     for problem in _machine_problems(steps, store):
         planner.problem(problem)
     return Plan(recipe.name, steps, planner.problems, planner.notes)

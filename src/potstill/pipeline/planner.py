@@ -1,17 +1,19 @@
 """What is known of a recipe's steps before any is made: rows, prompts, models, who made what they read."""
 
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from potstill.core.errors import PotstillError
+from potstill.core.errors import ModelError, PotstillError
 from potstill.core.hashing import hash_json
 from potstill.core.records import Record
 from potstill.core.settings import DataRef, ModelRef, meaning, references
-from potstill.core.store import MANIFEST_FILE, Artifact, Store
+from potstill.core.store import MANIFEST_FILE, Artifact, Manifest, Store
 from potstill.data.parts import matches, read_part
 from potstill.data.sources import StepPart, count_rows, first_prompts
 from potstill.generate import GenerateSettings
@@ -30,19 +32,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GB",
+    "READING",
+    "WRITING",
     "PlannedStep",
     "Planner",
+    "init_work",
     "is_adapter",
     "kept_ids",
+    "kept_share",
+    "memory_limit",
     "model_names",
+    "named_parameters",
     "parameters_of",
     "trains_adapter",
+    "upstream_tokens",
 ]
 
 Figure = TypeVar("Figure")
 GB = 1e9
 _SIZE_IN_NAME = re.compile(r"-(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z0-9])")
+READING, WRITING = "reading", "writing"
 _PROMPTS_LOOKED_AT = 200
+_LETTERS_A_TOKEN = 3.0
 # Of a quantised model about a tenth, the embedding, stays in 16 bits.
 _EMBEDDING_BYTES = 0.2
 
@@ -51,7 +62,8 @@ _EMBEDDING_BYTES = 0.2
 class PlannedStep:
     """One step of a plan; figures are None where they cannot be known beforehand, upper bounds otherwise.
 
-    `memory_gb` is that of `device`.
+    `memory_gb` is that of `device`; of a training `weights_gb` are its part for weights, frozen ones too,
+    gradients and moments.
     """
 
     name: str
@@ -63,6 +75,7 @@ class PlannedStep:
     tokens: int | None = None
     cost_usd: float | None = None
     memory_gb: float | None = None
+    weights_gb: float | None = None
     device: str = "cpu"
     disk_gb: float | None = None
     seconds: float | None = None
@@ -70,10 +83,13 @@ class PlannedStep:
 
 
 class Planner:
-    """The steps planned so far, what is already made, and what stands in the way."""
+    """The steps planned so far, what is already made, and what stands in the way.
 
-    def __init__(self, graph: Graph, seed: int, store: Store) -> None:
-        self.graph, self.seed, self.store = graph, seed, store
+    A plan for other machines (`elsewhere`) is not kept from running by what this one lacks.
+    """
+
+    def __init__(self, graph: Graph, seed: int, store: Store, *, elsewhere: bool = False) -> None:
+        self.graph, self.seed, self.store, self.elsewhere = graph, seed, store, elsewhere
         self.made: dict[str, Artifact] = {}
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -85,11 +101,19 @@ class Planner:
         if text not in self.problems:
             self.problems.append(text)
 
+    def failed(self, where: str, error: PotstillError) -> None:
+        """Note an error; of a model that this machine lacks only in passing, where the plan is for others."""
+        if not (self.elsewhere and isinstance(error, ModelError)):
+            self.problem(f"{where}: {error}")
+        elif (note := f"{where}: not on this machine ({error.what})") not in self.notes:
+            self.notes.append(note)
+
     def work(self, node: Node) -> str:
         """What a step's speed depends on: its kind and, where a teacher writes, which one."""
-        if not isinstance(node.settings, GenerateSettings):
-            return node.kind
-        return _work(node.kind, meaning(self.graph.models.get(node.settings.model.target)))
+        if isinstance(node.settings, GenerateSettings):
+            with suppress(PotstillError):  # of a model that is not here, which is a problem told elsewhere
+                return _work(node.kind, meaning(self.graph.models.get(node.settings.model.target)))
+        return node.kind
 
     def rows_of(self, node: Node, data: Any) -> int | None:
         """How many rows a step's data has, as far as that is known without making anything."""
@@ -184,6 +208,15 @@ class Planner:
             return self.prompts_of(maker, getattr(maker.settings, "data", []), count)
         return first_prompts(data, self.seed, count)
 
+    def prompt_tokens(self, node: Node, data: Any) -> float:
+        """About how many tokens a prompt behind a step's data has; 0 where only a run can tell."""
+        try:
+            prompts = self.prompts_of(node, data)
+        except PotstillError:  # told of where the step's rows are counted
+            return 0.0
+        letters = sum(len(message["content"]) for prompt in prompts for message in prompt.messages)
+        return letters / len(prompts) / _LETTERS_A_TOKEN if prompts else 0.0
+
     def parameters(self, node: Node, reference: ModelRef) -> int | None:
         """Parameters of the model behind a reference; where it is not made yet, planned or its source's."""
         if not reference.is_path and reference.target not in self.graph.models:
@@ -210,15 +243,33 @@ class Planner:
 
             return self.of_model(maker, sources[0], as_made) if sources else None
         except PotstillError as error:
-            self.problem(f"step {node.name}: {error}")
+            self.failed(f"step {node.name}", error)
             return None
+
+
+def memory_limit(device: str) -> tuple[float, str] | None:
+    """The most that a step can have of a device's memory in GB, and what to say of it; None where unknown."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, total = (one / GB for one in torch.cuda.mem_get_info(device))
+        return free, f"{device} has {free:.1f} of its {total:.1f} GB free"
+    if device != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    return memory_gb, f"this machine has {memory_gb:.0f} GB"
 
 
 def parameters_of(model: TransformersModel) -> int | None:
     """From a model's files; of a hub model that is not here, about what its name says (Qwen3-4B)."""
     if (found := parameter_count(model)) is not None or find_source(model.path).kind != "hub":
         return found
-    named = _SIZE_IN_NAME.search(model.path)
+    return named_parameters(model.path)
+
+
+def named_parameters(name: str) -> int | None:
+    """About how many parameters a model has by its name (Qwen3-4B); None where it says nothing."""
+    named = _SIZE_IN_NAME.search(name)
     return None if named is None else round(float(named[1]) * {"B": 1e9, "M": 1e6}[named[2].upper()])
 
 
@@ -226,21 +277,49 @@ def _work(kind: str, writer: Any) -> str:
     return f"{kind} by {hash_json(writer)}"
 
 
+def init_work(method: str, depth_by: Any) -> str:
+    """What the time of an init step depends on beside its rows and the model's size."""
+    return f"init by {method}, {depth_by}"
+
+
 def _known_speeds(store: Store) -> dict[str, float]:
-    """Tokens a second of the latest artifact in the store, by the work it was (`Planner.work`)."""
+    """What the latest artifacts in the store did a second, by the work it was.
+
+    That is tokens, by `Planner.work` and read or written in general; of init steps rows times parameters.
+    """
     newest: dict[str, tuple[float, float]] = {}
     for path in (store.root / "artifacts").glob("*/manifest.json"):
         try:
             manifest = Artifact.open(path.parent).manifest
         except PotstillError:
             continue
-        if manifest.tokens and manifest.seconds:
-            work = manifest.kind
-            if work == GenerateSettings.kind:
-                work = _work(work, manifest.inputs.get(manifest.settings["model"]))
-            entry = (path.stat().st_mtime, manifest.tokens / manifest.seconds)
+        for work, speed in _speeds_of(manifest):
+            entry = (path.stat().st_mtime, speed)
             newest[work] = max(newest.get(work, entry), entry)
     return {work: speed for work, (_, speed) in newest.items()}
+
+
+def _speeds_of(manifest: Manifest) -> Iterator[tuple[str, float]]:
+    if not manifest.seconds:
+        return
+    settings, kind = manifest.settings, manifest.kind
+    if manifest.tokens:
+        speed = manifest.tokens / manifest.seconds
+        writer = manifest.inputs.get(settings["model"]) if kind == GenerateSettings.kind else None
+        yield (kind if writer is None else _work(kind, writer)), speed
+        if kind in ("cache", "select") and not settings.get("from_traces"):
+            yield READING, speed
+    if kind == "init" and (parameters := manifest.metrics.get("parameters_before")):
+        done = manifest.counts.get("calibration_rows", 0) * parameters
+        if done and "method" in settings:
+            yield init_work(settings["method"], settings.get("depth_by")), done / manifest.seconds
+    if kind == "evaluate":
+        models = manifest.metrics.get("models", {}).values()
+        tasks = [task for model in models for task in model.get("tasks", {}).values()]
+        timed = [one for one in tasks if one.get("seconds_per_response") and "mean_response_tokens" in one]
+        if timed:
+            tokens = sum(one["mean_response_tokens"]["value"] for one in timed)
+            yield WRITING, tokens / sum(one["seconds_per_response"] for one in timed)
 
 
 def kept_ids(planner: Planner, node: Node) -> dict[str, int | None]:
@@ -279,3 +358,41 @@ def model_names(planner: Planner, node: Node, model: ModelRef) -> list[str]:
     if model.is_path or model.target in planner.graph.models:
         return [str(model)]
     return [maker.name for maker in planner.graph.steps_named(model, node)]
+
+
+def kept_share(planner: Planner, node: Node) -> float:
+    """At most this share of what a select step reads is kept, as far as its settings say."""
+    settings: Any = node.settings
+    if settings.keep is None or settings.keep.threshold is not None:
+        return 1.0
+    if settings.keep.top is not None:
+        return float(settings.keep.top)
+    samples = [getattr(maker.settings, "samples", None) for maker in planner.makers(node, settings.data)]
+    known = [one for one in samples if one is not None]
+    if len(known) < len(samples) or not known or planner.reads_files(settings.data):
+        return 1.0
+    return min(1.0, float(settings.keep.per_prompt / min(known)))
+
+
+def upstream_tokens(planner: Planner, node: Node) -> int | None:
+    """At most so many tokens of traces or logits a step reads, less what selections before it drop."""
+    tokens: list[int | None] = []
+    settings: Any = node.settings
+    for maker in planner.makers(node, settings.data):
+        if maker.kind != "select":
+            tokens.append(planner.steps[maker.name].tokens)
+        else:
+            read = upstream_tokens(planner, maker)
+            made = planner.made.get(maker.name)
+            share = (
+                kept_share(planner, maker)
+                if made is None
+                else made.manifest.counts["records"] / made.manifest.counts["rows"]
+            )
+            tokens.append(None if read is None else math.ceil(read * share))
+    if not tokens or None in tokens:
+        return None
+    whole, known = sum(one or 0 for one in tokens), planner.steps[node.name].rows
+    if isinstance(settings.data, StepPart) and known and (rows := planner.rows_of(node, settings.data.step)):
+        return math.ceil(whole * min(1.0, known / rows))
+    return whole

@@ -20,7 +20,7 @@ from potstill.pipeline.run_folder import (
 )
 from potstill.pipeline.runner import RunOptions, run_graph
 from potstill.report import RunView, model_card, write_comparison, write_report
-from potstill.scale import Torchrun
+from potstill.scale import Scale
 
 __all__ = ["Runnable", "run_recipe", "run_sweep"]
 
@@ -45,8 +45,8 @@ class Runnable(Protocol):
         """What the run hands out beside its own files."""
 
     @property
-    def scale(self) -> Torchrun | None:
-        """How many processes train, if it says so."""
+    def scale(self) -> Scale | None:
+        """How many processes train or answer, if it says so."""
 
     @property
     def resolved(self) -> Mapping[str, Any]:

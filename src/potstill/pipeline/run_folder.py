@@ -83,7 +83,7 @@ def load_run(folder: Path, steps: Sequence[tuple[str, str, list[str]]] | None = 
             ),
             [],
         )
-    reused = {event["step"] for event in latest if event["event"] == "step_reused"}
+    reused = {event.get("step") for event in latest if event["event"] == "step_reused"}
     views = []
     for name, kind, needs in steps:
         artifact = linked_artifact(folder, name)

@@ -1,7 +1,25 @@
-"""Beyond one process: train steps run by torchrun."""
+"""Beyond one process: training by torchrun, teachers asked on Ray, and what a cluster would take."""
 
-from potstill.scale.job import Outcome
-from potstill.scale.settings import Torchrun, check_processes
-from potstill.scale.torchrun import HandedOver, finished, train
+from potstill.scale.devices import Cluster, cluster_of
+from potstill.scale.job import Outcome, ReplicatedSettings
+from potstill.scale.on_ray import ask_replicas, has_replicas
+from potstill.scale.settings import Ray, Scale, Torchrun, check_processes, check_ray
+from potstill.scale.torchrun import HandedOver, Training, finished, hand_over
 
-__all__ = ["HandedOver", "Outcome", "Torchrun", "check_processes", "finished", "train"]
+__all__ = [
+    "Cluster",
+    "HandedOver",
+    "Outcome",
+    "Ray",
+    "ReplicatedSettings",
+    "Scale",
+    "Torchrun",
+    "Training",
+    "ask_replicas",
+    "check_processes",
+    "check_ray",
+    "cluster_of",
+    "finished",
+    "hand_over",
+    "has_replicas",
+]

@@ -4,55 +4,84 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from potstill.cache import CacheSettings
 from potstill.core.errors import PotstillError
 from potstill.core.events import Display, Reporter
 from potstill.core.settings import DataRef, ModelRef, Settings, references
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import SCRATCH_FOLDER, Artifact, write_atomically
+from potstill.generate import GenerateSettings
+from potstill.models import TransformersModel
+from potstill.scale.settings import Ray
+from potstill.select import SelectSettings
 from potstill.teachers import AnyModel
-from potstill.train import TrainSettings
+from potstill.train import Strategy, TrainSettings
 
-__all__ = ["Failure", "Job", "Outcome", "work_folder"]
+__all__ = ["WORKER_MODULE", "Failure", "Job", "JobSettings", "Outcome", "ReplicatedSettings", "work_folder"]
+
+WORKER_MODULE = "potstill.scale.worker"
+"""What carries a job out: `python -m` of it with the job's file."""
+
+ReplicatedSettings = GenerateSettings | CacheSettings | SelectSettings
+"""Settings of the steps that ask models of which there may be copies."""
+
+JobSettings = TrainSettings | ReplicatedSettings
+"""Settings of the steps that may run in processes of their own."""
 
 _JOB_FILE, _OUTCOME_FILE = "job.json", "outcome.json"
 
 
 def work_folder(step_folder: Path) -> Path:
-    """Where the processes of a step's training leave all that is no checkpoint."""
-    return step_folder / SCRATCH_FOLDER / "torchrun"
+    """Where a step's processes leave all that is no checkpoint."""
+    return step_folder / SCRATCH_FOLDER / "processes"
 
 
 class Job(BaseModel):
-    """A train step with its references resolved.
+    """A step with its references resolved.
 
     `elsewhere`, which is the step's fingerprint, says that it is started by hand: nobody holds the right to
-    make it, and nobody waits.
+    make it, and nobody waits. `ray` is where its models' copies work.
     """
 
     model_config = ConfigDict(protected_namespaces=())
 
     name: str
-    settings: TrainSettings
+    settings: Annotated[JobSettings, Field(discriminator="do")]
+    strategy: Strategy
     folder: Path
     seed: int
     store: Path
     models: dict[str, AnyModel]
     data: dict[str, list[tuple[Path, str | None]]]
     display: Display
+    label: str | None
     events: Path | None
     log: Path | None
     elsewhere: str | None
+    ray: Ray | None = None
 
     @classmethod
-    def of(cls, settings: TrainSettings, context: StepContext, *, elsewhere: str | None) -> "Job":
-        """The job of a step that is about to be carried out."""
+    def of(
+        cls,
+        settings: JobSettings,
+        context: StepContext,
+        strategy: Strategy = "ddp",
+        *,
+        elsewhere: str | None = None,
+        side_by_side: bool = False,
+        ray: Ray | None = None,
+    ) -> "Job":
+        """The job of a step that is about to be carried out, alone or beside others."""
+        display = context.reporter.display
         found = [reference for _, reference in references(settings)]
         return cls(
             name=context.name,
             settings=settings,
+            strategy=strategy,
             folder=context.folder.resolve(),
             seed=context.seed,
             store=context.cache_folder.resolve(),
@@ -62,11 +91,20 @@ class Job(BaseModel):
                 for one in found
                 if isinstance(one, DataRef) and (not one.is_path or Path(one).is_dir())
             },
-            display="plain" if elsewhere else context.reporter.display,
+            # Two bars would write over one another.
+            display="plain" if elsewhere or (side_by_side and display == "bar") else display,
+            label=context.name if side_by_side else None,
             events=context.reporter.events_path,
             log=context.reporter.log_path,
             elsewhere=elsewhere,
+            ray=ray,
         )
+
+    @property
+    def devices(self) -> list[str | None]:
+        """Where each model that works here is to do so, by the step or by itself; None is the default."""
+        asked = getattr(self.settings, "device", None)
+        return [asked or one.device for one in self.models.values() if isinstance(one, TransformersModel)]
 
     def write(self) -> Path:
         """Write it where its processes look for it, and say where."""
@@ -91,7 +129,7 @@ class Job(BaseModel):
 
         return StepContext(
             name=self.name,
-            kind=TrainSettings.kind,
+            kind=self.settings.kind,
             folder=self.folder,
             seed=self.seed,
             cache_folder=self.store,
@@ -127,6 +165,10 @@ class Failure(BaseModel):
                 mend=error.mend,
             )
         return cls(rank=rank, time=time.time(), foreseen=False, what=f"{type(error).__name__}: {error}")
+
+    def error(self) -> PotstillError:
+        """The error that it tells of, for whoever started the process."""
+        return PotstillError(self.what, where=self.where, expected=self.expected, mend=self.mend)
 
     def write(self, step_folder: Path) -> None:
         """Leave it to whoever started the processes."""

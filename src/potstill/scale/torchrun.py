@@ -13,20 +13,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NoReturn
 
 from potstill.core.errors import Interrupted, PotstillError, TrainingError
 from potstill.core.events import Reporter
 from potstill.core.step import StepContext
-from potstill.scale.job import Failure, Job, Outcome, work_folder
-from potstill.scale.settings import Torchrun
+from potstill.scale.job import WORKER_MODULE, Failure, Job, Outcome, work_folder
+from potstill.scale.settings import Torchrun, visible_gpus
 from potstill.train import TrainSettings
 
-__all__ = ["HandedOver", "finished", "train"]
+__all__ = ["Beside", "HandedOver", "Training", "finished", "hand_over", "log_end"]
 
 _LOG_FILE, _LINES_SHOWN = "torchrun.log", 40
 _LISTEN_S, _END_S = 0.1, 30.0
-_WORKER = "potstill.scale.worker"
 _LOOPBACK = "127.0.0.1"
 _PORT = 29500  # where PyTorch's own tools meet
 # torchrun's summary of a process that failed.
@@ -46,36 +45,64 @@ def finished(step_folder: Path) -> Outcome | None:
     return Outcome.read(step_folder)
 
 
-def train(
-    scale: Torchrun, settings: TrainSettings, context: StepContext, *, elsewhere: str | None = None
-) -> Outcome:
-    """Carry out a train step in processes of its own, from its newest checkpoint where there is one.
+def hand_over(scale: Torchrun, settings: TrainSettings, context: StepContext, fingerprint: str) -> NoReturn:
+    """Prepare a train step to be started by hand, and raise HandedOver."""
+    job = Job.of(settings, context, scale.strategy, elsewhere=fingerprint).write()
+    raise HandedOver(_line_for_a_shell(scale, job, fingerprint))
 
-    With `elsewhere`, the step's fingerprint, it is prepared alone. Raises HandedOver then, Interrupted once
-    the processes have made a checkpoint after `context.stop` was set, and PotstillError for what ended them.
+
+class Training:
+    """A train step under way in processes of its own, from its newest checkpoint where there is one.
+
+    They hold one end of a pipe, and this process the other: a byte asks them to stop at the next safe point,
+    and when the pipe closes, as it does whatever ends this process, they end at once. They are no part of the
+    terminal's group, whose Ctrl-C is for this process to pass on. `place`, from 0, is this training's among
+    those that may run side by side, each with its own GPUs and its part of the cores.
     """
-    job = Job.of(settings, context, elsewhere=elsewhere).write()
-    if elsewhere is not None:
-        raise HandedOver(_line_for_a_shell(scale, job, elsewhere))
-    Failure.take_all(context.folder)
-    log_path = work_folder(context.folder) / _LOG_FILE
-    with log_path.open("wb") as log:
-        code = _run(_command(scale, job), scale, context, log)
-    if (outcome := Outcome.read(context.folder)) is not None:
-        return outcome
-    failures = Failure.take_all(context.folder)
-    if code == 0 or (context.stop.is_set() and not any(one.foreseen for one in failures)):
-        raise Interrupted
-    log_text = log_path.read_text(encoding="utf-8", errors="replace")
-    for line in log_text.splitlines()[-_LINES_SHOWN:]:
+
+    def __init__(
+        self, scale: Torchrun, settings: TrainSettings, context: StepContext, *, place: int = 0
+    ) -> None:
+        side_by_side = scale.parallel_steps > 1
+        job = Job.of(settings, context, scale.strategy, elsewhere=None, side_by_side=side_by_side).write()
+        Failure.take_all(context.folder)
+        self._context = context
+        self._log_path = work_folder(context.folder) / _LOG_FILE
+        self._processes = Beside(_command(scale, job), _environment(scale, place), context, self._log_path)
+
+    def outcome(self) -> Outcome | None:
+        """What it gave back; None while it is under way.
+
+        Raises Interrupted once the processes have made a checkpoint after the context's `stop` was set, and
+        PotstillError for what ended them.
+        """
+        context = self._context
+        if (code := self._processes.code()) is None:
+            return None
+        if (outcome := Outcome.read(context.folder)) is not None:
+            return outcome
+        failures = Failure.take_all(context.folder)
+        if code == 0 or (context.stop.is_set() and not any(one.foreseen for one in failures)):
+            raise Interrupted
+        log_text = log_end(self._log_path, context)
+        raise _explained(failures, log_text, code, self._log_path)
+
+    def close(self) -> None:
+        """End its processes where they run, and wait until none is left."""
+        self._processes.close()
+
+
+def log_end(path: Path, context: StepContext) -> str:
+    """What the processes said; its end goes into the run's log."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines()[-_LINES_SHOWN:]:
         context.reporter.log(line)
-    raise _explained(failures, log_text, code, log_path)
+    return text
 
 
 def _explained(failures: Sequence[Failure], log_text: str, code: int, log_path: Path) -> PotstillError:
     if failures and failures[0].foreseen:
-        told = failures[0]
-        return PotstillError(told.what, where=told.where, expected=told.expected, mend=told.mend)
+        return failures[0].error()
     # A process that was killed counts before the others, which fail because it no longer answers.
     by_signal = [
         (int(rank), -int(ended))
@@ -108,7 +135,7 @@ def _command(scale: Torchrun, job: Path) -> list[str]:
         f"--rdzv-endpoint={_LOOPBACK}:0",
         f"--local-addr={_LOOPBACK}",
         "--module",
-        _WORKER,
+        WORKER_MODULE,
         str(job),
     ]
 
@@ -122,58 +149,71 @@ def _line_for_a_shell(scale: Torchrun, job: Path, fingerprint: str) -> str:
     else:
         place = f"${{MASTER_ADDR:?set it to the name of the first machine}}:${{MASTER_PORT:-{_PORT}}}"
         meeting = [f'--rdzv-id="${{SLURM_JOB_ID:-{fingerprint[:12]}}}"', f'--rdzv-endpoint="{place}"']
-    worker = ["--module", _WORKER, shlex.quote(str(job))]
+    worker = ["--module", WORKER_MODULE, shlex.quote(str(job))]
     return " ".join([f'OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"', *launcher, *meeting, *worker])
 
 
-def _environment(scale: Torchrun) -> Mapping[str, str]:
+def _environment(scale: Torchrun, place: int) -> Mapping[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     ours = {
         # torchrun would give each process one thread.
-        "OMP_NUM_THREADS": str(max(1, cores // scale.nproc_per_node)),
+        "OMP_NUM_THREADS": str(max(1, cores // (scale.nproc_per_node * scale.parallel_steps))),
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,
-        # What lies in the user's folder is no module of ours.
-        "PYTHONSAFEPATH": "1",
     }
-    return {**ours, **os.environ}
+    made = {**ours, **os.environ}
+    if scale.parallel_steps > 1 and (gpus := visible_gpus()):
+        first = place * scale.nproc_per_node
+        made["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + scale.nproc_per_node])
+    return made
 
 
-def _run(command: Sequence[str], scale: Torchrun, context: StepContext, log: IO[bytes]) -> int:
-    """Run it until no process is left, and give its exit code.
+class Beside:
+    """A step's processes beside this one.
 
-    Its processes hold one end of a pipe, and this one the other: a byte asks them to stop at the next safe
-    point, and when the pipe closes, as it does whatever ends this process, they end at once. They are no part
-    of the terminal's group, whose Ctrl-C is for this process to pass on.
+    They hold one end of a pipe, and this process the other: a byte asks them to stop at the next safe point,
+    and when the pipe closes, as it does whatever ends this process, they end at once. They are no part of the
+    terminal's group, whose Ctrl-C is for this process to pass on.
     """
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=_shown(context.reporter),
-        stderr=log,
-        env=_environment(scale),
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    asked = False
-    try:
-        while True:
-            try:
-                return process.wait(_LISTEN_S)
-            except subprocess.TimeoutExpired:
-                if context.stop.is_set() and not asked:
-                    asked = True
-                    with suppress(BrokenPipeError):
-                        os.write(process.stdin.fileno(), b"s")
-    finally:
-        with suppress(BrokenPipeError):
-            process.stdin.close()
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], context: StepContext, log_path: Path
+    ) -> None:
+        self._stop, self._asked = context.stop, False
+        with log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=_shown(context.reporter),
+                stderr=log,
+                # What lies in the user's folder is no module of ours.
+                env={"PYTHONSAFEPATH": "1", **environment},
+                start_new_session=True,
+            )
+
+    def code(self) -> int | None:
+        """The exit code of the first of them; None, after a moment, while it runs. A stop is passed on."""
         try:
-            process.wait(_END_S)
+            return self._process.wait(_LISTEN_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            if self._stop.is_set() and not self._asked:
+                self._asked = True
+                assert self._process.stdin is not None
+                with suppress(BrokenPipeError):
+                    os.write(self._process.stdin.fileno(), b"s")
+            return None
+
+    def close(self) -> None:
+        """End them where they run, and wait until none is left."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def _shown(reporter: Reporter) -> Any:

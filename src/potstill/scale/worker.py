@@ -1,5 +1,9 @@
-"""One of the processes that torchrun starts for a train step: python -m potstill.scale.worker JOB."""
+"""A process that carries out a step beside the run: python -m potstill.scale.worker JOB.
 
+Of a training torchrun starts several; one that asks replicas on Ray is alone.
+"""
+
+import importlib
 import json
 import os
 import select
@@ -8,10 +12,17 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from potstill.core.environment import prepare_libraries
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from potstill.core.step import StepContext
+    from potstill.scale.job import Job
 
 __all__ = ["main"]
 
@@ -21,7 +32,7 @@ _STOPPED = 128 + signal.SIGTERM  # where nobody waits who knows of it: for the s
 def main() -> None:
     """Carry out the job's step with all other processes; the first one tells of it and leaves the outcome."""
     started, path = time.monotonic(), Path(sys.argv[1])
-    rank, stop = int(os.environ["RANK"]), threading.Event()
+    rank, stop = int(os.environ.get("RANK", "0")), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     # Before anything else is imported: who started this process may be gone already.
@@ -31,7 +42,12 @@ def main() -> None:
     if rank != 0:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # one process speaks to people
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper, as in the command line
-    raise SystemExit(_work(path, rank, stop, started))
+    code = _work(path, rank, stop, started)
+    if "ray" in sys.modules:  # whose own clean-up waits for a cluster that may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def _listen(stop: threading.Event, rank: int) -> None:
@@ -56,20 +72,25 @@ def _work(path: Path, rank: int, stop: threading.Event, started: float) -> int:
     from potstill.core.memory import PeakMemory
     from potstill.core.store import Store
     from potstill.scale.job import Failure, Job, Outcome
-    from potstill.train import run
+    from potstill.train import TrainSettings
 
     job = Job.read(path)
-    reporter = Reporter(job.display, job.events, sys.stdout, job.log) if rank == 0 else Reporter("quiet")
-    alone: AbstractContextManager[None] = nullcontext()
+    reporter = Reporter("quiet")
+    if rank == 0:
+        reporter = Reporter(job.display, job.events, sys.stdout, job.log, label=job.label)
+    alone: AbstractContextManager[object] = nullcontext()
     if rank == 0 and job.elsewhere is not None:
         alone = Store(job.store).lock(
             job.elsewhere, on_wait=lambda pid: reporter.say("another run makes this now")
         )
+    context = job.context(reporter, stop)
     code = 0
     try:
-        with alone:
+        with alone, _replicas(job, context):
             memory = PeakMemory()
-            result = run(job.settings, job.context(reporter, stop))
+            run = importlib.import_module(f"potstill.{context.kind}").run
+            more = (job.strategy,) if isinstance(job.settings, TrainSettings) else ()
+            result = run(job.settings, context, *more)
             if rank == 0:
                 outcome = Outcome(result=result, seconds=time.monotonic() - started, peaks=memory.read())
                 outcome.write(job.folder)
@@ -81,6 +102,20 @@ def _work(path: Path, rank: int, stop: threading.Event, started: float) -> int:
         return 1
     _leave_the_group()
     return code
+
+
+@contextmanager
+def _replicas(job: "Job", context: "StepContext") -> "Iterator[None]":
+    """Where the step finds copies of its models, if they are to work on Ray."""
+    if job.ray is None:
+        yield
+        return
+    from potstill.scale.ray_pool import RayReplicas
+
+    uses_gpu = any(device is None or device.startswith("cuda") for device in job.devices)
+    with closing(RayReplicas(job.ray, context, uses_gpu=uses_gpu)) as replicas:
+        context.replicas = replicas
+        yield
 
 
 def _leave_the_group() -> None:

@@ -1,15 +1,17 @@
 """The arguments of a training from Python: transformers' own with ours beside them."""
 
+import os
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from pydantic import ValidationError
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from potstill.core.errors import TrainingError
-from potstill.train.settings import HONOURED, OWNED, Divergence, Schedule, TrainSettings
+from potstill.train.settings import HONOURED, OWNED, Divergence, Schedule, Strategy, TrainSettings
 
 __all__ = ["DistillationArguments"]
 
@@ -28,7 +30,8 @@ class DistillationArguments(TrainingArguments):
     and so on, `early_stopping` one with `patience`, `min_delta` and `every`, as in a recipe; it evaluates
     every so many steps, by default an epoch, unless `eval_strategy` says when. `autocast` multiplies in
     bfloat16, by default where the device does so itself. `max_length` cuts rows off; by default the student's
-    context does.
+    context does. `strategy` says what each of several processes holds: all of the student ("ddp"), or its
+    part of every weight, gradient and moment ("fsdp2").
 
     TrainingError for a value that a recipe would refuse, and for a field of transformers that one of ours
     stands for (`gradient_accumulation_steps`, say).
@@ -55,6 +58,7 @@ class DistillationArguments(TrainingArguments):
     early_stopping: dict[str, Any] | None = None
     autocast: bool | None = None
     max_length: int | None = None
+    strategy: Strategy = "ddp"
 
     optim: OptimizerNames | str = "adamw_torch_fused"
     save_strategy: SaveStrategy | str = "no"
@@ -67,9 +71,22 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.settings()
         self._refuse_overtaken()
+        if self.strategy not in get_args(Strategy):
+            raise TrainingError(
+                f"strategy is {self.strategy!r}", expected=" or ".join(map(repr, get_args(Strategy)))
+            )
+        has_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self.strategy == "fsdp2" and has_ranks and not self.use_cpu and torch.cuda.is_available():
+            # Through accelerate, with transformers' defaults: whole weights of a block are freed behind it.
+            self.fsdp, self.fsdp_config = True, {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
         self.per_device_train_batch_size = self.batch
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # one process trains on one device
+
+    @property
+    def divides(self) -> bool:
+        """Whether the student is divided among processes; one alone has all of it."""
+        return self.strategy == "fsdp2" and self.world_size > 1
 
     def settings(self) -> TrainSettings:
         """Our fields as a recipe's settings, whose constraints they have. Raises TrainingError."""

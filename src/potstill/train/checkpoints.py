@@ -47,6 +47,6 @@ def _is_whole(checkpoint: Path) -> bool:
             with (checkpoint / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return False
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, AttributeError):  # AttributeError: no JSON object
         return False
     return True

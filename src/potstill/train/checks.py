@@ -1,4 +1,4 @@
-"""What a trainer refuses before it begins: a loss without its signal, shards, types that lose gradients."""
+"""What a trainer refuses before it begins: losses without a signal, odd parts, types that lose gradients."""
 
 import os
 from typing import Any
@@ -12,8 +12,9 @@ from potstill.losses.types import Live
 from potstill.train.arguments import DistillationArguments
 from potstill.train.online import OnlineTeacher
 from potstill.train.rows import CachedTeacher
+from potstill.train.sharding import OPTIMISERS, is_divisible
 
-__all__ = ["check_device", "check_loss", "check_precision", "check_whole"]
+__all__ = ["check_device", "check_loss", "check_precision", "check_strategy"]
 
 
 def check_loss(arguments: DistillationArguments, teacher: object) -> None:
@@ -46,18 +47,34 @@ def check_loss(arguments: DistillationArguments, teacher: object) -> None:
         )
 
 
-def check_whole(arguments: DistillationArguments) -> None:
-    """Refuse to shard the student: the fused head, the groups and the checkpoints take each weight whole."""
+def check_strategy(arguments: DistillationArguments, student: nn.Module) -> None:
+    """Refuse to divide the student otherwise than the strategy says, and what cannot be divided."""
     asked = [name for name in ("fsdp", "deepspeed", "parallelism_config") if getattr(arguments, name)]
     # As accelerate launch states its configuration.
     launched = [f"ACCELERATE_USE_{name.upper()}" for name in ("fsdp", "deepspeed", "parallelism_config")]
     asked += [name for name in launched if os.environ.get(name, "false").lower() in ("1", "true", "yes")]
+    asked = [name for name in asked if arguments.strategy == "ddp" or not name.lower().endswith("fsdp")]
     if asked:
         raise TrainingError(
-            f"{', '.join(asked)} would divide the student's weights among processes",
-            expected="DistributedDataParallel, where each process holds the whole student: the gradient of "
-            "the head is summed, chunk by chunk, for the whole weight",
-            mend="leave it out; lora and quantize: nf4 save memory",
+            f"{', '.join(asked)} would divide the student's weights among processes in another way than "
+            "the trainer, its groups and its checkpoints know of",
+            expected='strategy "ddp", where each process holds the whole student, or "fsdp2"',
+            mend='leave it out, and set strategy="fsdp2" where one process cannot hold the student',
+        )
+    if not arguments.divides:
+        return
+    if not is_divisible(student):
+        raise TrainingError(
+            "strategy fsdp2: the student's weights are quantised, packed with scales that do not divide as "
+            "they do",
+            expected="weights in full, divided among the processes",
+            mend="leave quantize out, or set strategy: ddp, where each process holds the quantised student",
+        )
+    if arguments.optim not in OPTIMISERS:
+        raise TrainingError(
+            f"strategy fsdp2: the optimiser {arguments.optim} keeps what does not divide as weights do",
+            expected=", ".join(sorted(OPTIMISERS)),
+            mend="choose one of these, or set strategy: ddp",
         )
 
 

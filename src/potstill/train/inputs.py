@@ -35,7 +35,15 @@ from potstill.train.rows import (
     rows_of_records,
 )
 
-__all__ = ["DataInput", "Examples", "ModelInput", "TeacherInput", "resolve_inputs", "resolve_student"]
+__all__ = [
+    "DataInput",
+    "Examples",
+    "ModelInput",
+    "TeacherInput",
+    "is_model",
+    "resolve_inputs",
+    "resolve_student",
+]
 
 _LONGEST_PATH = 4096
 
@@ -117,7 +125,7 @@ def resolve_inputs(
     else:
         renderer = Renderer(student.tokenizer)
         find: Callable[[Rendered], int] | None = None
-        if isinstance(teacher, str | Path) and not _is_model(teacher):
+        if isinstance(teacher, str | Path) and not is_model(teacher):
             cache = _open(teacher, student)
             source = CachedTeacher([cache], temperature, top_k)
 
@@ -132,7 +140,8 @@ def resolve_inputs(
     return rows, source
 
 
-def _is_model(path: str | Path) -> bool:
+def is_model(path: str | Path) -> bool:
+    """Whether a path leads to a model: any but a folder that holds something else, such as cached logits."""
     return not Path(path).is_dir() or any(
         (Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")
     )

@@ -55,7 +55,9 @@ class OptimiserStep(NamedTuple):
 class MicroBatches:
     """Makes micro-batches of row numbers, in whatever process: it knows neither model nor device.
 
-    What it is asked for are the rows of all ranks, and every rank knows which of them are whose.
+    What it is asked for are the rows of all ranks, and every rank knows which of them are whose. `in_step`
+    is for ranks that meet in every block of every pass, as those of a divided student do: all make as many
+    micro-batches, and a pass each.
     """
 
     rows: Rows
@@ -64,6 +66,7 @@ class MicroBatches:
     packed: bool
     rank: int = 0
     ranks: int = 1
+    in_step: bool = False
 
     def __call__(self, numbers: Sequence[int]) -> OptimiserStep:
         """The step of these rows."""
@@ -79,21 +82,25 @@ class MicroBatches:
     def one_by_one(self, numbers: Sequence[int]) -> Iterator[MicroBatch]:
         """This rank's micro-batches of any number of rows, at least one, each made when it is its turn."""
         groups, factors = self.split(numbers, self.rank), self.rows.factors(numbers)
-        if not groups:
-            yield self._idle(numbers[0])
         for members in groups:
-            yield make_micro_batch(
+            made = make_micro_batch(
                 [self.rows[number] for number in members],
                 None if self.teacher is None else self.teacher(self.rows, members),
                 tuple(self.rows.id(number) for number in members),
                 packed=self.packed,
                 factors=None if factors is None else tuple(factors[number] for number in members),
             )
+            # A prefix would be a pass of its own, which other ranks may not make.
+            yield replace(made, shared_prefix=0) if self.in_step else made
+        others = range(self.ranks) if self.in_step else ()
+        wanted = max([1, *(len(self.split(numbers, rank)) for rank in others)])
+        for _ in range(wanted - len(groups)):
+            yield self._idle(min(numbers, key=self.rows.length))
 
     def _idle(self, number: int) -> MicroBatch:
-        """Without a token that counts, for a rank without rows: it too takes part in what the ranks exchange.
+        """Without a token that counts, where other ranks have rows: all take part in what they exchange.
 
-        The row, which another rank trains on, lends its tokens and the kind of its signal.
+        The row, which counts in another place, lends its tokens and the kind of its signal.
         """
         signal = None if self.teacher is None else self.teacher(self.rows, [number]).rows(slice(0, 0))
         ids = self.rows[number].ids

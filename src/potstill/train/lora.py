@@ -1,7 +1,7 @@
 """Low-rank adapters: put on a model, and saved so that the same weights give the same files."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,11 @@ def _trained_rows(model: Any, token_ids: Sequence[int]) -> dict[str, list[int]]:
     }
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter in PEFT's format."""
+def save_adapter(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter in PEFT's format; `state` has its weights where the model has but parts of them."""
     for config in model.peft_config.values():
         # PEFT keeps a set, whose order differs from one process to the next.
         config.target_modules = sorted(config.target_modules)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    given = {} if state is None else {"state_dict": state}
+    model.save_pretrained(folder, save_embedding_layers=False, **given)
     (folder / MODEL_CARD_FILE).unlink()  # PEFT writes an empty form

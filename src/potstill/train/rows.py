@@ -11,10 +11,10 @@ from typing import Any
 from potstill.core.errors import DataError, ModelError, TrainingError
 from potstill.core.records import Record
 from potstill.core.settings import DataRef
-from potstill.core.spool import Spool
 from potstill.core.step import StepContext
 from potstill.core.store import Artifact
 from potstill.data.chat import Rendered, Renderer, fit
+from potstill.data.packed_rows import PackedRows
 from potstill.data.sources import Data
 from potstill.logits.shards import LogitCache
 from potstill.losses.types import Sampled, Sparse, TeacherSignal, concatenate
@@ -31,52 +31,28 @@ __all__ = [
 ]
 
 
-class Rows:
-    """Token ids, loss mask and record id of many rows, on disk; in memory a row costs 28 bytes.
+class Rows(PackedRows):
+    """Packed rows with what training counts of them; in memory a row costs 24 bytes.
 
-    The file lies in `folder`, by default where the system keeps temporary files. `sources` holds for each row
-    its number where it came from. Where there are `shares`, as many neighbours are the tasks that one trace
-    was made into, and each task has its share of the loss.
+    `sources` holds for each row its number where it came from. Where there are `shares`, as many neighbours
+    are the tasks that one trace was made into, and each task has its share of the loss.
     """
 
     def __init__(self, shares: Sequence[float] = (), folder: Path | None = None) -> None:
+        super().__init__(folder)
         self.shares = tuple(shares)
-        self.sources, self.lengths = array("q"), array("i")
-        self._supervised, self._ends, self._spool = array("i"), array("q", [0]), Spool(folder)
+        self.sources, self._supervised = array("q"), array("i")
 
     def append(self, rendered: Rendered, record_id: str = "", source: int = 0) -> None:
         """Add one row."""
+        super().append(rendered, record_id)
         self.sources.append(source)
-        self.lengths.append(len(rendered.ids))
         self._supervised.append(rendered.supervised_tokens)
-        name = record_id.encode("utf-8", "surrogatepass")
-        self._spool.append(array("i", rendered.ids).tobytes() + bytes(rendered.mask) + name)
-        self._ends.append(self._spool.size)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
 
     @property
     def rows_a_trace(self) -> int:
         """How many neighbours were made of one trace."""
         return max(1, len(self.shares))
-
-    def __getitem__(self, number: int) -> Rendered:
-        ids, mask, _ = self._parts(number)
-        return Rendered(array("i", ids).tolist(), list(mask))
-
-    def id(self, number: int) -> str:
-        """The id of a row's record."""
-        return self._parts(number)[2].decode("utf-8", "surrogatepass")
-
-    def _parts(self, number: int) -> tuple[bytes, bytes, bytes]:
-        start, end, length = self._ends[number], self._ends[number + 1], self.lengths[number]
-        data, ids_bytes = self._spool.read(start, end - start), length * self.lengths.itemsize
-        return data[:ids_bytes], data[ids_bytes : ids_bytes + length], data[ids_bytes + length :]
-
-    def length(self, number: int) -> int:
-        """Tokens of a row."""
-        return self.lengths[number]
 
     def supervised(self, number: int) -> int:
         """Tokens of a row that the loss counts."""

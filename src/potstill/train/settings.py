@@ -14,6 +14,7 @@ __all__ = [
     "LoraSettings",
     "ParameterGroup",
     "Schedule",
+    "Strategy",
     "TrainSettings",
     "default_max_tokens",
 ]
@@ -21,6 +22,7 @@ __all__ = [
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "adaptive_kl"]
 Schedule = Literal["cosine", "linear", "constant"]
+Strategy = Literal["ddp", "fsdp2"]
 
 
 def _names(text: str) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from potstill.core.errors import RecipeError, TrainingError
@@ -43,7 +44,7 @@ from potstill.train.rows import (
     rows_of_records,
 )
 from potstill.train.saving import kept_epochs, save_student
-from potstill.train.settings import TrainSettings, default_max_tokens
+from potstill.train.settings import Strategy, TrainSettings, default_max_tokens
 from potstill.train.step_by_step import ask_for_labels, rows_of_tasks
 from potstill.train.student import StudentWithLoss
 from potstill.train.throughput import parameter_size
@@ -54,10 +55,11 @@ from potstill.train.watcher import Watcher, expert_load, history_point
 __all__ = ["train"]
 
 
-def train(settings: TrainSettings, context: StepContext) -> StepResult:
+def train(settings: TrainSettings, context: StepContext, strategy: Strategy = "ddp") -> StepResult:
     """Carry out a train step, from its newest checkpoint where an earlier attempt left one.
 
-    Of several processes each calls it, and the first one's result is the step's.
+    Of several processes each calls it, and the first one's result is the step's; `strategy` says what each
+    holds of the student.
     """
     cpu.tune_memory()  # the trainer's own call comes after the student's tensors, too late for huge pages
     model_settings = transformers_model(context, settings.student, device=settings.device)
@@ -77,7 +79,7 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
     device = loaded.model.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    arguments = _arguments(settings, context, device)
+    arguments = _arguments(settings, context, device, strategy)
     with arguments.main_process_first(local=False):  # which clears away what is half written
         checkpoint = checkpoints.newest(context.scratch)
     arguments.eval_on_start = len(data.held_out) > 0 and checkpoint is None
@@ -89,9 +91,9 @@ def train(settings: TrainSettings, context: StepContext) -> StepResult:
     counts = _say_what_is_trained(trainer, data, context)
     watcher.train(trainer, checkpoint)
     feature = trainer.student.feature
-    with arguments.main_process_first(local=False):  # the others stay until all is written
-        if arguments.should_save:
-            save_student(loaded, context.folder, feature)
+    save_student(loaded, context.folder, feature, writes=arguments.should_save)
+    with arguments.main_process_first(local=False):
+        pass  # the others stay until all is written
     if not arguments.should_save:
         return StepResult()
     history = [point for point in map(history_point, trainer.state.log_history) if point]
@@ -328,13 +330,18 @@ def _precision(student: StudentWithLoss) -> dict[str, str]:
     """The types of trained and of frozen weights, and the type that autocast multiplies in."""
     found = {}
     for kind, trained in (("trained", True), ("frozen", False)):
-        types = {str(one.dtype) for one in student.parameters() if one.requires_grad is trained}
+        parts = (student.model, student.feature or nn.Module())  # not what is frozen beside the student
+        types = {
+            str(one.dtype) for part in parts for one in part.parameters() if one.requires_grad is trained
+        }
         if types:
             found[kind] = ", ".join(sorted(types)).replace("torch.", "")
     return {**found, "autocast": "bfloat16"} if student.bf16 else found
 
 
-def _arguments(settings: TrainSettings, context: StepContext, device: torch.device) -> DistillationArguments:
+def _arguments(
+    settings: TrainSettings, context: StepContext, device: torch.device, strategy: Strategy
+) -> DistillationArguments:
     known = {one.name for one in dataclasses.fields(TrainingArguments) if one.init}
     for name in settings.trainer:
         if name not in known:
@@ -378,6 +385,7 @@ def _arguments(settings: TrainSettings, context: StepContext, device: torch.devi
         "report_to": [name for name in settings.report_to if name != "tensorboard"] or "none",
         "project": "potstill",
         "run_name": _run_name(context),
+        "strategy": strategy,
     }
     try:
         return DistillationArguments(**{**ours, **settings.trainer})

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, N supervised tokens, H hidden size.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from potstill.losses.response import response_loss
 from potstill.losses.types import Sampled, Sparse, TeacherSignal
 from potstill.models import output_head
 from potstill.train.features import FeatureLoss, Passed, States, counted
+from potstill.train.sharding import block_classes, is_divisible
 
 if TYPE_CHECKING:
     from potstill.train.base import Base
+    from potstill.train.online import OnlineTeacher
     from potstill.train.routing import Routing
 
 __all__ = ["MicroBatch", "StudentWithLoss", "make_micro_batch", "supervised_hidden"]
@@ -121,6 +123,7 @@ class StudentWithLoss(nn.Module):
         base: "Base | None" = None,
         feature: FeatureLoss | None = None,
         routing: "Routing | None" = None,
+        teacher: "OnlineTeacher | None" = None,
         bf16: bool = False,
     ) -> None:
         super().__init__()
@@ -128,13 +131,33 @@ class StudentWithLoss(nn.Module):
         self.vocabulary_size, self.bf16 = vocabulary_size, bf16
         self.alpha, self.temperature, self.divergence = alpha, temperature, divergence
         self.beta, self.skew, self.renormalise = beta, skew, renormalise
-        self.base, self.feature, self.routing = base, feature, routing
+        self.base, self.feature, self.routing, self.teacher = base, feature, routing, teacher
+        self.frozen = nn.ModuleList()
 
     @property
     def device(self) -> torch.device:
         """Where the student's weights are."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        # By this name accelerate asks for the classes of blocks.
+        return block_classes(self)
+
+    def hold_frozen(self) -> None:
+        """Make teacher and frozen base parts of this module, so that what divides its weights divides theirs.
+
+        Quantised ones stay outside, whole on every rank.
+        """
+        frozen = [one.model for one in (self.teacher, self.base) if one is not None]
+        self.frozen.extend(one for one in frozen if one is not self.model and is_divisible(one))
+
+    def train(self, mode: bool = True) -> Self:  # as torch declares it
+        """Set whether dropout is on, which it never is in what is frozen."""
+        super().train(mode)
+        self.frozen.eval()
+        return self
 
     def forward(
         self,
@@ -149,9 +172,11 @@ class StudentWithLoss(nn.Module):
         `supervised_tokens` is the count of the whole optimiser step, so that gradients do not depend on how
         the step is split, divided by the ranks where gradients are averaged over them; `divergence_scale` is
         `blend`'s, and `feature_scale` is that count divided by that of the tokens which features are compared
-        of, `routing_scale` likewise by that of all tokens, which routers see. The head runs on supervised
-        tokens only, chunk by chunk.
+        of, `routing_scale` likewise by that of all tokens, which routers see. A teacher in memory answers
+        here. The head runs on supervised tokens only, chunk by chunk.
         """
+        if self.teacher is not None:
+            batch = self.teacher.answer(batch, self.feature)
         listening: AbstractContextManager[Passed] = (
             nullcontext({}) if self.feature is None else self.feature.listening(self.model)
         )

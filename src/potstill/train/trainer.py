@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import IntervalStrategy
@@ -32,10 +33,10 @@ from potstill.models import (
     supports_bf16,
     writing,
 )
-from potstill.train import cpu
+from potstill.train import cpu, sharding
 from potstill.train.arguments import DistillationArguments
 from potstill.train.base import Base
-from potstill.train.checks import check_device, check_loss, check_precision, check_whole
+from potstill.train.checks import check_device, check_loss, check_precision, check_strategy
 from potstill.train.early_stopping import EarlyStopping
 from potstill.train.features import FeatureLoss
 from potstill.train.groups import ParameterGroups
@@ -44,6 +45,7 @@ from potstill.train.inputs import (
     Examples,
     ModelInput,
     TeacherInput,
+    is_model,
     resolve_inputs,
     resolve_student,
 )
@@ -53,7 +55,7 @@ from potstill.train.routing import Routing
 from potstill.train.rows import Rows
 from potstill.train.saving import save_student
 from potstill.train.settings import EarlyStoppingSettings, FeatureSettings, Schedule
-from potstill.train.student import MicroBatch, StudentWithLoss
+from potstill.train.student import StudentWithLoss
 from potstill.train.throughput import StepCost, peak_flops_per_s
 from potstill.train.trackers import check_trackers
 
@@ -97,9 +99,10 @@ class DistillationTrainer(Trainer):
     examples. `base` is what `base_kl` keeps the student near: by default what it is when the trainer is made,
     for an adapter its base and for full weights a frozen copy.
 
-    Started by torchrun or accelerate launch it is one of several processes (DDP): each trains on its part of
-    every step's rows, all have one loss and one log, and the first writes. Gradients do not depend on how
-    many they are, and a checkpoint serves any number of them.
+    Started by torchrun or accelerate launch it is one of several processes: each trains on its part of every
+    step's rows, all have one loss and one log, and the first writes. Each holds the whole student, or with
+    the arguments' strategy "fsdp2" its part of it; then all have to call `save_model` and `evaluate`.
+    Gradients do not depend on how many they are, and a checkpoint serves any number of them.
 
     ```python
     from potstill import DistillationArguments, DistillationTrainer
@@ -139,12 +142,12 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         settings = arguments.settings()
-        check_whole(arguments)
         check_trackers(arguments.report_to or [])
         if arguments.device.type == "cpu":
             cpu.tune_memory()
         self.loaded = resolve_student(student, tokenizer, arguments.device)
         model = self.loaded.model
+        check_strategy(arguments, model)
         found, self.teacher = resolve_inputs(
             self.loaded,
             data,
@@ -192,8 +195,11 @@ class DistillationTrainer(Trainer):
             base=self.base,
             feature=self._feature(settings.feature, arguments.seed, bf16=bf16),
             routing=Routing(model, arguments.router_aux_loss_coef),
+            teacher=self.teacher if isinstance(self.teacher, OnlineTeacher) else None,
             bf16=bf16,
         )
+        if arguments.divides:
+            self.student.hold_frozen()
         self.plan = EpochPlan(
             self.rows.lengths, arguments.batch, arguments.order_seed, together=self.rows.rows_a_trace
         )
@@ -249,6 +255,15 @@ class DistillationTrainer(Trainer):
             return None
         if isinstance(base, nn.Module):
             return base.to(arguments.device)
+        if isinstance(base, str | Path) and not is_model(base):
+            raise TrainingError(
+                "base is a folder without a model",
+                where=str(base),
+                expected="a model: KL(student || base) weighs each id by the student's probability, and "
+                "cached logits are of the base's likeliest ids",
+                mend="name the model; what a cache of it gives, KL(base || student), is alpha with that "
+                "cache as data",
+            )
         found = resolve_student(base, None, arguments.device)
         check_same_vocabulary(found.tokenizer, self.loaded.tokenizer, names=("base", "student"))
         model: nn.Module = found.model
@@ -282,13 +297,7 @@ class DistillationTrainer(Trainer):
         """What makes this rank's micro-batches of rows, with what is stored of the teacher."""
         stored = None if isinstance(self.teacher, OnlineTeacher) else self.teacher
         ranks = self.args.process_index, self.args.world_size
-        return MicroBatches(rows, stored, self.args.max_tokens, self.packs, *ranks)
-
-    def _on_device(self, batch: MicroBatch) -> MicroBatch:
-        batch = batch.to(self.student.device)
-        if isinstance(self.teacher, OnlineTeacher):
-            return self.teacher.answer(batch, self.student.feature)
-        return batch
+        return MicroBatches(rows, stored, self.args.max_tokens, self.packs, *ranks, self.args.divides)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The steps of the plan, of which each rank makes its part; accelerate leaves them alone."""
@@ -321,10 +330,12 @@ class DistillationTrainer(Trainer):
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
         for batch in step.batches:
-            is_last = batch is step.batches[-1]
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
-                # DDP makes a mean over the ranks of what has to be their sum.
-                loss, values = model(self._on_device(batch), supervised / self.args.world_size, *scales)
+            # Gradients that wait to be reduced are whole, which a divided student has no room for.
+            at_once = self.args.divides or batch is step.batches[-1]
+            with nullcontext() if at_once else self.accelerator.no_sync(model):
+                # DDP and FSDP make a mean over the ranks of what has to be their sum.
+                here = batch.to(self.student.device)
+                loss, values = model(here, supervised / self.args.world_size, *scales)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
             for name, value in values.items():
@@ -368,8 +379,19 @@ class DistillationTrainer(Trainer):
         of_supervised = feature is None or feature.settings.tokens == "supervised"
         return divergence, 1.0 if of_supervised else over_all_tokens, over_all_tokens
 
+    def _prepare_for_training(self, *given: Any) -> Any:
+        if self.args.divides and not self.is_fsdp_enabled:
+            # On a CPU accelerate would take DDP in its place. To transformers this is a model that was
+            # divided as it was loaded.
+            sharding.divide(self.student)
+            self.is_distributed_loading_by_transformers = True
+        prepared = super()._prepare_for_training(*given)
+        if self.args.divides:
+            sharding.check_divided(self.student)
+        return prepared
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+        norm = sharding.whole(super()._clip_grad_norm(model))
         if not math.isfinite(norm):
             raise TrainingError(
                 f"the gradient norm is {float(norm)}",
@@ -377,6 +399,9 @@ class DistillationTrainer(Trainer):
                 mend="lower lr, lengthen warmup_ratio, or look at these rows",
             )
         return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return sharding.whole(super()._get_grad_norm(model, grad_norm))
 
     def _where(self, row_ids: list[str] | tuple[str, ...]) -> str:
         shown = ", ".join(row_ids[:_ROWS_SHOWN]) + (", ..." if len(row_ids) > _ROWS_SHOWN else "")
@@ -421,9 +446,10 @@ class DistillationTrainer(Trainer):
         assert routing is not None
         with torch.no_grad(), routing.counting() as counts:
             for batch in self.micro_batches(self.held_out).one_by_one(range(len(self.held_out))):
-                _, values = self.student(self._on_device(batch), 1, *scales)
+                _, values = self.student(batch.to(self.student.device), 1, *scales)
                 for name, value in values.items():
                     sums[name] = value + sums.get(name, 0.0)
+        sharding.release(self.student)
         totals, _ = self._over_ranks(sums)
         metrics = {f"eval_{name}": total / supervised for name, total in totals.items()}
         if not routing.routers:
@@ -488,43 +514,74 @@ class DistillationTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student, with its tokenizer, as a folder that plain transformers or PEFT loads.
 
-        Projections of features lie in it apart, in `features.PROJECTIONS_FILE`.
+        Projections of features lie in it apart, in `features.PROJECTIONS_FILE`. Every process of a divided
+        student has to call it.
         """
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)  # of a checkpoint
-        elif self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            save_student(self.loaded, folder, self.student.feature)
+        if _internal_call:  # of a checkpoint
+            self._save(output_dir)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        save_student(self.loaded, folder, self.student.feature, writes=self.args.should_save)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with writing(Path(str(self.args.output_dir))):
             super()._save_checkpoint(model, trial)
 
     def _trained(self) -> dict[str, Tensor]:
-        return {name: one.detach() for name, one in self.student.named_parameters() if one.requires_grad}
+        return {name: one for name, one in self.student.named_parameters() if one.requires_grad}
 
     def _write_trained(self, path: Path) -> None:
-        if not self.args.should_save:
+        if not (self.args.should_save or self.args.divides):
             return
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: one.contiguous() for name, one in self._trained().items()}, path)
+        trained = {}
+        for name, one in self._trained().items():
+            value = sharding.whole(one.detach())
+            if self.args.should_save:  # no more than one is whole on a GPU
+                trained[name] = value.cpu().contiguous()
+        if self.args.should_save:
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(trained, path)
 
     def _read_trained(self, path: Path) -> None:
         saved, trained = load_file(path), self._trained()
         if saved.keys() != trained.keys():
-            raise TrainingError(
-                "the checkpoint holds other weights than are trained now",
-                where=str(path.parent),
-                mend="run the step again with --force",
-            )
-        with torch.no_grad():
-            for name, one in trained.items():
-                one.copy_(saved[name])
+            raise sharding.other_weights(path.parent)
+        for name, one in trained.items():
+            sharding.assign(one, saved[name])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # A checkpoint holds what is trained, once: frozen weights are where they came from.
-        self._write_trained(Path(output_dir or str(self.args.output_dir)) / _WEIGHTS_FILE)
+        if not self.args.divides:
+            self._write_trained(Path(output_dir or str(self.args.output_dir)) / _WEIGHTS_FILE)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.args.divides:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharding.write_shards(Path(output_dir), self._trained(), self.optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._read_trained(Path(resume_from_checkpoint) / _WEIGHTS_FILE)
+        checkpoint = Path(resume_from_checkpoint)
+        if sharding.has_shards(checkpoint):
+            sharding.read_shards(checkpoint, self._trained())
+        else:
+            self._read_trained(checkpoint / _WEIGHTS_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        has_shards = checkpoint is not None and sharding.has_shards(Path(checkpoint))
+        if checkpoint is None or not (self.args.divides or has_shards):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        if has_shards:
+            sharding.read_shards(folder, self._trained(), self.optimizer)
+        else:
+            saved = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            sharding.divide_moments(saved, self.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate

@@ -88,10 +88,11 @@ class Watcher(TrainerCallback):
         due = is_last or any(step % one == 0 for one in (self.steps_per_epoch, every, counted) if one)
         control.should_evaluate = self.evaluates and due
         keep = self.settings.keep_epochs
-        if keep is not None and args.should_save and step % self.steps_per_epoch == 0:
+        if keep is not None and step % self.steps_per_epoch == 0:
             # Before the step's checkpoint, for the same reason.
             epoch, folder = step // self.steps_per_epoch, self.context.folder
-            save_epoch(self.trainer.loaded, epoch, folder, self.context.scratch, keep)
+            loaded, scratch = self.trainer.loaded, self.context.scratch
+            save_epoch(loaded, epoch, folder, scratch, keep, writes=args.should_save)
         if not is_last:
             waited_s = time.monotonic() - self.saved_at
             control.should_save = self.trainer.on_any_rank(

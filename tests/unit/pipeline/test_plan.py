@@ -1,6 +1,7 @@
 """What a plan says of steps before they run."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,28 @@ def test_the_bytes_of_a_cache_are_those_measured_for_its_codec(
     assert plan.problems == []
     assert (step.rows, step.tokens) == (20, 2000)
     assert step.disk_gb == pytest.approx(2000 * bytes_a_token / 1e9, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "problem"),
+    [
+        (1, "top_k is 8, and the traces of traces hold no alternatives to each token"),
+        (5, "top_k is 8, and the traces of traces hold 5 alternatives to each token"),
+        (8, None),
+    ],
+)
+def test_a_cache_of_more_than_the_traces_will_hold_is_a_problem(
+    tmp_path: Path, recipe: dict[str, Any], logprobs: int, problem: str | None
+) -> None:
+    recipe["steps"]["traces"]["logprobs"] = logprobs
+    cache = {"do": "cache", "model": "teacher", "data": "picked", "from_traces": True, "top_k": 8}
+    recipe["steps"] = {name: recipe["steps"][name] for name in ("traces", "picked")} | {"logits": cache}
+    plan, steps = _planned(recipe, tmp_path)
+    found = [one for one in plan.problems if one.startswith("step logits")]
+    assert [one.partition("; ")[0] for one in found] == (
+        [] if problem is None else [f"step logits: {problem}"]
+    )
+    assert steps["logits"].memory_gb is None, "no model is loaded"
 
 
 def test_a_disk_that_is_too_small_for_a_cache_is_a_problem(
@@ -347,6 +370,19 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(tex
     assert planned("max_tokens=2000", "activation_checkpointing=true") < two
 
 
+def test_parts_of_a_student_take_less_memory_than_as_many_whole_ones(texts: Path) -> None:
+    def planned(*scale: str) -> float:
+        found = memory_gb(texts, "Qwen/Qwen3-4B-Instruct-2507", "max_tokens=1", *scale)
+        assert found is not None
+        return found
+
+    four = ("scale.engine=torchrun", "scale.nproc_per_node=4")
+    weights_gb = 4e9 * 16 / 1e9
+    assert planned(*four) == pytest.approx(4 * planned())
+    in_parts = planned(*four, "scale.strategy=fsdp2")
+    assert planned(*four) - in_parts == pytest.approx(3 * weights_gb, rel=1e-3)
+
+
 def test_the_size_of_a_hub_model_that_is_not_here_is_what_its_name_says(texts: Path) -> None:
     def planned(name: str) -> float | None:
         return memory_gb(texts, name, "max_tokens=1")
@@ -368,10 +404,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "torch.cuda.mem_get_info", lambda device: (int(gpu_gb * 1e9), int(gpu_gb * 1.1e9))
         )
         monkeypatch.setattr("potstill.train.throughput.peak_flops_per_s", lambda device, dtype: 1e14)
-        monkeypatch.setattr(
-            "os.sysconf",
-            lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(memory_gb * 1e9 / 4096)}[name],
-        )
+        monkeypatch.setattr("potstill.scale.local.read_bytes_per_s", lambda device, dtype: 1e12)
+        real, own = os.sysconf, {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": int(memory_gb * 1e9 / 4096)}
+        monkeypatch.setattr("os.sysconf", lambda name: own[name] if name in own else real(name))
 
     return have
 
@@ -434,6 +469,69 @@ def test_the_steps_of_dasd_fit_a_gpu_of_8_gb(tmp_path: Path, machine: Callable[.
         assert 2.5 < (steps[name].memory_gb or 0) < 8, name
 
 
+def test_what_is_decoded_at_once_is_counted_and_cut_to_what_a_gpu_has(
+    tmp_path: Path, machine: Callable[..., None]
+) -> None:
+    (tmp_path / "questions.jsonl").write_text(
+        '{"question": "1 + 1?", "answer": "#### 2"}\n', encoding="utf-8"
+    )
+
+    def planned(gpu_gb: float, batch: int, max_new_tokens: int = 4096) -> tuple[Plan, float]:
+        machine(gpu_gb, 1000)
+        arguments = ["models=[some/model-1B]", f"tasks.sums={tmp_path / 'questions.jsonl'}"]
+        arguments += [f"batch={batch}", f"max_new_tokens={max_new_tokens}"]
+        plan = make_plan(one_step_recipe("evaluate", arguments), Store(tmp_path / "store"))
+        assert not [one for one in plan.problems if "of memory" in one]
+        return plan, plan.steps[0].memory_gb or 0.0
+
+    one, two, three = (planned(1000, batch)[1] for batch in (64, 128, 192))
+    assert three - two == pytest.approx(two - one)
+    # A model of a billion weights keeps about 100 KB a token and answer at most.
+    assert 64 * 4096 * 50e3 / 1e9 < two - one < 64 * 4096 * 200e3 / 1e9
+    assert planned(1000, 128, 2048)[1] < two
+    plan, needed = planned(16, 128)
+    assert needed < 16
+    [note] = [one for one in plan.notes if "at once" in one]
+    assert "128 answers at once may need" in note
+    assert "cuda:0 has 16.0 of its 17.6 GB free" in note
+
+
+def test_near_duplicates_take_memory_for_each_row_and_the_plan_says_so(
+    tmp_path: Path, shared_model_folder: Path
+) -> None:
+    rows = '{"prompt": "a", "response": "b"}\n' * 20_000
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+
+    def planned(*filters: str) -> tuple[Plan, float]:
+        arguments = [f"data={tmp_path / 'rows.jsonl'}", "rule=none", *filters]
+        plan = make_plan(one_step_recipe("select", arguments), Store(tmp_path / "store"))
+        return plan, plan.steps[0].memory_gb or 0.0
+
+    plan, memory_gb = planned("filters.near_duplicates=0.9")
+    assert memory_gb == pytest.approx(20_000 * 3300 / 1e9)
+    assert any(
+        "near_duplicates keeps hashes of each row in memory, about 0.1 GB" in one for one in plan.notes
+    )
+    plan, memory_gb = planned("filters.exact_duplicates=true")
+    assert memory_gb == 0.0
+    assert not any("near_duplicates" in one for one in plan.notes)
+
+
+def test_the_time_of_models_that_run_here_is_guessed_and_called_a_guess(
+    tmp_path: Path, texts: Path, shared_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potstill.train.throughput.peak_flops_per_s", lambda device, dtype: 1e9)
+    monkeypatch.setattr("potstill.scale.local.read_bytes_per_s", lambda device, dtype: 1e9)
+    arguments = [f"model={shared_model_folder}", f"data={texts}", "max_length=100"]
+    plan = make_plan(one_step_recipe("cache", arguments), Store(tmp_path / "store"))
+    parameters = parameter_count(TransformersModel(path=str(shared_model_folder)))
+    assert parameters is not None
+    # Half of the peak, and attention in rows of 100 tokens beside the weights.
+    alone_s = 2 * parameters * 2000 / (0.5 * 1e9)
+    assert alone_s < (plan.steps[0].seconds or 0.0) < 3 * alone_s
+    assert any("its time is a guess, from what this machine" in note for note in plan.notes)
+
+
 # --- select
 
 
@@ -478,11 +576,14 @@ def test_what_a_selection_scores_and_what_it_leaves_to_train_on_is_planned(
 ) -> None:
     plan, steps = _planned(recipe, tmp_path)
     assert plan.problems == []
-    assert (steps["picked"].rows, steps["picked"].tokens) == (96, 1600)
+    scored = steps["picked"].tokens
+    assert steps["picked"].rows == 96
+    assert scored is not None
+    assert scored > 160 * 10  # the prompts are read as well
     assert steps["student"].tokens == 2 * 960
     assert steps["student"].rows == 96
     _, steps = _planned(recipe, tmp_path, teacher="teacher")
-    assert steps["picked"].tokens == 2 * 1600
+    assert steps["picked"].tokens == 2 * scored
     _, steps = _planned(recipe, tmp_path, keep={"per_prompt": 1})
     assert (steps["picked"].rows, steps["student"].tokens) == (80, 2 * 800)
     _, steps = _planned(recipe, tmp_path, keep={"threshold": 0.1})

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from potstill.core.errors import TrainingError
 from potstill.data.chat import Rendered
 from potstill.models import LoadedModel
 from potstill.train.arguments import DistillationArguments
@@ -192,3 +193,12 @@ def test_a_base_that_the_adapter_was_put_on_is_the_student_without_it(
     made.train()
     assert made.state.log_history[0]["base_kl"] > 0.01
     assert made.untouched() == []
+
+
+def test_cached_logits_are_no_base(build_tiny_model: Any, tmp_path: Path) -> None:
+    (tmp_path / "logits").mkdir()
+    (tmp_path / "logits" / "cache.json").write_text("{}", encoding="utf-8")
+    arguments = DistillationArguments(output_dir=str(tmp_path), use_cpu=True, batch=2, base_kl=0.1)
+    student = LoadedModel(build_tiny_model(), VOCABULARY, "tiny")
+    with pytest.raises(TrainingError, match=r"base is a folder without a model(.|\n)*alpha with that cache"):
+        DistillationTrainer(student, arguments, TrainingData(rows()), base=str(tmp_path / "logits"))

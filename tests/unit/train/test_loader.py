@@ -49,6 +49,33 @@ def test_a_rank_without_rows_has_a_micro_batch_without_supervised_tokens(packed:
     assert batch.teacher is None
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_ranks_in_step_make_as_many_micro_batches_with_each_row_once(packed: bool) -> None:
+    numbers = [6, 0, 1]
+    alone = [MicroBatches(rows(), signal, 8, packed, rank, 2)(numbers).batches for rank in range(2)]
+    assert len(alone[0]) != len(alone[1])
+    steps = [MicroBatches(rows(), signal, 8, packed, rank, 2, in_step=True)(numbers) for rank in range(2)]
+    first, second = (step.batches for step in steps)
+    assert len(first) == len(second) == max(map(len, alone))
+    ids = [row_id for batch in (*first, *second) for row_id in batch.row_ids]
+    assert sorted(ids) == ["r0", "r1", "r6"]
+    for batch in (*first, *second):
+        assert batch.shared_prefix == 0
+        if not batch.row_ids:
+            assert batch.supervised == 0
+            assert batch.input_ids_BT.shape[1] == 4, "of the shortest row"
+
+
+def test_rows_of_ranks_in_step_share_no_pass_of_a_prefix() -> None:
+    made = Rows()
+    for number in range(2):
+        made.append(Rendered([*range(10, 30), 40 + number], [0] * 20 + [1]), f"r{number}")
+    (alone,) = MicroBatches(made, None, 100, packed=False)([0, 1]).batches
+    assert alone.shared_prefix > 0
+    (in_step,) = MicroBatches(made, None, 100, packed=False, in_step=True)([0, 1]).batches
+    assert in_step.shared_prefix == 0
+
+
 @pytest.mark.parametrize("tokens", [1, 23, 24, 80, 81, 160, 161, 400])
 def test_training_by_tokens_ends_with_the_step_in_which_they_are_reached(tokens: int) -> None:
     plan = EpochPlan([4, 20, 6, 9, 11, 30], 2, seed=5)
