@@ -19,6 +19,7 @@ from potstill.evaluate.intervals import (
     bootstrap_ratio_difference,
     mcnemar_exact,
     paired_share_difference,
+    share_of_error,
     wilson_interval,
 )
 from potstill.evaluate.scorer_settings import HarnessSettings, harness_version
@@ -26,6 +27,11 @@ from potstill.models import LoadedModel
 from potstill.models.pretrained import quiet_transformers
 
 __all__ = ["HarnessRows", "check_harness", "harness_differences", "run_harness"]
+
+# lm-eval's own figures between 0 and 1; others are perplexities, BLEU in 0..100, or of a task's own making.
+_SHARES = frozenset(
+    {"acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "exact_match", "f1", "likelihood"}
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,9 @@ def _task_manager(include: str | None) -> Any:
 
 
 def _rows(task: str, results: Mapping[str, Any], seed: int) -> HarnessRows:
-    found = HarnessRows(_count(task, results), {})
+    counts: Mapping[str, Any] = results.get("n-samples", {})
+    members = _members(task, results)
+    found = HarnessRows(sum(int(counts.get(one, {}).get("effective", 0)) for one in members), {})
     for key, value in results["results"][task].items():
         metric, comma, filter_ = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -140,31 +148,39 @@ def _rows(task: str, results: Mapping[str, Any], seed: int) -> HarnessRows:
         )
         values = [
             float(sample[metric])
-            for sample in results.get("samples", {}).get(task, ())
+            for member in members
+            for sample in results.get("samples", {}).get(member, ())
             if sample["filter"] == filter_ and isinstance(sample.get(metric), int | float)
         ]
-        # Perplexities and the like are no means over questions.
+        # Perplexities and the like are no means over questions, nor are groups whose tasks count alike.
         if values and math.isclose(sum(values) / len(values), value, rel_tol=1e-9, abs_tol=1e-12):
             found.questions[name] = values
-        found.figures[name] = _estimate(float(value), error, found.questions.get(name, ()), seed)
+        is_share = _in_bounds(values) if values else metric in _SHARES
+        found.figures[name] = _estimate(
+            float(value), error, found.questions.get(name, ()), seed, is_share=is_share
+        )
     return found
 
 
-def _count(task: str, results: Mapping[str, Any]) -> int:
-    counts: Mapping[str, Any] = results.get("n-samples", {})
-    members = results.get("group_subtasks", {}).get(task) or [task]
-    return sum(int(counts.get(member, {}).get("effective", 0)) for member in members)
+def _members(task: str, results: Mapping[str, Any]) -> list[str]:
+    """The tasks with questions of their own that a group consists of, its groups' among them; else itself."""
+    below = results.get("group_subtasks", {}).get(task)
+    return [leaf for one in below for leaf in _members(one, results)] if below else [task]
 
 
-def _estimate(value: float, error: Any, questions: Sequence[float], seed: int) -> dict[str, float]:
+def _estimate(
+    value: float, error: Any, questions: Sequence[float], seed: int, *, is_share: bool
+) -> dict[str, float]:
     """A figure by its questions' values; where those are not known, or not in 0..1, by lm-eval's error."""
     if questions and {*questions} <= {0.0, 1.0}:
         return wilson_interval(int(sum(questions)), len(questions)).as_dict()
-    if questions and _in_bounds(questions):
+    if questions and is_share:
         ones, names = [1] * len(questions), _names(questions)
         return bootstrap_ratio(questions, ones, names, seed=seed, within=(0.0, 1.0)).as_dict()
     if not isinstance(error, int | float) or not math.isfinite(error) or error == 0:
         return {"value": value}
+    if is_share and 0 < value < 1:
+        return share_of_error(value, error).as_dict()
     return Estimate(value, value - Z_95 * error, value + Z_95 * error).as_dict()
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "mcnemar_exact",
     "paired_share_difference",
     "pass_at_k",
+    "share_of_error",
     "wilson_interval",
 ]
 
@@ -67,6 +68,15 @@ def _wilson(share: float, trials: float) -> Estimate:
     low = 0.0 if share == 0 else centre - half
     high = 1.0 if share == 1 else centre + half
     return Estimate(share, low, high)
+
+
+def share_of_error(share: float, standard_error: float) -> Estimate:
+    """A share strictly between 0 and 1 of which no more than its standard error is known.
+
+    Wilson's interval for as many answers as have that error: share (1 - share) / error² (Korn & Graubard
+    1998). Unlike 1.96 errors on either side it stays within 0..1.
+    """
+    return _wilson(share, share * (1 - share) / standard_error**2)
 
 
 def clustered_share(values: Sequence[float], *, samples: int) -> Estimate:

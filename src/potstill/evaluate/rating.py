@@ -125,7 +125,7 @@ def rate(folder: Path, sheets: Sequence[Path]) -> list[Rating]:
     """Read raters' sheets, one a rater, against the key in an evaluate step's folder; a rating a task.
 
     Rows may be in any order, and scores may be missing. Raises DataError for a folder without a key, a sheet
-    that is none of it, and a score that is no number in 1..5.
+    that is none of it or rates an answer twice, and a score that is no number in 1..5.
     """
     path = folder / RATING_KEY_FILE
     if not path.is_file():
@@ -134,11 +134,23 @@ def rate(folder: Path, sheets: Sequence[Path]) -> list[Rating]:
             where=str(folder),
             expected="the folder of an evaluate step with `rating_sheet`, such as runs/a/evaluation",
         )
-    known = json.loads(path.read_text(encoding="utf-8"))
-    key: dict[str, Any] = known["items"]
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        key: dict[str, Any] = known["items"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the key of the rating sheet cannot be read ({error})",
+            where=str(path),
+            expected="the file as the step wrote it",
+            mend="make the step again: `potstill run RECIPE --force STEP`",
+        ) from error
     raters = [_read_sheet(sheet, key) for sheet in sheets]
     if not any(raters):
-        raise DataError("no sheet holds a score", where=", ".join(map(str, sheets)))
+        raise DataError(
+            "no sheet holds a score",
+            where=", ".join(map(str, sheets)),
+            expected="a number from 1 (bad) to 5 (good) behind each answer, in the columns `score`",
+        )
     found = []
     for task in dict.fromkeys(entry["task"] for entry in key.values()):
         of_task = {item: entry["models"] for item, entry in key.items() if entry["task"] == task}
@@ -204,21 +216,13 @@ def _read_sheet(path: Path, key: Mapping[str, Any]) -> _Scores:
     delimiter = max(",;\t", key=head.count)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     columns = [name.strip() for name in next(rows, [])]
-    places = {
-        name[6]: number for number, name in enumerate(columns) if name.startswith("score ") and len(name) > 6
-    }
-    if "item" not in columns or not places:
-        raise DataError(
-            "this is no rating sheet",
-            where=str(path),
-            expected="the columns of rating_sheet.csv: item, prompt, answer A, score A (1-5), …",
-        )
+    places = _places_of_scores(columns, path)
     found: _Scores = {}
     for row in rows:
         if not any(cell.strip() for cell in row):
             continue
         where = f"{path}, line {rows.line_num}"
-        item = row[columns.index("item")].strip()
+        item = "".join(row[columns.index("item") :][:1]).strip()
         if item not in key:
             raise DataError(
                 f"the item {item!r} is none of this evaluation's",
@@ -228,9 +232,39 @@ def _read_sheet(path: Path, key: Mapping[str, Any]) -> _Scores:
         for letter, model in zip(_LETTERS, key[item]["models"], strict=False):
             place = places.get(letter)
             cell = "" if place is None or place >= len(row) else row[place].strip()
+            if cell and (item, model) in found:
+                raise DataError(
+                    f"the item {item!r} has two scores of answer {letter}",
+                    where=where,
+                    expected="one row an item",
+                    mend="take one of its rows out; each rater has a sheet of their own",
+                )
             if cell:
                 found[item, model] = _score(cell, where=f"{where}, score {letter}")
     return found
+
+
+def _places_of_scores(columns: list[str], path: Path) -> dict[str, int]:
+    """The column of each letter's score."""
+    places = {
+        name[6]: number for number, name in enumerate(columns) if name.startswith("score ") and len(name) > 6
+    }
+    if "item" not in columns or not places:
+        raise DataError(
+            "this is no rating sheet",
+            where=str(path),
+            expected="the columns of rating_sheet.csv: item, prompt, answer A, score A (1-5), …",
+        )
+    unnamed = [
+        name for name in columns if name.startswith("answer ") and name.removeprefix("answer ") not in places
+    ]
+    if unnamed:
+        raise DataError(
+            f"the scores of {unnamed[0]!r} have no column",
+            where=str(path),
+            expected=f"a column 'score {unnamed[0].removeprefix('answer ')} (1-5)', named as in the sheet",
+        )
+    return places
 
 
 def _score(cell: str, *, where: str) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from potstill.core.checked_json import DamagedJsonError, checked_json, read_checked_json
 from potstill.core.errors import DataError, ModelError
 from potstill.core.hashing import hash_json
 from potstill.core.records import Record
@@ -79,9 +80,13 @@ class _Evaluation:
     def kept(self, owner: str, part: str, make: Callable[[], Any]) -> Any:
         """What an earlier attempt left of a part (JSON), else what `make` gives, kept for the next one."""
         path = self.context.scratch / f"{hash_json([owner, part])[:24]}.json"
-        if not path.is_file():
-            write_atomically(path, json.dumps(make(), ensure_ascii=False))
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file():
+            try:
+                return read_checked_json(path.read_bytes())["kept"]
+            except (DamagedJsonError, KeyError) as error:
+                self.context.say(f"{path.name} is damaged ({error}): {part} of {owner} is made again")
+        write_atomically(path, checked_json({"kept": make()}))
+        return read_checked_json(path.read_bytes())["kept"]
 
 
 def evaluate(settings: EvaluateSettings, context: StepContext) -> StepResult:

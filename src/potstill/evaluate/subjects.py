@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from potstill.core.errors import ModelError
 from potstill.core.hashing import hash_json
 from potstill.core.records import Record, write_records
 from potstill.core.settings import ModelRef, Settings
@@ -22,6 +23,7 @@ from potstill.models import (
     load_tokenizer,
     tokenizer_hash,
 )
+from potstill.scoring import Pieces
 from potstill.teachers import Answer, Teacher, open_teacher
 from potstill.teachers.asking import Asking
 from potstill.teachers.budget import Budget
@@ -63,7 +65,12 @@ class LocalSubject:
         self.tokenizer_hash = tokenizer_hash(self.tokenizer)
         self.identity = identity(model)
         self._batch, self._context, self._shared = settings.batch, context, shared
+        self._pieces = Pieces(more=self._say_more)
         self._loaded: LoadedModel | None = None
+
+    def _say_more(self, pieces: int) -> None:
+        rows = max(1, -(-self._batch // pieces))
+        self._context.say(f"{self.name}: out of memory: {rows:,} answers are decoded at once from here on")
 
     @property
     def loaded(self) -> LoadedModel:
@@ -90,10 +97,11 @@ class LocalSubject:
         )
 
     def decode(self, records: Sequence[Record], decoding: Decoding, *, description: str) -> Decoded:
-        """Answers, prompts of like length decoded together.
+        """Answers, prompts of like length decoded together, in pieces where memory runs out.
 
         Sampling draws by seeds made from the prompt's id and the sample's number, the same for every model.
-        Raises DataError for a prompt that does not fit the model's context.
+        Raises DataError for a prompt that does not fit the model's context, ModelError for an answer that
+        does not fit into memory alone.
         """
         prompts_ids = [self.renderer.prompt_ids(record.messages) for record in records]
         places = [(number, sample) for number in range(len(records)) for sample in range(decoding.samples)]
@@ -101,20 +109,32 @@ class LocalSubject:
         found: dict[int, Answer] = {}
         seconds = 0.0
         model, context = self.loaded, self._context
+
+        def decode(chosen: Sequence[int]) -> list[Answer]:
+            return generate_batch(
+                model,
+                self.renderer,
+                [prompts_ids[places[one][0]] for one in chosen],
+                max_new_tokens=decoding.max_new_tokens,
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                seeds=[_seed(records[places[one][0]], places[one][1], context) for one in chosen],
+                stop=context.stop,
+            )
+
+        def too_large(one: int) -> ModelError:
+            tokens = len(prompts_ids[places[one][0]]) + decoding.max_new_tokens
+            return ModelError(
+                f"an answer of up to {tokens:,} tokens, prompt included, does not fit into memory",
+                where=self.name,
+                mend="lower `max_new_tokens`, or use a machine or device with more memory",
+            )
+
         with context.progress(description, total=len(places), unit="answers") as progress:
             for start in range(0, len(order), self._batch):
                 chosen = order[start : start + self._batch]
                 started = time.monotonic()
-                answers = generate_batch(
-                    model,
-                    self.renderer,
-                    [prompts_ids[places[one][0]] for one in chosen],
-                    max_new_tokens=decoding.max_new_tokens,
-                    temperature=decoding.temperature,
-                    top_p=decoding.top_p,
-                    seeds=[_seed(records[places[one][0]], places[one][1], context) for one in chosen],
-                    stop=context.stop,
-                )
+                answers = list(self._pieces.run(decode, chosen, too_large))
                 seconds += time.monotonic() - started
                 context.check_stop()
                 found.update(zip(chosen, answers, strict=True))
@@ -193,9 +213,11 @@ class ServedSubject:
                 max_cost=settings.max_cost,
                 max_tokens=None,
             )
-            asking = Asking(plan, teacher, store, budget, context, model=self.name)
             self._asked += 1
-            asking.failures_path = context.folder / f"failures-{self.reference}-{self._asked}.jsonl"
+            failures_path = context.folder / f"failures-{self.reference}-{self._asked}.jsonl"
+            asking = Asking(
+                plan, teacher, store, budget, context, model=self.name, failures_path=failures_path
+            )
             started = time.monotonic()
             await asking.ask()
             seconds = time.monotonic() - started

@@ -96,7 +96,7 @@ def read_tasks(settings: EvaluateSettings, context: StepContext) -> dict[str, Ta
             _read_forgetting(task, limit, context)
         else:
             _read_task(task, limit, context, compared=settings.compares)
-        where = f"step {context.name}, {'forgetting' if task.forgetting else 'tasks'}.{name}"
+        where = f"{'forgetting' if task.forgetting else 'tasks'}.{name}"
         if one.generates:
             check_verifiable(task.prompts, one.verifier, where=where)
             if task.unchecked:
@@ -109,8 +109,10 @@ def read_tasks(settings: EvaluateSettings, context: StepContext) -> dict[str, Ta
         raise DataError(
             f"no prompt has the column {settings.by!r}",
             where="by",
-            expected=f"one of {', '.join(sorted(columns)) or 'no columns at all'}",
-            mend="name one of these, or give the tasks' sources `labels`",
+            expected=f"one of {', '.join(sorted(columns))}"
+            if columns
+            else "a column beside question and answer, and the rows of the tasks have none",
+            mend="name such a column, or give the tasks' sources `labels`",
         )
     if settings.compares and not any(task.references for task in tasks.values()):
         raise DataError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from potstill.core.errors import BudgetError, DataError, EngineError, Interrupted, ModelError
 from potstill.core.records import RECORDS_FILE, Record, write_records
@@ -494,6 +495,45 @@ def test_what_was_cut_off_is_told(evaluate: Evaluate) -> None:
     assert (
         result.metrics["models"]["student"]["tasks"]["sums"]["verdicts"]["handed_in"]["value"] == 1 - cut / 5
     )
+
+
+def test_answers_that_do_not_fit_into_memory_together_are_decoded_in_smaller_batches(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from potstill.evaluate import subjects
+
+    def answers(name: str) -> Any:
+        context, _ = evaluate(name, batch=4, models={"student": "student"}, teacher=None, baseline=None)
+        return context, _rows(context.folder / "scores.parquet")
+
+    _, whole = answers("whole")
+    decode, tried = subjects.generate_batch, list[int]()
+
+    def small_memory(loaded: Any, renderer: Any, prompts: Any, **options: Any) -> Any:
+        tried.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(loaded, renderer, prompts, **options)
+
+    monkeypatch.setattr(subjects, "generate_batch", small_memory)
+    context, found = answers("small")
+    assert found == whole
+    assert tried[:4] == [4, 2, 1, 1]
+    assert {*tried[2:]} == {1}, "a batch that does not fit was tried again"
+    said = [line for line in context.reporter.said if "out of memory" in line]
+    assert said == [
+        "student: out of memory: 2 answers are decoded at once from here on",
+        "student: out of memory: 1 answers are decoded at once from here on",
+    ]
+
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(subjects, "generate_batch", no_memory)
+    with pytest.raises(
+        ModelError, match=r"student: an answer of up to \d+ tokens, prompt included, does not fit"
+    ):
+        answers("none")
 
 
 def test_answers_that_may_reason_have_more_tokens_by_default(

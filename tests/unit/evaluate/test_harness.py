@@ -95,6 +95,56 @@ def test_scores_of_questions_stay_within_their_bounds() -> None:
     assert 0 <= found["low"] < 0.9 < found["high"] <= 1
 
 
+def of_group(value: float, error: Any, of_one: list[Any], of_other: list[Any]) -> dict[str, Any]:
+    """What lm-eval gives for a group within a group: the figure, and the questions of its two tasks."""
+    tasks = {"sums": of_one, "words": of_other}
+    return {
+        "results": {"all": {"acc,none": value, "acc_stderr,none": error}},
+        "n-samples": {task: {"effective": len(values)} for task, values in tasks.items()},
+        "group_subtasks": {"all": ["part"], "part": ["sums", "words"], "sums": []},
+        "samples": {
+            task: [{"doc_id": number, "filter": "none", "acc": one} for number, one in enumerate(values)]
+            for task, values in tasks.items()
+        },
+    }
+
+
+def test_a_group_is_known_by_the_questions_of_its_tasks() -> None:
+    first = harness._rows("all", of_group(0.6, 0.2, [1.0, 0.0], [1.0, 1.0, 0.0]), seed=0)
+    second = harness._rows("all", of_group(0.8, 0.2, [1.0, 1.0], [1.0, 1.0, 0.0]), seed=0)
+    assert first.count == 5
+    assert first.figures["acc"] == wilson_interval(3, 5).as_dict()
+    gap = harness_differences({"all": first}, {"all": second}, seed=0)["all"]["acc"]
+    assert gap["value"] == pytest.approx(0.2)
+    assert gap["mcnemar_p"] == 1.0
+
+
+@pytest.mark.parametrize("questions", [([1.0, 1.0], [1.0, 0.0, 1.0, 1.0]), ([], [])])
+def test_a_share_of_which_no_more_than_an_error_is_known_stays_within_its_bounds(
+    questions: tuple[list[Any], list[Any]],
+) -> None:
+    """A group whose tasks count alike is no mean over its questions."""
+    rows = harness._rows("all", of_group(0.875, 0.125, *questions), seed=0)
+    assert rows.questions == {}
+    found = rows.figures["acc"]
+    assert 0.875 + 1.96 * 0.125 > 1
+    assert 0 < found["low"] < 0.875 < found["high"] < 1
+    # As many answers as have that error: 0.875 * 0.125 / 0.125² = 7.
+    seven = wilson_interval(7, 8)
+    assert found["high"] == pytest.approx(seven.high, abs=0.01)
+
+
+@pytest.mark.parametrize(("value", "error"), [(20.0, 1.0), (1.0, 0.0), (0.5, "N/A")])
+def test_a_figure_of_another_range_has_the_librarys_error_and_one_without_it_no_interval(
+    value: float, error: Any
+) -> None:
+    found = harness._rows("all", of_group(value, error, [], []), seed=0).figures["acc"]
+    if value == 20:
+        assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, abs=1e-3)
+    else:
+        assert found == {"value": value}
+
+
 def test_its_absence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "harness_version", lambda: None)
     with pytest.raises(DataError, match=r'pip install "potstill\[lm-eval\]"'):
@@ -115,7 +165,7 @@ def test_the_users_own_tasks_count_by_content(tmp_path: Path) -> None:
 
 @pytest.fixture
 def local_task(tmp_path: Path) -> HarnessSettings:
-    """A multiple-choice task whose rows lie in a file beside it."""
+    """A multiple-choice task whose rows lie in a file beside it, and a group of that and another."""
     rows = [
         {"question": f"{one} + 1 =", "choices": [str(one + 1), str(one)], "label": one % 2}
         for one in range(6)
@@ -124,16 +174,23 @@ def local_task(tmp_path: Path) -> HarnessSettings:
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "local_sums.yaml").write_text(
-        "task: local_sums\n"
-        "dataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
-        "test_split: test\n"
-        "output_type: multiple_choice\n"
-        "doc_to_text: '{{question}}'\n"
-        "doc_to_choice: '{{choices}}'\n"
-        "doc_to_target: label\n"
-        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
+    for name in ("local_sums", "local_more"):
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\n"
+            "dataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+            "test_split: test\n"
+            "output_type: multiple_choice\n"
+            "doc_to_text: '{{question}}'\n"
+            "doc_to_choice: '{{choices}}'\n"
+            "doc_to_target: label\n"
+            "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
+            encoding="utf-8",
+        )
+    (folder / "local_all.yaml").write_text(
+        "group: local_all\n"
+        "task: [local_sums, local_more]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
         encoding="utf-8",
     )
     return HarnessSettings.model_validate({"tasks": ["local_sums"], "include": str(folder), "limit": 4})
@@ -192,6 +249,11 @@ def test_a_local_task_runs_on_a_loaded_model(
     assert rows.figures["acc"]["low"] <= rows.figures["acc"]["value"] <= rows.figures["acc"]["high"]
     assert len(rows.questions["acc"]) == 4
     assert run_harness(model, local_task, batch=4, seed=1)["local_sums"] == rows
+    group = local_task.model_copy(update={"tasks": ["local_all"]})
+    both = run_harness(model, group, batch=4, seed=1)["local_all"]
+    assert both.count == 8
+    assert both.questions["acc"] == rows.questions["acc"] * 2
+    assert both.figures["acc"] == wilson_interval(int(sum(both.questions["acc"])), 8).as_dict()
 
 
 @needs_lm_eval

@@ -160,6 +160,30 @@ class TestReadingBack:
             rate(tmp_path, [filled(tmp_path, "bad.csv", lambda text: score)])
         assert "bad.csv, line 2, score A" in str(caught.value)
 
+    def test_an_answer_that_is_rated_twice_is_told_with_its_place(self, sheet: Any, tmp_path: Path) -> None:
+        sheet()
+        path = filled(tmp_path, "mine.csv", lambda answer: 3)
+        rows = read(path)
+        with path.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerow([*rows[1][:3], 5, *rows[1][4:]])
+        with pytest.raises(DataError, match=rf"mine\.csv, line 14: the item '{rows[1][0]}' has two scores"):
+            rate(tmp_path, [path])
+
+    def test_a_column_of_scores_that_lost_its_name_is_told(self, sheet: Any, tmp_path: Path) -> None:
+        sheet()
+        path = filled(tmp_path, "mine.csv", lambda answer: 3)
+        path.write_text(path.read_text(encoding="utf-8").replace("score B (1-5)", "B"), encoding="utf-8")
+        with pytest.raises(DataError, match=r"the scores of 'answer B' have no column"):
+            rate(tmp_path, [path])
+
+    def test_a_key_that_was_changed_is_told(self, sheet: Any, tmp_path: Path) -> None:
+        sheet()
+        path = filled(tmp_path, "mine.csv", lambda answer: 3)
+        for text in ("{oops", "[]", "{}"):
+            (tmp_path / RATING_KEY_FILE).write_text(text, encoding="utf-8")
+            with pytest.raises(DataError, match="the key of the rating sheet cannot be read"):
+                rate(tmp_path, [path])
+
     def test_a_sheet_of_another_evaluation_is_refused(self, sheet: Any, tmp_path: Path) -> None:
         sheet()
         (tmp_path / "other.csv").write_text(
