@@ -199,11 +199,11 @@ def _print_launcher_command(
     """The line on standard output; nothing where no train step is left, and the recipe was run to its end."""
     from potstill.core.errors import RecipeError
     from potstill.pipeline.run import run_recipe
-    from potstill.scale import HandedOver
+    from potstill.scale import HandedOver, Torchrun
 
-    if recipe.scale is None:
+    if not isinstance(recipe.scale, Torchrun):
         raise RecipeError(
-            "--launcher-command, and the recipe says nothing of processes",
+            "--launcher-command, and the recipe says nothing of processes that train",
             where="command line",
             expected="a scale: block, or scale.engine=torchrun scale.nnodes=2 scale.nproc_per_node=8",
         )
@@ -219,13 +219,29 @@ def plan(
     overrides: Overrides = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
+    gpus: Annotated[
+        str | None, typer.Option(help="the GPUs of a node, such as 8xH100: plan for these, not this machine")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="how many such nodes there are")] = 1,
+    gpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="dollars that an hour of one GPU costs")
+    ] = None,
 ) -> None:
     """Say what a recipe will do, what it needs and what is missing; exits 1 when it cannot run."""
+    from potstill.core.errors import RecipeError
     from potstill.pipeline.plan import make_plan
     from potstill.recipe import load_recipe
+    from potstill.scale import cluster_of
 
+    if gpus is None and (nodes > 1 or gpu_hour is not None):
+        raise RecipeError(
+            "--nodes and --gpu-hour are about GPUs, and there is no --gpus",
+            where="command line",
+            mend="say what a node has: --gpus 8xH100",
+        )
     loaded = load_recipe(recipe, overrides or ())
-    planned = make_plan(loaded, _store(store))
+    cluster = None if gpus is None else cluster_of(gpus, nodes, gpu_hour)
+    planned = make_plan(loaded, _store(store), cluster)
     print(planned.to_json() if as_json else planned.to_text())
     if planned.problems:
         raise typer.Exit(1)
@@ -555,12 +571,21 @@ def _handle_signal(number: int, frame: Any) -> None:
     print("stopping at the next safe point (once more to break off at once)", file=sys.stderr, flush=True)
 
 
-def _explain_os_error(error: OSError) -> str:
+def _explain(error: Exception) -> str:
+    """What the system refused; what nobody foresaw is told as our fault, not as a traceback."""
     import errno
 
+    from potstill.core.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return f"out of memory ({error or 'no more is given'})\n  to mend:  close other programs"
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}\n  this is a fault in potstill; --debug shows where"
     hints = {
         errno.ENOSPC: "free some space, or keep artifacts elsewhere with --store",
         errno.EDQUOT: "free some space, or keep artifacts elsewhere with --store",
+        errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or keep artifacts elsewhere with "
+        "--store",
         errno.EACCES: "make it writable, or name other places with --output and --store",
         errno.EROFS: "name other places with --output and --store",
         errno.EPERM: "make it writable, or name other places with --output and --store",
@@ -597,11 +622,7 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error), 1)
-    except OSError as error:
+    except Exception as error:
         if debug:
             raise
-        _fail(_explain_os_error(error), 1)
-    except Exception as error:  # what nobody foresaw is told as our fault, not as a traceback
-        if debug:
-            raise
-        _fail(f"{type(error).__name__}: {error}\n  this is a fault in potstill; --debug shows where", 1)
+        _fail(_explain(error), 1)

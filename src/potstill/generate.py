@@ -20,13 +20,14 @@ from potstill.data.chat import Renderer, split_reasoning
 from potstill.data.responses import bytes_of_tokens
 from potstill.data.sources import Data, label_names, prompts, read
 from potstill.teachers import Answer, Request, Teacher, open_teacher
-from potstill.teachers.asking import FAILURES_FILE, Asking
+from potstill.teachers.asking import Asking
 from potstill.teachers.budget import Budget
 from potstill.teachers.continuation import ContinueSettings, beginnings, check_continues
+from potstill.teachers.replicated import ReplicatedTeacher, is_replicated
 from potstill.teachers.request_store import RequestStore, open_request_store
 from potstill.verifiers import Verifier, check_verifiable, judge
 
-__all__ = ["FAILURES_FILE", "GenerateSettings", "PlannedAnswer", "PromptPlan", "check_budget", "run"]
+__all__ = ["GenerateSettings", "PlannedAnswer", "PromptPlan", "check_budget", "run"]
 
 _PROMPTS_FILE = "prompts.parquet"
 
@@ -54,7 +55,9 @@ class GenerateSettings(Settings):
         default=1024, ge=1, description="tokens that the model writes for a response, reasoning included"
     )
     logprobs: int | None = Field(
-        default=None, ge=1, description="1 keeps each sampled token's log-probability"
+        default=None,
+        ge=1,
+        description="1 keeps each sampled token's log-probability, k those of the k likeliest tokens as well",
     )
     limit: int | None = Field(default=None, ge=1, description="ask at most this many prompts")
     held_out: float = Field(
@@ -148,19 +151,24 @@ def _write_prompts(found: Iterator[Record], settings: GenerateSettings, context:
 async def _generate(
     settings: GenerateSettings, context: StepContext, model: Settings, prompts_path: Path | None
 ) -> StepResult:
-    teacher = open_teacher(model, concurrency=settings.concurrency, say=context.say)
+    teacher: Teacher
+    if context.replicas is not None and is_replicated(model):
+        teacher = await ReplicatedTeacher.open(model, context.replicas, concurrency=settings.concurrency)
+    else:
+        teacher = open_teacher(model, concurrency=settings.concurrency, say=context.say)
     try:
         if prompts_path is None:  # where a response is cut depends on the teacher's tokenizer
             assert settings.continue_ is not None
             rollouts = read(settings.data, context)
             found = beginnings(rollouts, settings.continue_, teacher.renderer, context.seed)
             prompts_path = _write_prompts(found, settings, context)
-        if (settings.logprobs or 0) > (offered := teacher.capabilities.logprobs):
+        offered = teacher.capabilities.logprobs
+        if offered is not None and (settings.logprobs or 0) > offered:
             raise EngineError(
-                f"the engine gives {offered} log-probabilities a token, not {settings.logprobs}",
+                f"the engine gives {offered:,} log-probabilities a token, not {settings.logprobs:,}",
                 where=f"model {settings.model}",
-                expected="1 (the sampled token's)" if offered else "none",
-                mend="set `logprobs: 1`" if offered else "leave `logprobs` out",
+                expected=f"at most {offered:,}" if offered else "none",
+                mend="lower `logprobs`" if offered else "leave `logprobs` out",
             )
         known_as = [getattr(model, "engine", None), teacher.identity]
         with open_request_store(context.cache_folder, known_as) as store:
@@ -312,7 +320,7 @@ def _seal(
 def _trace(planned: PlannedAnswer, answer: Answer, teacher: Teacher) -> Record:
     prompt, renderer = planned.prompt, teacher.renderer
     prompt_ids, ids, logprobs = answer.prompt_token_ids, answer.response_token_ids, answer.logprobs
-    prefix, prefix_tokens = prompt.response or "", 0
+    alternatives, prefix, prefix_tokens = answer.alternatives, prompt.response or "", 0
     if prefix:
         if renderer is not None and prompt_ids is not None and ids is not None:
             prefix_tokens = renderer.render(prompt).supervised_tokens
@@ -320,7 +328,9 @@ def _trace(planned: PlannedAnswer, answer: Answer, teacher: Teacher) -> Record:
         else:
             prompt_ids = ids = None  # what tokens a server makes of the prefix is not known
         if logprobs is not None:
-            logprobs = [math.nan] * max(1, prefix_tokens) + logprobs
+            unknown = max(1, prefix_tokens)
+            logprobs = [math.nan] * unknown + logprobs
+            alternatives = None if alternatives is None else alternatives.behind(unknown)
     response = text = prefix + answer.response
     if renderer is not None:
         text = renderer.read_response(prompt.messages, response)
@@ -340,6 +350,7 @@ def _trace(planned: PlannedAnswer, answer: Answer, teacher: Teacher) -> Record:
         response_token_ids=ids,
         logprobs=logprobs,
         token_bytes=_token_bytes(response, prefix, ids, answer, renderer),
+        alternatives=alternatives,
         prefix_characters=len(prefix),
         prefix_tokens=prefix_tokens,
         tokenizer=None if ids is None else answer.tokenizer,

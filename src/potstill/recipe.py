@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from potstill.models import EMBEDDED, TransformersModel
 from potstill.pipeline.graph import Graph, Node, nearest
 from potstill.pipeline.kinds import STEP_KINDS, settings_class
 from potstill.pipeline.outputs import Output, check_output
-from potstill.scale import Torchrun
+from potstill.scale import Ray, Scale, Torchrun
 from potstill.teachers import AnyModel
 
 __all__ = ["Recipe", "json_schema", "load_recipe", "one_step_recipe", "shipped_recipes", "sweep_variants"]
@@ -31,6 +32,7 @@ _COMMAND_LINE = "command line"
 # What a stage inherits in every case: what kind of step it is, and whom the first stage trains.
 _NOT_IN_A_STAGE = ("do", "student", "each", "stages")
 _SOURCE_KEYS = frozenset({"path", "dataset", "task"})
+_EACH_VALUE = re.compile(r"[^/\\\x00-\x1f\x7f]{1,100}")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -44,7 +46,7 @@ class Recipe:
     resolved: Mapping[str, Any]
     description: str = ""
     outputs: Sequence[Output] = ()
-    scale: Torchrun | None = None
+    scale: Scale | None = None
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; running it makes the same artifacts."""
@@ -79,9 +81,10 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def _find(name: str, folder: Path) -> Path:
-    for candidate in (folder / name, Path(name)):
-        if candidate.is_file():
-            return candidate.resolve()
+    with suppress(OSError, ValueError):  # a name that is no path names no file
+        for candidate in (folder / name, Path(name)):
+            if candidate.is_file():
+                return candidate.resolve()
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
@@ -182,11 +185,13 @@ def _item_number(items: Sequence[Any], key: str, dotted: str) -> int:
     )
 
 
-def _explain(error: ValidationError, raw: _Raw, prefix: KeyPath, root: type[BaseModel] | None) -> RecipeError:
-    """One message for all faults pydantic found, each with its place and the nearest valid key."""
+def _explain(
+    error: ValidationError, raw: _Raw, prefix: KeyPath, root: type[BaseModel] | None, value: Any
+) -> RecipeError:
+    """One message for all faults pydantic found in `value`, each with its place and the nearest valid key."""
     messages = []
     for fault in error.errors(include_url=False):
-        path = [*prefix, *(str(part) for part in fault["loc"])]
+        path = [*prefix, *_written(fault["loc"], value, missing=fault["type"] == "missing")]
         shown = ".".join(path)
         if fault["type"] == "extra_forbidden":
             known = _keys_at(root, fault["loc"][:-1])
@@ -203,6 +208,19 @@ def _explain(error: ValidationError, raw: _Raw, prefix: KeyPath, root: type[Base
             suffix = "" if isinstance(given, dict | list) else f", not {given!r}"
             messages.append(f"{raw.where(path)}: {shown}: {text[:1].lower()}{text[1:]}{suffix}")
     return RecipeError("\n".join(dict.fromkeys(messages)))
+
+
+def _written(loc: Sequence[Any], value: Any, *, missing: bool) -> list[str]:
+    """The parts of a location that stand in the recipe, without the members of unions that pydantic names."""
+    found = []
+    for part in loc:
+        keys = range(len(value)) if isinstance(value, list | tuple) else value
+        if isinstance(keys, Mapping | range) and part in keys:
+            value = value[part]
+        elif not (missing and part is loc[-1]):
+            continue
+        found.append(str(part))
+    return found
 
 
 def _keys_at(root: type[BaseModel] | None, loc: Iterable[Any]) -> list[str]:
@@ -234,7 +252,7 @@ def _validate(kind: type[Kind], value: Mapping[str, Any], raw: _Raw, path: KeyPa
     try:
         return kind.model_validate(value, context={"folders": raw.folders})
     except ValidationError as error:
-        raise _explain(error, raw, path, kind) from None
+        raise _explain(error, raw, path, kind, value) from None
     except RecipeError:
         raise
     except PotstillError as error:
@@ -278,6 +296,13 @@ def _expand(
     for combination in itertools.product(*each.values()):
         given = dict(zip(each, combination, strict=True))
         values = {key: str(value) for key, value in given.items()}
+        if bad := [value for value in values.values() if not _EACH_VALUE.fullmatch(value)]:
+            raise RecipeError(
+                f"the value {bad[0]!r} of each: cannot be part of a step's name, which names a file as well",
+                where=raw.where(["steps", name, "each"]),
+                expected="a short word or number without '/' and '\\'",
+                mend="use a word of your own; what it stands for can be told apart with `where` and `labels`",
+            )
         yield f"{name}[{','.join(values.values())}]", values, _substitute(body, given)
 
 
@@ -445,7 +470,7 @@ def _build(raw: _Raw) -> Recipe:
         try:
             models[model] = adapter.validate_python(settings, context={"folders": raw.folders})
         except ValidationError as error:
-            raise _explain(error, raw, ("models", model), None) from None
+            raise _explain(error, raw, ("models", model), None, settings) from None
     _expand_stages(raw)
     mapping = raw.mapping
     nodes = _nodes(raw)
@@ -476,7 +501,7 @@ def _build(raw: _Raw) -> Recipe:
     )
 
 
-def _scale(raw: _Raw) -> Torchrun | None:
+def _scale(raw: _Raw) -> Scale | None:
     declared = raw.mapping.get("scale")
     if declared is None:
         return None
@@ -484,9 +509,17 @@ def _scale(raw: _Raw) -> Torchrun | None:
         raise RecipeError(
             f"scale: {declared!r} is not a mapping",
             where=raw.where(["scale"]),
-            expected="scale: {engine: torchrun, nproc_per_node: 2}",
+            expected="scale: {engine: torchrun, nproc_per_node: 2} or {engine: ray, replicas: 2}",
         )
-    return _validate(Torchrun, declared, raw, ("scale",))
+    engines: dict[Any, type[Torchrun | Ray]] = {"torchrun": Torchrun, "ray": Ray}
+    engine = declared.get("engine")
+    if engine is not None and engine not in engines:
+        raise RecipeError(
+            f"scale.engine: {engine!r} starts no processes",
+            where=raw.where(["scale", "engine"]),
+            expected="torchrun (train steps) or ray (the models that generate, cache and select ask)",
+        )
+    return _validate(engines.get(engine, Torchrun), declared, raw, ("scale",))
 
 
 def _outputs(raw: _Raw, graph: Graph) -> list[Output]:
@@ -627,7 +660,7 @@ def json_schema() -> dict[str, Any]:
         "description": {"type": "string"},
         "seed": {"type": "integer"},
         "extends": {"type": "string"},
-        "scale": schema(Torchrun),
+        "scale": schema(Scale),
         "models": {"type": "object", "additionalProperties": schema(AnyModel)},
         "steps": {"type": "object", "additionalProperties": {"oneOf": steps}},
         "outputs": {"type": "object", "additionalProperties": {"type": "string"}},

@@ -4,16 +4,17 @@ Shapes: B rows, T tokens, N supervised tokens, H hidden size, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from potstill.core.errors import ModelError
+from potstill.core.memory import is_out_of_memory
 from potstill.data.batches import collate, micro_batches
 from potstill.data.chat import Rendered
 from potstill.data.prefixes import batches_by_prefix, prefix_tree, shared_prefix
@@ -25,12 +26,13 @@ from potstill.models import LoadedModel, hidden_states, output_head
 from potstill.models.prefixes import Prefix, can_share_prefix, hidden_states_after, run_prefixes
 
 __all__ = [
+    "Pieces",
     "RowFunction",
     "TraceFigures",
     "compare_on_traces",
     "hidden_of_rows",
-    "is_out_of_memory",
     "micro_batch_tokens",
+    "run_prefix",
     "run_shared_prefix",
     "score_rows",
     "supervised_hidden",
@@ -40,7 +42,8 @@ __all__ = [
 RowFunction = Callable[[Sequence[Rendered], Tensor], TokenFunction]
 """From rows and their supervised tokens (N) to what is asked of each of these tokens."""
 
-_Score = Callable[[Sequence[Rendered]], list[dict[str, Tensor]]]
+Row = TypeVar("Row")
+Result = TypeVar("Result")
 
 # Below this a second pass through the layers costs more than the tokens it saves.
 _WORTH_SHARING = 8
@@ -76,12 +79,16 @@ def supervised_hidden(
 
 def run_shared_prefix(model: Any, rows: Sequence[Rendered]) -> Prefix | None:
     """The prefix that all rows share, run once; None where that is not worth it or the model cannot."""
-    tokens = shared_prefix(rows)
-    if tokens < _WORTH_SHARING or not can_share_prefix(model):
+    return run_prefix(model, rows[0].ids[: shared_prefix(rows)] if rows else [])
+
+
+def run_prefix(model: Any, token_ids: Sequence[int]) -> Prefix | None:
+    """A prefix of rows, run once; None where that is not worth it or the model cannot."""
+    if len(token_ids) < _WORTH_SHARING or not can_share_prefix(model):
         return None
     with torch.no_grad():
-        ids_1T = torch.tensor([rows[0].ids[:tokens]], device=model.device)
-        return run_prefixes(model, ids_1T, [tokens], [None])[0]
+        ids_1T = torch.tensor([token_ids], device=model.device)
+        return run_prefixes(model, ids_1T, [len(token_ids)], [None])[0]
 
 
 def hidden_of_rows(
@@ -180,7 +187,7 @@ def score_rows(
 
     In float64 on the CPU; the first axis of each is the row's supervised tokens. The head is cut to the first
     `vocabulary_size` ids, by default those that tokenizer and model both know. Rows that do not fit into
-    memory together are scored in halves. Raises ModelError for one that does not fit alone.
+    memory together are scored in pieces. Raises ModelError for one that does not fit alone.
     """
 
     def score(rows: Sequence[Rendered]) -> list[dict[str, Tensor]]:
@@ -191,24 +198,14 @@ def score_rows(
         parts = {name: torch.split(value.double().cpu(), counts) for name, value in values.items()}
         return [{name: part[number] for name, part in parts.items()} for number in range(len(rows))]
 
+    def too_large(row: Rendered) -> ModelError:
+        return ModelError(
+            f"a row of {len(row.ids):,} tokens does not fit into memory",
+            mend="leave such rows out, or use a machine or device with more memory",
+        )
+
     with torch.no_grad():
-        return _in_halves(score, rows)
-
-
-def _in_halves(score: _Score, rows: Sequence[Rendered]) -> list[dict[str, Tensor]]:
-    try:
-        return score(rows)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(rows) == 1:
-            raise ModelError(
-                f"a row of {len(rows[0].ids):,} tokens does not fit into memory",
-                mend="leave such rows out, or use a machine or device with more memory",
-            ) from error
-    # Outside of the handler, whose traceback would keep the failed pass's tensors alive.
-    half = len(rows) // 2
-    return [*_in_halves(score, rows[:half]), *_in_halves(score, rows[half:])]
+        return list(Pieces().run(score, rows, too_large))
 
 
 def token_logprobs(
@@ -288,11 +285,39 @@ def _quantities(
     return comparison(targets_N, Live(hidden_NH, output_head(teacher.model, size)))
 
 
+class Pieces:
+    """Into how many pieces batches are cut to fit into memory: more of them each time that it runs out.
+
+    `more` hears of each new number.
+    """
+
+    def __init__(self, count: int = 1, more: Callable[[int], None] = lambda count: None) -> None:
+        self.count, self._more = count, more
+
+    def run(
+        self,
+        work: Callable[[Sequence[Row]], Sequence[Result]],
+        batch: Sequence[Row],
+        too_large: Callable[[Row], ModelError],
+    ) -> Iterator[Result]:
+        """What `work` gives for each row, in order. Raises `too_large` for one that does not fit alone."""
+        start = 0
+        while start < len(batch):
+            rows = max(1, -(-len(batch) // self.count))
+            try:
+                done = work(batch[start : start + rows])
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if rows == 1:
+                    raise too_large(batch[start]) from error
+                self.count *= 2
+                self._more(self.count)
+                continue  # out of the handler, whose traceback keeps the failed pass's tensors alive
+            yield from done
+            start += len(done)
+
+
 def micro_batch_tokens(device: torch.device) -> int:
     """Padded tokens that a forward pass without gradients has by default on a device."""
     return _CPU_TOKENS if device.type == "cpu" else _GPU_TOKENS
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says that memory ran out, on a GPU or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

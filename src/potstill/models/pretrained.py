@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from potstill.core.errors import ModelError
+from potstill.core.memory import is_out_of_memory
 
 __all__ = ["HARMLESS_PEFT_WARNINGS", "quiet_transformers", "read_adapter", "read_pretrained", "read_weights"]
 
@@ -39,6 +40,8 @@ def read_pretrained(read: Callable[..., Any], *arguments: Any, where: str, **opt
     try:
         return read(*arguments, **options)
     except Exception as error:  # readers of five formats, each with errors of its own
+        if is_out_of_memory(error):
+            raise  # there is nothing wrong with the model
         raise ModelError(
             f"cannot be loaded ({type(error).__name__}: {error})",
             where=where,

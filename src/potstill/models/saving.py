@@ -1,7 +1,7 @@
 """A model on the disk: a folder that plain transformers loads, and that ends a turn where training did."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,20 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, end_of_turn_ids: Sequence[int]) -> None:
-    """Write a model's weights, configuration and tokenizer. Raises StoreError where that fails."""
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    end_of_turn_ids: Sequence[int],
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model's weights, configuration and tokenizer. Raises StoreError where that fails.
+
+    `state` has the weights where the model has but parts of them.
+    """
     set_generation_config(model, tokenizer, end_of_turn_ids)
     with writing(folder), quiet_transformers():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
 

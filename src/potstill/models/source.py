@@ -38,6 +38,7 @@ __all__ = [
     "quantization_scheme",
     "recorded_base",
     "shares_experts",
+    "stored_configuration",
     "stored_dtype",
     "stored_quantization",
     "stored_vocabulary_size",
@@ -57,6 +58,7 @@ _TOKENIZER_FILES = (
     "tekken.json",
 )
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
+_SHOWN_CHARACTERS = 200
 _MARKS = (2, 4)  # around the reasoning, perhaps around the answer as well
 # What bitsandbytes stores beside a weight: its scales, their codes, the layout.
 _QUANTIZATION_PART = re.compile(r"\.weight\.|\.SCB$|\.weight_format$")
@@ -181,7 +183,7 @@ def find_source(path: str) -> Source:
     """What a model's path leads to. Raises ModelError where it leads nowhere."""
     if path in EMBEDDED:
         return Source("embedded", path)
-    place = Path(path).expanduser()
+    place = _place(path)
     if place.is_file():
         if place.suffix.lower() != ".gguf":
             raise ModelError(
@@ -210,6 +212,16 @@ def find_source(path: str) -> Source:
         expected=f"an existing path, a hub id (organisation/name) or one of: {', '.join(EMBEDDED)}",
         mend="check the spelling; a relative path is looked up beside the recipe, then in the working folder",
     )
+
+
+def _place(path: str) -> Path:
+    """The path as one of this machine, where it can be one."""
+    try:
+        place = Path(path).expanduser()
+        place.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"cannot be a path ({error})", where=path[:_SHOWN_CHARACTERS]) from error
+    return place
 
 
 def identity(settings: TransformersModel, *, base: TransformersModel | None = None) -> str:
@@ -267,9 +279,21 @@ def parameter_count(settings: TransformersModel) -> int | None:
 
 
 def _safetensors_parameters(path: Path) -> int:
-    """The sizes in a safetensors header: 8 bytes of its length, then JSON."""
+    """The sizes in a safetensors header: 8 bytes of its length, then JSON. ModelError where it is none."""
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, path.stat().st_size))
+    try:
+        return _parameters_in(json.loads(header))
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"has no header of a safetensors file ({error})",
+            where=str(path),
+            mend="make or copy the model folder again",
+        ) from error
+
+
+def _parameters_in(header: dict[str, Any]) -> int:
     return sum(
         # Two weights in 4 bits are packed in a byte.
         math.prod(entry["shape"]) * (2 if entry["dtype"] == "U8" else 1)
@@ -297,20 +321,25 @@ def stored_dtype(settings: TransformersModel) -> str:
     source = find_source(settings.path)
     folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
     found = {} if folder is None else _read_json(folder / "config.json")
-    stated = found.get("dtype") or found.get("torch_dtype") or found.get("text_config", {}).get("dtype")
+    stated = found.get("dtype") or found.get("torch_dtype") or _of_text(found).get("dtype")
     return stated if stated in ("bfloat16", "float16") else "float32"
+
+
+def stored_configuration(settings: TransformersModel) -> dict[str, Any]:
+    """What a model's configuration says of its text model; empty where it is a file's, or is not here."""
+    source = find_source(settings.path)
+    if source.kind in ("embedded", "gguf"):
+        return {}
+    if source.kind == "adapter":
+        return stored_configuration(adapter_base(source.folder))
+    folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
+    found: dict[str, Any] = {} if folder is None else _read_json(folder / "config.json")
+    return {**found, **_of_text(found)}
 
 
 def stored_vocabulary_size(settings: TransformersModel) -> int | None:
     """How many ids a model's configuration states; None where it is a file's, or is not here."""
-    source = find_source(settings.path)
-    if source.kind in ("embedded", "gguf"):
-        return None
-    if source.kind == "adapter":
-        return stored_vocabulary_size(adapter_base(source.folder))
-    folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
-    found = {} if folder is None else _read_json(folder / "config.json")
-    stated = found.get("vocab_size") or found.get("text_config", {}).get("vocab_size")
+    stated = stored_configuration(settings).get("vocab_size")
     return stated if type(stated) is int else None
 
 
@@ -331,11 +360,17 @@ def is_encoder_decoder(folder: Path) -> bool:
 def quantization_scheme(configuration: dict[str, Any]) -> str | None:
     """The scheme that a model's configuration states for its weights, as `stored_quantization` names it."""
     stated = configuration.get("quantization_config")
-    if not stated:
+    if not isinstance(stated, dict) or not stated:
         return None
     if stated.get("load_in_4bit"):
         return str(stated.get("bnb_4bit_quant_type", "fp4"))
     return "int8" if stated.get("load_in_8bit") else str(stated.get("quant_method"))
+
+
+def _of_text(configuration: dict[str, Any]) -> dict[str, Any]:
+    """The part of a multimodal model's configuration that is its language model's."""
+    found = configuration.get("text_config")
+    return found if isinstance(found, dict) else {}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -368,8 +403,12 @@ def _configuration(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it is {type(found).__name__}")
+        hash_json(found)  # NaN is no JSON
+        return found
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"is not a JSON object ({error})", where=str(path), mend="make or copy the model folder again"
         ) from error

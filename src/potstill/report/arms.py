@@ -28,7 +28,7 @@ def arm_costs(run: RunView, results: Results) -> dict[str, Any] | None:
     rows = []
     for role in results.roles:
         maker = _maker(str(results.models[role].get("reference", "")), made, results, run)
-        if maker is not None and (row := _row(role, maker, made)) is not None:
+        if maker is not None and (row := _row(role, maker, made, run)) is not None:
             rows.append(row)
     return {"head": _HEAD, "rows": rows} if rows else None
 
@@ -44,7 +44,7 @@ def _maker(reference: str, made: dict[str, StepView], results: Results, run: Run
     )
 
 
-def _row(role: str, maker: StepView, made: dict[str, StepView]) -> list[str] | None:
+def _row(role: str, maker: StepView, made: dict[str, StepView], run: RunView) -> list[str] | None:
     behind = _behind(maker, made)
     trained = [step for step in behind if step.kind == "train"]
     if not trained:
@@ -60,10 +60,16 @@ def _row(role: str, maker: StepView, made: dict[str, StepView]) -> list[str] | N
         f"{sum(tokens):,}",
         f"{flops:.2e}" if flops else "–",
         format_seconds(_sum(trained)),
-        format_seconds(_longest(maker, made, lambda step: step.kind == "train")),
+        _in_parallel(run, trained, _longest(maker, made, lambda step: step.kind == "train")),
         format_seconds(_sum(written)),
-        format_seconds(_longest(maker, made, lambda step: True)),
+        _in_parallel(run, behind, _longest(maker, made, lambda step: True)),
     ]
+
+
+def _in_parallel(run: RunView, steps: Sequence[StepView], estimate: float) -> str:
+    """How long steps took side by side, else how long the longest way through them would take."""
+    measured = run.side_by_side(steps)
+    return format_seconds(estimate) if measured is None else f"{format_seconds(measured[0])}, measured"
 
 
 def _behind(step: StepView, made: dict[str, StepView]) -> list[StepView]:

@@ -73,12 +73,16 @@ def write_report(run: RunView, path: Path) -> None:
 
 def _facts(run: RunView) -> list[str]:
     facts = []
-    made = [step.seconds for step in run.steps if step.seconds is not None and run.status(step) == "made"]
+    new = [step for step in run.steps if run.status(step) == "made"]
+    made = [step.seconds for step in new if step.seconds is not None]
     reused = [step.seconds for step in run.steps if step.seconds is not None and run.status(step) == "reused"]
     if run.wall_seconds is not None:
         facts.append(f"{format_seconds(run.wall_seconds)} in all")
     elif made:
         facts.append(f"{format_seconds(sum(made))} in all")
+    if (measured := run.side_by_side(new)) is not None:
+        wall, summed = map(format_seconds, measured)
+        facts.append(f"steps of {summed} made in {wall}, side by side")
     if reused:
         facts.append(f"{format_seconds(sum(reused))} of earlier work reused")
     done = sum(step.manifest is not None for step in run.steps)
@@ -120,7 +124,7 @@ def _samples(run: RunView, results: Results) -> list[dict[str, Any]]:
     folder = next(step.folder for step in run.steps if step.name == results.step)
     try:
         kept = json.loads(((folder or Path()) / "samples.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return []
     samples = []
     for number, sample in enumerate(kept, start=1):

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from potstill.core.errors import StoreError
 from potstill.core.settings import ModelRef
 from potstill.evaluate.intervals import Estimate, bootstrap_ratio_difference, paired_share_difference
 from potstill.evaluate.paired import MeasuredRows, PairedArm, paired_arms
@@ -159,12 +160,21 @@ def _answer_rows(table: list[dict[str, Any]], column: str, name: str) -> Measure
 
 
 def _table(step: StepView, file: str, model: str) -> list[dict[str, Any]]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = (step.folder or Path()) / file
     if not path.is_file():
         return []
-    found: list[dict[str, Any]] = pq.read_table(path, filters=[("model", "=", model)]).to_pylist()
+    try:
+        found: list[dict[str, Any]] = pq.read_table(path, filters=[("model", "=", model)]).to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise StoreError(
+            f"cannot be read ({error})",
+            where=str(path),
+            expected=f"the table as the step {step.name!r} has written it",
+            mend=f"make the step again: --force {step.name}",
+        ) from error
     return found
 
 

@@ -1,5 +1,7 @@
 """What a report is made from: a run's steps, its recipe and its events."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +10,7 @@ from potstill.core.store import Manifest
 
 __all__ = ["RunView", "Status", "StepView"]
 
+_ROUNDING_S = 0.01  # events tell thousandths of a second
 Status = Literal["made", "reused", "failed", "interrupted", "not run"]
 
 
@@ -60,6 +63,31 @@ class RunView:
         """From the latest start to the last event, or None without timed events."""
         times = [event["time"] for event in self.latest_events if isinstance(event.get("time"), int | float)]
         return times[-1] - times[0] if len(times) > 1 else None
+
+    def side_by_side(self, steps: Iterable[StepView]) -> tuple[float, float] | None:
+        """Seconds in which this run made some steps, and what they took together.
+
+        None unless it made all of them, and some while others were under way.
+        """
+        spans = []
+        for step in steps:
+            started, ended = (
+                [
+                    one["time"]
+                    for one in self.latest_events
+                    if (one["event"], one.get("step")) == (name, step.name)
+                ]
+                for name in ("step_started", "step_finished")
+            )
+            if not started or not ended:
+                return None
+            spans.append((started[-1], ended[-1]))
+        wall, until = 0.0, -math.inf
+        for start, end in sorted(spans):
+            wall += max(0.0, end - max(start, until))
+            until = max(until, end)
+        summed = sum(end - start for start, end in spans)
+        return (wall, summed) if summed - wall > _ROUNDING_S else None
 
     def status(self, step: StepView) -> Status:
         """What became of a step in this run."""

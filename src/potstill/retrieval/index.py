@@ -137,6 +137,7 @@ def _sealed(
     """The sealed artifact of a key, made by `make` where the store lacks it; one process makes it."""
     fingerprint = hash_json([kind, _SCHEMA_VERSION, key])
     if (found := store.find(kind, fingerprint)) is not None:
+        found.check_content()
         context.event("index_reused", index=kind, folder=str(found.folder))
         return found
     with store.lock(fingerprint, on_wait=lambda pid: context.say(f"waiting for process {pid}: {kind}")):

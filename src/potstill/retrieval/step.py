@@ -151,6 +151,7 @@ class _Writing:
             prompt_token_ids=None,
             logprobs=None,
             token_bytes=None,
+            alternatives=None,
             meta={**record.meta, "passages": [one.number for one in found[:used]]},
         )
 
