@@ -109,12 +109,22 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-def test_the_recipe_reference_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("recipe_reference", ROOT / "docs" / "recipe_reference.py")
+def _script_of_docs(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipe_reference_is_current() -> None:
+    module = _script_of_docs("recipe_reference")
     assert module.TARGET.read_text(encoding="utf-8") == module.reference(), (
         "run python docs/recipe_reference.py"
     )
+
+
+def test_the_table_of_sizes_is_current() -> None:
+    module = _script_of_docs("scaling_table")
+    assert module.TARGET.read_text(encoding="utf-8") == module.page(), "run python docs/scaling_table.py"

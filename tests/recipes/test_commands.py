@@ -58,15 +58,17 @@ def test_a_plan_takes_a_teachers_speed_from_that_teachers_own_work(
     recipe = write_recipe(tmp_path / "recipe.yaml", small)
     assert potstill("run", recipe, "--store", tmp_path / "store").code == 0
 
-    def planned(model: str) -> tuple[int | None, bool]:
+    def planned(model: str) -> tuple[int | None, bool, bool]:
         overrides = [f"traces.model={model}", "traces.max_new_tokens=24"]
         outcome = potstill("plan", recipe, *overrides, "--store", tmp_path / "store", "--json")
-        step = json.loads(outcome.out)["steps"][0]
-        return step["tokens"], step["seconds"] is not None
+        plan = json.loads(outcome.out)
+        [step] = plan["steps"]
+        is_guess = any("traces: its time is a guess" in note for note in plan["notes"])
+        return step["tokens"], step["seconds"] is not None, is_guess
 
-    assert planned("teacher") == (24 * 24, True)
-    assert planned("other") == (24 * 24, False)
-    assert planned("solver") == (None, False)
+    assert planned("teacher") == (24 * 24, True, False)
+    assert planned("other") == (24 * 24, True, True)
+    assert planned("solver") == (None, False, False)
 
 
 def test_a_plan_that_cannot_run_says_why_and_exits_1(

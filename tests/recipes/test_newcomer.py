@@ -1,7 +1,9 @@
 """What the README tells a newcomer to do, to the letter: own questions, own API, a student at the end."""
 
 import csv
+import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,9 +56,11 @@ def test_the_readmes_recipe_makes_a_student_of_own_questions_and_an_own_api(
         (tmp_path / "mine.yaml").write_text(recipe, encoding="utf-8")
         export, plan, run, chat = (line.split() for line in commands.strip().splitlines())
         assert export[0] == "export"
+        printed = ""
         for _, *arguments in (plan, run):
             outcome = potstill(*arguments)
             assert outcome.code == 0, outcome.err + outcome.out
+            printed += outcome.err + outcome.out
         asked = [body for body in server.requests if "model" in body]
         assert len(asked) == 30, "each question once, by the run alone"
         assert {body["model"] for body in asked} == {"big-reasoner"}
@@ -67,5 +71,10 @@ def test_the_readmes_recipe_makes_a_student_of_own_questions_and_an_own_api(
     assert load(TransformersModel(path=str(student))).model is not None
     assert "right answers" in outcome.out
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 3 + 7, please?\n/quit\n"))
+    outcome = potstill(*chat[1:], "--max-new-tokens", 8)
+    assert outcome.code == 0, outcome.err + outcome.out
+    assert outcome.out.strip(), "an answer"
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert all(b"sk-newcomer" not in text for text in written)
+    assert len(written) > 20, "artifacts, answers, events, log, report, cards"
+    assert all(b"sk-newcomer" not in text for text in [*written, printed.encode()])

@@ -42,6 +42,7 @@ def recipe(tmp_path: Path, tiny_model_folder: Path) -> Path:
         "lr": 2e-4,
         "max_steps": STEPS,
         "checkpoint_minutes": 0.0,
+        "keep_epochs": 1,
     }
     models = {"base": {"path": str(tiny_model_folder), "device": "cpu"}}
     return write_recipe(
@@ -54,9 +55,10 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def start(recipe: Path, folder: Path) -> "subprocess.Popen[str]":
+def start(recipe: Path, folder: Path, strategy: str) -> "subprocess.Popen[str]":
     """A run in two processes, of another process's own."""
     command = [sys.executable, "-c", "from potstill.cli import main; main()", "run", str(recipe), *TWO]
+    command.append(f"scale.strategy={strategy}")
     options = ["--store", str(folder / "store"), "--output", str(folder / "run")]
     return subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
@@ -73,9 +75,11 @@ def ranks(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return sorted(found, key=lambda one: int(one.environ()["RANK"]))
 
 
-def run_past(checkpoint: int, recipe: Path, folder: Path) -> tuple["subprocess.Popen[str]", int]:
+def run_past(
+    checkpoint: int, recipe: Path, folder: Path, strategy: str
+) -> tuple["subprocess.Popen[str]", int]:
     """A run under way, and its newest checkpoint, which is a later one than that."""
-    process, deadline = start(recipe, folder), time.monotonic() + TIMEOUT_S
+    process, deadline = start(recipe, folder, strategy), time.monotonic() + TIMEOUT_S
     while True:
         whole = (folder / "store").glob("artifacts/train-*/scratch/checkpoint-*/complete.json")
         newest = max((int(one.parent.name.rpartition("-")[2]) for one in whole), default=0)
@@ -121,8 +125,9 @@ def assert_alike(found: Path, expected: Path, before: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one_and_every_end_before_it_is_made_good(
-    potstill: Command, recipe: Path, tmp_path: Path, tiny_model_folder: Path
+    potstill: Command, recipe: Path, tmp_path: Path, tiny_model_folder: Path, strategy: str
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
@@ -134,7 +139,7 @@ def test_two_processes_train_as_one_and_every_end_before_it_is_made_good(
     assert in_this_process(one).code == 0
 
     # A rank dies: the step ends, with its log.
-    process, done = run_past(0, recipe, two)
+    process, done = run_past(0, recipe, two, strategy)
     first, second = ranks(process)
     agent = psutil.Process(process.pid).children()
     second.kill()
@@ -147,7 +152,7 @@ def test_two_processes_train_as_one_and_every_end_before_it_is_made_good(
     assert all_end([first, second, *agent])
 
     # The run itself is killed: nothing goes on without it.
-    process, done = run_past(done, recipe, two)
+    process, done = run_past(done, recipe, two, strategy)
     left = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks(process)) == 2
     process.kill()
@@ -155,7 +160,7 @@ def test_two_processes_train_as_one_and_every_end_before_it_is_made_good(
     assert all_end(left)
 
     # It is told to stop: it does, behind a checkpoint.
-    process, done = run_past(done, recipe, two)
+    process, done = run_past(done, recipe, two, strategy)
     left = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=TIMEOUT_S)
@@ -174,7 +179,7 @@ def test_two_processes_train_as_one_and_every_end_before_it_is_made_good(
     # Two processes to its end tell what one does, and make what one takes for its own; and the other way.
     whole = tmp_path / "whole"
     whole.mkdir()
-    _, err = start(recipe, whole).communicate(timeout=TIMEOUT_S)
+    _, err = start(recipe, whole, strategy).communicate(timeout=TIMEOUT_S)
     assert_alike(whole, one, tiny_model_folder)
     assert f"step {STEPS}: held-out loss" in err
     assert "training: " in (whole / "run" / "run.log").read_text(encoding="utf-8")
@@ -201,7 +206,7 @@ def test_a_line_is_printed_for_a_scheduler_and_what_it_made_is_sealed_by_the_nex
     assert told.code == 0
     [line] = told.out.splitlines()
     assert "-m torch.distributed.run --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d" in line
-    [path] = tmp_path.glob("store/artifacts/train-*/scratch/torchrun/job.json")
+    [path] = tmp_path.glob("store/artifacts/train-*/scratch/processes/job.json")
     assert line.endswith(str(path))
     unset = subprocess.run(
         ["bash", "-c", line], capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]}
@@ -223,8 +228,8 @@ def test_a_line_is_printed_for_a_scheduler_and_what_it_made_is_sealed_by_the_nex
     ("arguments", "message"),
     [
         (
-            ["scale.engine=ray", "scale.nproc_per_node=2"],
-            "scale.engine: input should be 'torchrun', not 'ray'",
+            ["scale.engine=mpi", "scale.nproc_per_node=2"],
+            "scale.engine: 'mpi' starts no processes",
         ),
         (["scale.nproc_per_node=2"], "scale.engine is missing"),
         (["scale.engine=torchrun"], "scale.nproc_per_node is missing"),

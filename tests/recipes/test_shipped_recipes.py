@@ -296,10 +296,10 @@ def test_dasd_buys_its_traces_from_a_server(
                 "exam": {"max_new_tokens": 8},
             },
         )
-    assert {body["temperature"] for body in server.requests} == {0.3, 0.9}
-    assert all(
-        body["messages"][0]["content"].startswith("You are a literary critic") for body in server.requests
-    )
+    # Requests for one token asked the server what its log-probabilities are.
+    asked = [body for body in server.requests if body["max_tokens"] > 1]
+    assert {body["temperature"] for body in asked} == {0.3, 0.9}
+    assert all(body["messages"][0]["content"].startswith("You are a literary critic") for body in asked)
     folder = tmp_path / "runs" / "dasd"
     _check_dasd(folder)
     assert not [path for path in folder.rglob("*.*") if path.is_file() and b"canary" in path.read_bytes()]

@@ -204,11 +204,11 @@ def train(data: dict[str, list[Any]], step_context: Any, seal: Any, monkeypatch:
     def make(base: TransformersModel, **fields: Any) -> Trained:
         seen: list[Any] = []
 
-        def remember(loaded: Any, *arguments: Any) -> None:
+        def remember(loaded: Any, *arguments: Any, **options: Any) -> None:
             seen.extend(
                 [logits_of(loaded.model), sum(hasattr(one, "lora_A") for one in loaded.model.modules())]
             )
-            save_student(loaded, *arguments)
+            save_student(loaded, *arguments, **options)
 
         monkeypatch.setattr("potstill.train.step.save_student", remember)
         context = step_context("train", folder="student", models={"base": base}, data=data)

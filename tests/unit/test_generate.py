@@ -14,9 +14,10 @@ from potstill.core.records import RECORDS_FILE, Record, read_records, write_reco
 from potstill.core.settings import Settings, meaning
 from potstill.core.step import StepContext, StepResult
 from potstill.data.chat import Renderer
-from potstill.generate import FAILURES_FILE, GenerateSettings, run
+from potstill.generate import GenerateSettings, PlannedAnswer, run
 from potstill.models import TransformersModel, load_tokenizer
 from potstill.teachers import OpenAIModel, OpenAITeacher, SolverModel
+from potstill.teachers.failures import FAILURES_FILE
 
 from ..servers import Faults, Reply, ScriptedServer, completion, error, running_server
 
@@ -553,10 +554,62 @@ def test_logprobs_are_averaged_and_their_temperature_is_written_down(kitchen, se
     assert (result.metrics["mean_logprob"], result.metrics["unknown_logprobs"]) == (-1.5, 0)
 
 
-def test_more_logprobs_than_the_engine_gives_are_refused_before_anything_is_asked(kitchen, server):
-    with pytest.raises(EngineError, match="gives 1 log-probabilities a token, not 5"):
+def with_alternatives(*likeliest: list[tuple[str, float]]) -> Reply:
+    """An answer of tokens that are each the first of the likeliest in its place."""
+    body = completion("".join(place[0][0] for place in likeliest))
+    body["choices"][0]["logprobs"] = {
+        "content": [
+            {
+                "token": place[0][0],
+                "logprob": place[0][1],
+                "top_logprobs": [{"token": token, "logprob": logprob} for token, logprob in place],
+            }
+            for place in likeliest
+        ]
+    }
+    return Reply(body=body)
+
+
+def test_alternatives_are_kept_with_the_traces_and_not_asked_for_again(kitchen, server):
+    server.always = lambda _: with_alternatives([("1", -0.5), ("2", -1.0)], [("9", -0.25), ("8", -2.0)])
+    kitchen.run(limit=3, logprobs=2)
+    assert [one["top_logprobs"] for one in server.requests] == [2, 2, 2]
+    first = kitchen.traces()
+    for trace in first:
+        assert trace.logprobs == [-0.5, -0.25]
+        assert [*trace.alternatives] == [[(b"1", -0.5), (b"2", -1.0)], [(b"9", -0.25), (b"8", -2.0)]]
+    result = kitchen.run(folder="again", limit=4, logprobs=2)
+    assert (result.counts["reused"], len(server.requests)) == (3, 4)
+    assert kitchen.traces()[:3] == first
+    kitchen.run(folder="more", limit=3, logprobs=3)  # other answers, as they hold more
+    assert len(server.requests) == 7
+
+
+def test_more_logprobs_than_the_engine_gives_are_refused_before_anything_is_asked(kitchen):
+    kitchen.model = SolverModel(engine="solver", function="potstill.teachers.solvers:chain_sum")
+    with pytest.raises(EngineError, match="gives 0 log-probabilities a token, not 5"):
         kitchen.run(logprobs=5)
-    assert server.requests == []
+
+
+def test_no_more_requests_are_planned_at_once_than_are_in_flight(kitchen, server, monkeypatch):
+    """Memory is constant: a list of the plan, of what is missing or of all tasks would hold every request."""
+    alive = most = 0
+
+    class Counted(PlannedAnswer):
+        def __init__(self, *fields: Any) -> None:
+            nonlocal alive, most
+            super().__init__(*fields)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    monkeypatch.setattr("potstill.generate.PlannedAnswer", Counted)
+    result = kitchen.run(samples=10, concurrency=4)
+    assert result.counts["records"] == 300 == len(server.requests)
+    assert 4 <= most <= 4 + 4
 
 
 class TestLocalEngine:
@@ -787,9 +840,11 @@ class TestContinuing:
         self.continue_(kitchen, rollouts)
         again = self.continue_(kitchen, rollouts, folder="again")
         assert again.counts["reused"] == 2
-        assert len(server.requests) == 2
+        asked = [body for body in server.requests if body["max_tokens"] > 1]  # the first was about beginnings
+        assert len(asked) == 2
+        assert len(server.requests) == 3
         self.continue_(kitchen, rollouts, folder="elsewhere", **{"continue": {"cut": [0.1, 0.3]}})
-        assert len(server.requests) == 4
+        assert len(server.requests) == 6
 
     def test_several_endings_and_several_rollouts_of_a_prompt_are_samples_of_their_own(
         self, kitchen, server, tmp_path, seal
@@ -814,11 +869,19 @@ class TestContinuing:
         }
         server.always = lambda _: Reply(body=body)
         result = self.continue_(kitchen, rollouts, logprobs=1)
+        assert all(trace.alternatives is None for trace in kitchen.traces())
         for trace in kitchen.traces():
             assert math.isnan(trace.logprobs[0])
             assert trace.logprobs[1:] == [-1.0, -2.0]
             assert trace.token_bytes == [trace.prefix_characters, 4, 3]
         assert result.metrics["mean_logprob"] == -1.5
+
+    def test_nothing_is_known_of_the_places_that_another_model_filled(self, kitchen, server, rollouts):
+        server.always = lambda _: with_alternatives([(" yes", -1.0), (" no", -2.0)])
+        self.continue_(kitchen, rollouts, logprobs=2)
+        for trace in kitchen.traces():
+            assert [*trace.alternatives] == [[], [(b" yes", -1.0), (b" no", -2.0)]]
+            assert len(trace.logprobs) == 2
 
     def test_a_server_that_is_not_known_to_go_on_is_asked_nothing(self, kitchen, server, rollouts):
         kitchen.model = kitchen.model.model_copy(update={"continue_final_message": False})

@@ -401,3 +401,26 @@ def test_the_schema_knows_every_key_of_the_shipped_recipes() -> None:
         kind_of = {node.base: node.kind for node in nodes}  # an extending recipe leaves `do` to its base
         for name, step in raw["steps"].items():
             assert step.keys() <= kinds[kind_of[name]]["properties"].keys()
+
+
+def test_a_fault_inside_a_choice_of_forms_is_placed_as_the_recipe_has_it(tmp_path: Path) -> None:
+    """Pitfall: pydantic puts the names of its classes and types between the keys."""
+    task = {"data": {"path": "sums.jsonl"}, "verifier": {"fields": {"total": "fuzzy"}}}
+    exam = {"do": "evaluate", "models": ["org/model"], "tasks": {"sums": task}}
+    path = write(tmp_path / "r.yaml", {"name": "r", "steps": {"exam": exam}})
+    with pytest.raises(
+        RecipeError, match=r"steps\.exam\.tasks\.sums\.verifier\.fields\.total: .*'fuzzy'"
+    ) as caught:
+        load_recipe(path)
+    assert "TaskSettings" not in str(caught.value)
+    assert "[" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["algebra/geometry", "..\\up", "a\nb", "x" * 200])
+def test_a_value_of_each_that_is_no_part_of_a_files_name_is_refused(tmp_path: Path, value: str) -> None:
+    step = {"do": "generate", "model": "m", "data": {"task": "{t}", "size": 4}, "each": {"t": [value]}}
+    path = tmp_path / "recipe.yaml"
+    recipe = {"models": {"m": {"path": "some/model"}}, "steps": {"traces": step}}
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    with pytest.raises(RecipeError, match="cannot be part of a step's name"):
+        load_recipe(str(path))

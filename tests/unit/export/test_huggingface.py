@@ -10,31 +10,38 @@ import yaml
 
 from potstill.core.errors import StoreError
 from potstill.core.store import Store
+from potstill.data.chat import Renderer
 from potstill.export import export_huggingface
 from potstill.models import TransformersModel, load
 from potstill.pipeline.run import run_recipe
 from potstill.pipeline.runner import RunOptions
 from potstill.recipe import load_recipe
+from potstill.teachers.transformers import generate_batch
 
 PROMPTS = ["What is 1 + 2?", "State the final answer", "How many apples are left?"]
 
 
 @pytest.fixture
 def run(tmp_path: Path, shared_model_folder: Path) -> Callable[..., Path]:
-    """`run(**steps)`: the folder of a run with an adapter `student` of two epochs, and what else is given."""
+    """`run(**steps)`: the folder of a run with an adapter `student` of two epochs, and what else is given.
 
-    def make(*, lora: dict[str, Any] | None = None, **steps: Any) -> Path:
+    Its base is tiny, or `base`, which takes a learning rate of its own.
+    """
+
+    def make(
+        *, lora: dict[str, Any] | None = None, base: str | None = None, lr: float = 0.05, **steps: Any
+    ) -> Path:
         rows = tmp_path / "rows.jsonl"
         lines = [
             f'{{"prompt": "What is {n} + {n}?", "response": "The answer is {2 * n}."}}' for n in range(8)
         ]
         rows.write_text("\n".join(lines), encoding="utf-8")
         train = {"do": "train", "student": "base", "data": {"path": str(rows)}, "epochs": 2, "batch": 4}
-        train |= {"lr": 0.05, "device": "cpu", "keep_epochs": "all"}
+        train |= {"lr": lr, "device": "cpu", "keep_epochs": "all"}
         student = train if lora is None else {**train, "lora": lora}
         recipe = {
             "name": "exported",
-            "models": {"base": {"path": str(shared_model_folder)}},
+            "models": {"base": {"path": base or str(shared_model_folder)}},
             "steps": {"student": student, **steps},
         }
         path = tmp_path / "recipe.yaml"
@@ -83,6 +90,27 @@ def test_merged_adapter_and_exported_models_give_the_same_answers(
     assert export_huggingface(folder / "student", tmp_path / "student") == "student"
     assert plain_answers(tmp_path / "last") == expected
     assert plain_answers(tmp_path / "student") == expected
+
+
+@pytest.mark.slow
+def test_so_they_do_on_an_embedded_model(run: Any, tmp_path: Path) -> None:
+    """Its weights are saved in half precision, so what merging rounds could turn an answer."""
+    asked = [*PROMPTS, *(f"What is {n} + {n}?" for n in range(9))]
+    merge = {"do": "merge", "model": "student", "device": "cpu"}
+    folder = run(lora={"rank": 8}, base="smollm2-135m-instruct", lr=2e-3, merged=merge)
+    assert export_huggingface(folder / "student", tmp_path / "exported") == "student"
+
+    def found(place: Path | str) -> list[str]:
+        loaded = load(TransformersModel(path=str(place), device="cpu"), dtype=torch.float32)
+        renderer = Renderer(loaded.tokenizer)
+        prompts = [renderer.prompt_ids([{"role": "user", "content": one}]) for one in asked]
+        return [one.response for one in generate_batch(loaded, renderer, prompts, max_new_tokens=8)]
+
+    adapted = found(folder / "student")
+    assert len({*adapted}) > 6
+    assert adapted != found("smollm2-135m-instruct"), "the adapter changes nothing"
+    assert found(folder / "merged") == adapted
+    assert found(tmp_path / "exported") == adapted
 
 
 def test_the_card_says_how_the_exported_model_is_loaded(run: Any, tmp_path: Path) -> None:

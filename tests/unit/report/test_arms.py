@@ -73,6 +73,46 @@ def test_an_arm_has_the_costs_of_all_that_it_was_trained_from() -> None:
     assert rows["specialist"]["training"] == "1 min 00 s", "of the specialist that was evaluated"
 
 
+def with_events(times: dict[str, tuple[float, float]]) -> RunView:
+    """The run with an event at each step's start and end, seconds after its own start."""
+    events: list[dict[str, Any]] = [{"event": "run_started", "time": 0.0}]
+    for name, (start, end) in times.items():
+        events.append({"event": "step_started", "step": name, "time": start})
+        events.append({"event": "step_finished", "step": name, "time": end})
+    return RunView("cascade", "", run().steps, sorted(events, key=lambda one: float(one["time"])))
+
+
+def test_what_ran_side_by_side_is_measured_and_no_longer_estimated() -> None:
+    beside = with_events(
+        {
+            "traces": (0.0, 10.0),
+            "specialist[a]": (10.0, 130.0),
+            "specialist[b]": (10.0, 90.0),
+            "retold[a]": (130.0, 135.0),
+            "retold[b]": (135.0, 142.0),
+            "cascade": (142.0, 172.0),
+            "direct": (142.0, 200.0),
+            "exam": (200.0, 209.0),
+        }
+    )
+    [results] = results_of(beside)
+    table = arm_costs(beside, results)
+    assert table is not None
+    rows = {row[0]: dict(zip(table["head"], row, strict=True)) for row in table["rows"]}
+    assert rows["cascade"]["training, in parallel"] == "2 min 30 s, measured", "120 s of two, then 30 s"
+    assert rows["cascade"]["training"] == "3 min 10 s"
+    assert rows["cascade"]["all, in parallel"] == "2 min 52 s, measured"
+    assert rows["direct"]["training, in parallel"] == "40.0 s", "of one step there is nothing beside it"
+    assert beside.side_by_side(beside.steps) == (209.0, 319.0)
+
+
+def test_what_ran_one_after_the_other_or_in_another_run_stays_an_estimate() -> None:
+    in_turn = with_events({"specialist[a]": (0.0, 100.0), "specialist[b]": (100.0, 160.0)})
+    a, b = (step for step in in_turn.steps if step.name.startswith("specialist"))
+    assert in_turn.side_by_side([a, b]) is None
+    assert in_turn.side_by_side(in_turn.steps) is None, "others were made before"
+
+
 def test_groups_are_measures_of_their_own_with_paired_differences() -> None:
     [results] = results_of(run())
     [measure] = results.of("group")

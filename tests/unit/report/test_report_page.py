@@ -1,5 +1,7 @@
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -57,48 +59,52 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(
     _assert_inert(_written(build_run(), tmp_path))
 
 
-def test_model_text_names_and_settings_are_shown_and_never_become_markup(
-    build_run: RunBuilder, tmp_path: Path
-) -> None:
-    run = build_run(PAYLOAD.replace("/", "_"))
+def _hostile(build_run: RunBuilder, payload: str) -> RunView:
+    """A run with the payload in everything that it shows."""
+    run = build_run(payload.replace("/", "_"))
     for step in run.steps:
         assert step.manifest is not None
-        step.manifest.settings["note"] = PAYLOAD
-        step.manifest.versions[PAYLOAD] = PAYLOAD
+        step.manifest.settings["note"] = payload
+        step.manifest.versions[payload] = payload
     metrics = run.steps[-1].manifest.metrics  # type: ignore[union-attr]  # asserted above
-    metrics["models"][PAYLOAD] = {
+    metrics["models"][payload] = {
         **metrics["models"].pop("student"),
-        "tasks": {PAYLOAD: metrics["models"]["base"]["tasks"]["chain_sum"]},
+        "tasks": {payload: metrics["models"]["base"]["tasks"]["chain_sum"]},
     }
-    metrics["differences"][PAYLOAD] = metrics["differences"].pop("student")
-    metrics["models"][PAYLOAD]["held_out"]["kl_refused"] = PAYLOAD
-    metrics["machine"][PAYLOAD] = PAYLOAD
+    metrics["differences"][payload] = metrics["differences"].pop("student")
+    metrics["models"][payload]["held_out"]["kl_refused"] = payload
+    metrics["machine"][payload] = payload
     samples = [
         {
-            "source": PAYLOAD,
-            "record_id": PAYLOAD,
-            "messages": [{"role": PAYLOAD, "content": PAYLOAD}],
-            "reference": PAYLOAD,
-            "trace": PAYLOAD,
+            "source": payload,
+            "record_id": payload,
+            "messages": [{"role": payload, "content": payload}],
+            "reference": payload,
+            "trace": payload,
             "answers": {
-                PAYLOAD: {
-                    "response": PAYLOAD,
-                    "finish_reason": PAYLOAD,
+                payload: {
+                    "response": payload,
+                    "finish_reason": payload,
                     "response_tokens": 3,
-                    "verdicts": {PAYLOAD: True, "correct": False},
+                    "verdicts": {payload: True, "correct": False},
                 }
             },
         }
     ]
     assert run.folder is not None
     (run.folder / "exam" / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
-    steps = [replace(step, name=f"{step.name}{PAYLOAD}", kind=step.kind) for step in run.steps]
+    steps = [replace(step, name=f"{step.name}{payload}", kind=step.kind) for step in run.steps]
     events = [
         *run.events[:-1],
-        {"event": "step_failed", "step": steps[2].name, "error": PAYLOAD, "time": 2000.0},
+        {"event": "step_failed", "step": steps[2].name, "error": payload, "time": 2000.0},
     ]
-    run = replace(run, steps=steps, recipe_text=run.recipe_text + PAYLOAD, events=events)
+    return replace(run, steps=steps, recipe_text=run.recipe_text + payload, events=events)
 
+
+def test_model_text_names_and_settings_are_shown_and_never_become_markup(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    run = _hostile(build_run, PAYLOAD)
     text = _written(run, tmp_path)
 
     _assert_inert(text)
@@ -106,6 +112,31 @@ def test_model_text_names_and_settings_are_shown_and_never_become_markup(
     assert shown.count("<script>alert(1)</script>") > 15
     write_comparison([run, replace(run, name=PAYLOAD)], tmp_path / "comparison.html")
     _assert_inert((tmp_path / "comparison.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_that_opens_it_runs_no_script_of_what_is_shown(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    act = "document.title=1"
+    probe = f"</pre></style><script>{act}</script><img src=x onerror={act}>"
+
+    def opened(page: Path) -> str:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        command = ["chromium", *options, "--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+
+    run = _hostile(build_run, probe)
+    text = _written(run, tmp_path)
+    write_comparison([run, replace(run, name=probe)], tmp_path / "comparison.html")
+    for name in ("report.html", "comparison.html"):
+        assert "<title>1</title>" not in opened(tmp_path / name)
+    unsafe = re.sub(r"<meta[^>]*Content-Security-Policy[^>]*>", "", text).replace(
+        "</body>", f"{probe}</body>"
+    )
+    (tmp_path / "unsafe.html").write_text(unsafe, encoding="utf-8")
+    assert "<title>1</title>" in opened(tmp_path / "unsafe.html"), "or else nothing was shown here"
 
 
 def test_the_same_run_gives_the_same_bytes(build_run: RunBuilder, tmp_path: Path) -> None:
