@@ -1,6 +1,7 @@
 """How much of a server's best rate `generate` reaches, and what it costs in CPU and memory.
 
     python benchmarks/generate.py [--json] [--requests 20000] [--peers FOLDER]
+    python benchmarks/generate.py --logprobs 1 --tokens 1050 --latency 1.6 --requests 2000
 
 A server of a known ceiling, in a process of its own on loopback: `slots` requests at a time take a fixed
 latency each, the others wait. Beside the generate step, which ends with everything stored and sealed, stands
@@ -9,6 +10,10 @@ not installed (`pip install --target FOLDER openai` keeps it apart). A share of 
 saw from its first request to its last answer.
 
 `found` is the step that is allowed many more in flight than the server has slots, and finds their number.
+
+With `--logprobs K` the answers hold `--tokens` tokens with the K likeliest in the place of each, as vLLM
+writes them; `without` is the same step that does not ask for them: what they cost the client. The ceiling is
+to be one that a client can reach: an answer of 1,050 tokens takes it some milliseconds.
 """
 
 import argparse
@@ -43,18 +48,7 @@ class Server(asyncio.Protocol):
     slots, latency_s, busy = 64, 0.4, 0
     first = last = 0.0
     answered = 0
-    body = json.dumps(
-        {
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": "stop",
-                    "message": {"role": "assistant", "content": "The answer is 42. " * 40},
-                }
-            ],
-            "usage": {"prompt_tokens": 60, "completion_tokens": 200},
-        }
-    ).encode()
+    plain = with_logprobs = b""
 
     def connection_made(self, transport: Any) -> None:
         """A client has come."""
@@ -71,7 +65,7 @@ class Server(asyncio.Protocol):
             self.send(json.dumps(seen).encode())
         elif len(rest) >= int(head.lower().partition(b"content-length:")[2].partition(b"\r")[0]):
             Server.first = Server.first or time.perf_counter()
-            self.received = b""
+            self.received, self.asks_logprobs = b"", b'"logprobs":true' in rest
             Server.waiting.append(self)
             self.serve()
 
@@ -85,7 +79,7 @@ class Server(asyncio.Protocol):
         """Answer, and free the slot."""
         Server.busy -= 1
         Server.answered += 1
-        self.send(Server.body)
+        self.send(Server.with_logprobs if self.asks_logprobs else Server.plain)
         Server.last = time.perf_counter()
         self.serve()
 
@@ -96,8 +90,33 @@ class Server(asyncio.Protocol):
         self.transport.write(head.encode() + body)
 
 
-async def serve(slots: int, latency_s: float) -> None:
-    Server.slots, Server.latency_s = slots, latency_s
+def answer(tokens: int, logprobs: int) -> bytes:
+    """A completion of so many tokens, `logprobs` of the likeliest in the place of each."""
+    words = [" The", " answer", " is", " 42", ".", "\n", " so", " that", " it", " holds"]
+    texts = [words[place % len(words)] for place in range(tokens)]
+
+    def entry(text: str, rank: int) -> dict[str, Any]:
+        return {"token": text, "logprob": -0.12345678901234567 - rank, "bytes": [*text.encode()]}
+
+    choice: dict[str, Any] = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": "".join(texts)},
+    }
+    if logprobs:
+        content = []
+        for place, text in enumerate(texts):
+            likeliest = [entry(words[(place + rank) % len(words)], rank) for rank in range(logprobs)]
+            content.append({**entry(text, 0), "top_logprobs": likeliest})
+        choice["logprobs"] = {"content": content}
+    usage = {"prompt_tokens": 60, "completion_tokens": tokens}
+    return json.dumps({"choices": [choice], "usage": usage}).encode()
+
+
+async def serve(options: argparse.Namespace) -> None:
+    Server.slots, Server.latency_s = options.slots, options.latency
+    Server.plain = answer(options.tokens, 0)
+    Server.with_logprobs = answer(options.tokens, options.logprobs)
     server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
@@ -112,6 +131,8 @@ def running_server(options: argparse.Namespace) -> Iterator[str]:
         "--serve",
         f"--slots={options.slots}",
         f"--latency={options.latency}",
+        f"--logprobs={options.logprobs}",
+        f"--tokens={options.tokens}",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -159,7 +180,7 @@ def questions(requests: int) -> Iterator[str]:
         yield f"A train leaves at {number % 24} o'clock with {number} passengers. " * 3
 
 
-def potstill(url: str, requests: int, in_flight: int) -> dict[str, float]:
+def potstill(url: str, requests: int, in_flight: int, logprobs: int) -> dict[str, float]:
     """The generate step, from reading the prompts to the sealed artifact."""
     from potstill.core.events import Reporter
     from potstill.core.store import Store
@@ -186,7 +207,7 @@ def potstill(url: str, requests: int, in_flight: int) -> dict[str, float]:
             "".join(f"{json.dumps({'prompt': one})}\n" for one in questions(requests)), encoding="utf-8"
         )
         model = {"engine": "openai", "base_url": url, "model": "m", "concurrency": in_flight}
-        step = {"do": "generate", "model": "m", "data": {"path": str(path)}}
+        step = {"do": "generate", "model": "m", "data": {"path": str(path)}, "logprobs": logprobs or None}
         recipe_path = Path(folder) / "recipe.yaml"
         recipe_path.write_text(
             json.dumps({"name": "b", "models": {"m": model}, "steps": {"s": step}}), encoding="utf-8"
@@ -196,7 +217,7 @@ def potstill(url: str, requests: int, in_flight: int) -> dict[str, float]:
         return {**meter.figures(), **found}
 
 
-def openai_sdk(url: str, requests: int, in_flight: int) -> dict[str, float]:
+def openai_sdk(url: str, requests: int, in_flight: int, logprobs: int) -> dict[str, float]:
     """What one would write by hand: as many coroutines as requests, and a semaphore."""
     import openai
 
@@ -207,10 +228,12 @@ def openai_sdk(url: str, requests: int, in_flight: int) -> dict[str, float]:
             Meter(),
         )
 
+        extra: dict[str, Any] = {"logprobs": True, "top_logprobs": logprobs} if logprobs else {}
+
         async def ask(question: str) -> str:
             async with places:
                 answer = await client.chat.completions.create(
-                    model="m", messages=[{"role": "user", "content": question}], max_tokens=1024
+                    model="m", messages=[{"role": "user", "content": question}], max_tokens=1024, **extra
                 )
             meter.answers += 1
             return str(answer.choices[0].message.content)
@@ -225,11 +248,13 @@ def openai_sdk(url: str, requests: int, in_flight: int) -> dict[str, float]:
 CLIENTS = {"potstill": potstill, "openai_sdk": openai_sdk}
 
 
-def measure(client: str, requests: int, in_flight: int, options: argparse.Namespace) -> dict[str, float]:
+def measure(
+    client: str, requests: int, in_flight: int, options: argparse.Namespace, *, logprobs: int | None = None
+) -> dict[str, float]:
     """One client in a process of its own against a server of its own."""
     import httpx2
 
-    ceiling = options.slots / options.latency
+    ceiling, asked = options.slots / options.latency, options.logprobs if logprobs is None else logprobs
     path = os.pathsep.join(filter(None, [str(options.peers or ""), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path} if client == "openai_sdk" else None
     patience_s = STARTUP_S + SLOWEST * requests / ceiling
@@ -243,7 +268,7 @@ def measure(client: str, requests: int, in_flight: int, options: argparse.Namesp
         command = [sys.executable, __file__, f"--client={client}", f"--url={url}", f"--requests={requests}"]
         try:
             done = subprocess.run(
-                [*command, f"--in-flight={in_flight}"],
+                [*command, f"--in-flight={in_flight}", f"--logprobs={asked}"],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,
@@ -275,16 +300,19 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--latency", type=float, default=0.4, help="seconds; the ceiling is slots / latency")
     parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--logprobs", type=int, default=0, help="likeliest tokens a place of an answer")
+    parser.add_argument("--tokens", type=int, default=200, help="of an answer")
     parser.add_argument("--peers", type=Path, help="a folder that `openai` is installed in")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--client", choices=list(CLIENTS), help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        asyncio.run(serve(options.slots, options.latency))
+        asyncio.run(serve(options))
         return
     if options.client:
-        print(json.dumps(CLIENTS[options.client](options.url, options.requests, options.in_flight)))
+        client = CLIENTS[options.client]
+        print(json.dumps(client(options.url, options.requests, options.in_flight, options.logprobs)))
         return
     found: dict[str, Any] = {
         "benchmark": "generate",
@@ -295,9 +323,15 @@ def main() -> None:
         "latency_s": options.latency,
         "ceiling_per_s": options.slots / options.latency,
         "in_flight": options.in_flight,
+        "tokens": options.tokens,
+        "logprobs": options.logprobs,
+        "answer_kb": len(answer(options.tokens, options.logprobs)) / 1000,
         **measure("potstill", options.requests, options.in_flight, options),
-        "found": measure("potstill", options.requests // 2, MANY, options),
     }
+    if options.logprobs:
+        found["without"] = measure("potstill", options.requests, options.in_flight, options, logprobs=0)
+    else:
+        found["found"] = measure("potstill", options.requests // 2, MANY, options)
     if version := openai_version(options.peers):
         found["openai_sdk"] = {
             "version": version,
