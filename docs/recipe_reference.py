@@ -61,15 +61,11 @@ def reference() -> str:
     for kind in STEP_KINDS:
         step = steps[settings_class(kind).__name__]
         lines += [f"## {kind}", "", str(step.get("description", "")).strip(), "", *_table(step), ""]
-    scale = schema["properties"]["scale"]
-    lines += [
-        "# Scale",
-        "",
-        "The recipe's own `scale:` block. " + scale["description"],
-        "",
-        *_table(scale),
-        "",
-    ]
+    lines += ["# Scale", "", "The recipe's own `scale:` block, by its engine.", ""]
+    for member in schema["properties"]["scale"]["oneOf"]:
+        scale = definitions.pop(member["$ref"].rpartition("/")[2])
+        engine = scale["properties"]["engine"]["const"]
+        lines += [f"## scale: {{engine: {engine}}}", "", scale["description"], "", *_table(scale), ""]
     lines += ["# Blocks", ""]
     for name in sorted(definitions):
         block = definitions[name]
