@@ -824,7 +824,7 @@ def test_questions_without_an_answer_that_can_be_checked_are_told(
 def test_a_column_that_no_row_has_is_refused_with_those_that_there_are(evaluate: Evaluate) -> None:
     with pytest.raises(DataError, match="no prompt has the column 'topic'") as caught:
         evaluate(by="topic")
-    assert "one of" in str(caught.value)
+    assert "the rows of the tasks have none" in str(caught.value)
 
 
 def test_adapters_and_their_base_are_measured_on_weights_that_are_read_once(
