@@ -404,7 +404,8 @@ def test_moe_heal_small_makes_a_mixture_halves_its_experts_and_heals_it(
     steps = {
         "problems": {"data": {"size": 40}, "held_out": 0.2},
         "untrained": {"samples": 2, "config": TINY_MIXTURE},
-        "mixture": {"epochs": 2},
+        "mixture": {"tokens": 4000},
+        "compressed": {"keep_ratio": 0.5},
         "healed": {
             "stages": [
                 {
