@@ -622,7 +622,7 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error), 1)
-    except Exception as error:
+    except Exception as error:  # a fault of ours, which a person is told of in one line as well
         if debug:
             raise
         _fail(_explain(error), 1)

@@ -49,6 +49,14 @@ def potstill(
         signal.signal(number, handler)
 
 
+def check_refused_before_anything_is_made(told: Outcome, message: str, store: Path) -> None:
+    """A run was refused with one error that says so, and the store has no artifact."""
+    assert told.code == 1
+    assert message in told.err
+    assert "Traceback" not in told.err
+    assert not (store / "artifacts").exists()
+
+
 def small_recipe(model_folder: Path) -> dict[str, Any]:
     """Every step kind, deterministic, on a tiny model: greedy traces, cache, half-depth student, exam."""
     return {

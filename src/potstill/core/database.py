@@ -103,7 +103,7 @@ class CheckedValues(Database):
     def __init__(self, path: Path, holds: str, key: str, value: str, tables: Sequence[str] = ()) -> None:
         self._key, value_name = key.partition(" ")[0], value.partition(" ")[0]
         # As bytes: a damaged text need not be one.
-        self._checked_values = f"SELECT {self._key}, CAST({value_name} AS BLOB), {_CHECKSUM} FROM {holds}"  # noqa: S608
+        self._checked_values = f"SELECT {self._key}, CAST({value_name} AS BLOB), {_CHECKSUM} FROM {holds}"  # noqa: S608  # our names
         values = f"{holds} ({key} PRIMARY KEY, {value} NOT NULL, {_CHECKSUM} INTEGER)"
         super().__init__(path, holds, [values, *tables])
         with self._explained():
@@ -122,7 +122,7 @@ class CheckedValues(Database):
         return [name for _, name, *_ in self._connection.execute(f"PRAGMA table_info({self.holds})")]
 
     def __contains__(self, key: object) -> bool:
-        return self.row(f"SELECT 1 FROM {self.holds} WHERE {self._key} = ?", key) is not None  # noqa: S608
+        return self.row(f"SELECT 1 FROM {self.holds} WHERE {self._key} = ?", key) is not None  # noqa: S608  # our names
 
     def value(self, key: object) -> bytes | None:
         """The value of a key, as bytes, or None.
@@ -143,13 +143,13 @@ class CheckedValues(Database):
             (key, value, zlib.crc32(value.encode() if isinstance(value, str) else value))
             for key, value in values
         ]
-        self.write((f"INSERT OR IGNORE INTO {self.holds} VALUES (?, ?, ?)", rows), *statements)  # noqa: S608
+        self.write((f"INSERT OR IGNORE INTO {self.holds} VALUES (?, ?, ?)", rows), *statements)  # noqa: S608  # our names
 
     def _remove_damaged(self) -> NoReturn:
         with self._explained():
             rows = self._connection.execute(self._checked_values)
             damaged = [(key,) for key, value, checksum in rows if _is_damaged(value, checksum)]
-        self.write((f"DELETE FROM {self.holds} WHERE {self._key} = ?", damaged))  # noqa: S608
+        self.write((f"DELETE FROM {self.holds} WHERE {self._key} = ?", damaged))  # noqa: S608  # our names
         raise StoreError(
             f"{len(damaged):,} {self.holds} were damaged on the disk, and have been taken out",
             where=str(self.path),

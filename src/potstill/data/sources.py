@@ -410,8 +410,7 @@ def _hub_rows(source: HubSource, seed: int) -> Iterator[PlacedRow]:
             revision=source.revision,
             streaming=source.streaming,
         )
-    except Exception as error:
-        # Whatever goes wrong (name, network, access, configuration), the library's sentence says it best.
+    except Exception as error:  # name, network, access, configuration: the library's sentence says it best
         raise DataError(
             f"the data set cannot be loaded: {error}",
             where=source.label,

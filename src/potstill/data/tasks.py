@@ -134,8 +134,7 @@ def score_task_answer(name: str, answer: str, reference: str | None, meta: Mappi
     metadata = {key: _from_json(value) for key, value in meta.items() if key != _PARAMETERS}
     try:
         return float(scorer(answer, {"answer": reference, "metadata": metadata})) >= 1.0
-    except Exception:
-        # The scorers were not written for arbitrary text; one that fails on it has not found it right.
+    except Exception:  # scorers were not written for any text; one that fails on it has not found it right
         return False
 
 
