@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +30,8 @@ _MICRO_BATCH_TOKENS = 4096
 class Original:
     """The model that a student is made of, in evaluation mode, and the traces to measure it on.
 
-    `probe_BT` are the token ids that the finished student is checked on.
+    `probe_BT` are the token ids that the finished student is checked on. Passes that only measure multiply in
+    bfloat16 with `bf16`, over weights that stay as they are.
     """
 
     settings: InitSettings
@@ -37,11 +39,16 @@ class Original:
     loaded: LoadedModel
     rows: Sequence[Rendered]
     probe_BT: Tensor
+    bf16: bool = False
 
     @property
     def model(self) -> Any:
         """The transformers model."""
         return self.loaded.model
+
+    def measuring(self) -> AbstractContextManager[Any]:
+        """The precision of passes that only measure."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
 
     def batches(self, doing: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Token ids [B, T], padded on the right, and a mask [B, T] that is true on real tokens.
@@ -66,13 +73,14 @@ class Original:
                 progress.advance(count)
                 self.context.check_stop()
 
-            found = compare_on_traces(
-                replace(self.loaded, model=model),
-                None,
-                self.rows,
-                max_tokens=micro_batch_tokens(model.device),
-                on_batch=on_batch,
-            )
+            with self.measuring():
+                found = compare_on_traces(
+                    replace(self.loaded, model=model),
+                    None,
+                    self.rows,
+                    max_tokens=micro_batch_tokens(model.device),
+                    on_batch=on_batch,
+                )
         return sum(one.cross_entropy_nats for one in found) / sum(one.supervised_tokens for one in found)
 
     def logits(self, model: Any) -> Tensor:

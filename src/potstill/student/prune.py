@@ -84,7 +84,7 @@ class _Worth:
         original = self._original
         model, count = original.model, len(decoder_blocks(original.model))
         if original.settings.depth_by == "block_importance":
-            with bypass(model, dropped):
+            with bypass(model, dropped), original.measuring():
                 return block_importance(model, original.batches("measuring blocks"), run=run)
         losses = []
         for first in range(count - run + 1):
@@ -129,7 +129,9 @@ class _Shallow:
         check_same(original.logits(made.model), made.expected_BTV, family, where)
         anatomy = dissect(made.model)
         batches = original.batches("measuring channels and heads")
-        return cls(made, anatomy, measure(made.model, anatomy, batches, original.settings.width_by))
+        with original.measuring():
+            importance = measure(made.model, anatomy, batches, original.settings.width_by)
+        return cls(made, anatomy, importance)
 
 
 def stated_sizes(original: Original, anatomy: Anatomy) -> Sizes:

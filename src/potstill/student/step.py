@@ -19,6 +19,7 @@ from potstill.models import (
     identity,
     load,
     stored_quantization,
+    supports_bf16,
     transformers_model,
 )
 from potstill.models.pretrained import quiet_transformers
@@ -59,7 +60,8 @@ def initialise(settings: InitSettings, context: StepContext) -> StepResult:
             mend="use method from_config for a new model, or train the encoder-decoder as it is",
         )
     probe_BT = torch.tensor([calibration[0].ids[:PROBE_TOKENS]], device=loaded.model.device)
-    original = Original(settings, context, loaded, calibration, probe_BT)
+    bf16 = model_settings.dtype is None and supports_bf16(loaded.model.device)
+    original = Original(settings, context, loaded, calibration, probe_BT, bf16)
     made = _METHODS[settings.method](original)
     parameters, parameters_before = made.model.num_parameters(), loaded.model.num_parameters()
     context.say(f"{made.said}; {parameters:,} of {parameters_before:,} parameters")
@@ -74,7 +76,8 @@ def initialise(settings: InitSettings, context: StepContext) -> StepResult:
     check_same(original.logits(student.model), expected_BTV, family, str(context.folder))
     quality: dict[str, Any] | None = None
     if decoder_start_id(student.model.config) == decoder_start_id(loaded.model.config):
-        quality = _quality(student, loaded, held_out or calibration, context, held_out=bool(held_out))
+        with original.measuring():
+            quality = _quality(student, loaded, held_out or calibration, context, held_out=bool(held_out))
     return StepResult(
         counts={**made.counts, "parameters": parameters, "calibration_rows": len(calibration)},
         metrics={

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from potstill.core.errors import ModelError
+from potstill.losses.head import at_least_fp32
 from potstill.models import hidden_states
 from potstill.student.anatomy import Anatomy, first_block_input
 from potstill.student.sizes import Sizes, resized
@@ -127,7 +128,8 @@ class _Seen:
                 one.remove()
 
     def _real(self, values: Tensor) -> Tensor:
-        return values.reshape(-1, values.shape[-1])[self.real_BT.reshape(-1)]
+        found_NE = values.reshape(-1, values.shape[-1])[self.real_BT.reshape(-1)]
+        return found_NE.to(at_least_fp32(found_NE.dtype))
 
     def _at_norm(self, name: str) -> Callable[..., None]:
         is_centred = _form(self.anatomy.norms[name]).is_centred

@@ -211,6 +211,30 @@ def test_the_quality_of_the_student_is_measured_at_once_on_held_out_traces(prune
     assert any("before training: KL" in line for line in context.reporter.said)
 
 
+@pytest.mark.parametrize(("dtype", "fast"), [(None, True), ("float32", False)])
+def test_passes_that_only_measure_multiply_in_bf16_unless_a_type_is_stated(
+    prune: Pruning, deep_folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None, fast: bool
+) -> None:
+    from torch.nn import functional
+
+    multiplied: list[tuple[str, torch.dtype]] = []
+    linear = functional.linear
+
+    def watched(given: torch.Tensor, *args: Any) -> torch.Tensor:
+        made: torch.Tensor = linear(given, *args)
+        multiplied.append(("probe" if given.shape[0] == 1 else "rows", made.dtype))
+        return made
+
+    monkeypatch.setattr("potstill.student.step.supports_bf16", lambda device: True)
+    monkeypatch.setattr(functional, "linear", watched)
+    _, context = prune(hidden_size=24, model=TransformersModel(path=str(deep_folder), dtype=dtype))
+    assert {dtype for place, dtype in multiplied if place == "rows"} == {
+        torch.bfloat16 if fast else torch.float32
+    }
+    assert {dtype for place, dtype in multiplied if place == "probe"} == {torch.float32}
+    assert loaded_from(context).dtype == torch.float32
+
+
 def test_without_held_out_traces_it_is_measured_on_those_of_the_calibration_and_said(
     prune: Pruning, traces: Any
 ) -> None:
