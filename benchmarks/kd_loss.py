@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from potstill.train.cpu import tune_memory
+from potstill.core.memory import keep_freed_memory
 
 K = 64
 ALPHA, TEMPERATURE = 0.5, 2.0
@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.memory_of:
-        tune_memory()  # before torch's first tensor; where peaks are measured, freed memory must go back
+        keep_freed_memory()  # before torch's first tensor; where peaks are measured, it must go back
     import torch
 
     if options.threads:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import ModelError
+from potstill.core.memory import keep_freed_memory
 from potstill.models.encoder_decoder import forward_inputs
 from potstill.models.heads import add_token_rows, hidden_states, output_head
 from potstill.models.hub import hub_commit
@@ -200,6 +201,8 @@ def load(
     is_adapter = source.kind == "adapter"
     with quiet_transformers():
         weights = _weights(settings, dtype, trainable=trainable, full_weights=full_weights)
+        if weights.device.type == "cpu":
+            keep_freed_memory()
         model = weights.read() if shared is None or weights.all_trained else shared.of(weights)
         if is_adapter:
             model = read_adapter(model, str(source.folder), trainable=trainable)

@@ -30,7 +30,7 @@ from potstill.models import (
     tokenizer_hash,
     transformers_model,
 )
-from potstill.train import checkpoints, cpu
+from potstill.train import checkpoints
 from potstill.train.arguments import DistillationArguments
 from potstill.train.loader import EpochPlan
 from potstill.train.lora import add_adapter
@@ -61,7 +61,6 @@ def train(settings: TrainSettings, context: StepContext, strategy: Strategy = "d
     Of several processes each calls it, and the first one's result is the step's; `strategy` says what each
     holds of the student.
     """
-    cpu.tune_memory()  # the trainer's own call comes after the student's tensors, too late for huge pages
     model_settings = transformers_model(context, settings.student, device=settings.device)
     loaded = _load_student(settings, model_settings, context)
     _say_quantization("student", loaded, context)

@@ -24,6 +24,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.trainer_utils import IntervalStrategy
 
 from potstill.core.errors import TrainingError
+from potstill.core.memory import keep_freed_memory
 from potstill.models import (
     check_same_vocabulary,
     dead_experts,
@@ -144,7 +145,7 @@ class DistillationTrainer(Trainer):
         settings = arguments.settings()
         check_trackers(arguments.report_to or [])
         if arguments.device.type == "cpu":
-            cpu.tune_memory()
+            keep_freed_memory()
         self.loaded = resolve_student(student, tokenizer, arguments.device)
         model = self.loaded.model
         check_strategy(arguments, model)

@@ -1,5 +1,7 @@
 """A peak is that of the work since it was set back, not of what came before."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,27 @@ def test_memory_that_ran_out_is_told_from_other_errors() -> None:
     assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone is told")
+def test_freed_memory_is_kept_for_the_next_block_of_its_size() -> None:
+    script = """
+import resource, sys
+from potstill.core.memory import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(64 << 20)
+    block[::4096] = bytes(len(block[::4096]))
+    del block
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+    def faults(how: str) -> int:
+        call = [sys.executable, "-c", script, how]
+        return int(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+
+    assert faults("kept") < 0.1 * faults("given back")

@@ -54,6 +54,13 @@ def test_frozen_weights_take_no_gradients_and_trained_ones_are_float32(tiny_mode
     assert all(p.requires_grad and p.dtype == torch.float32 for p in trained.parameters())
 
 
+def test_a_model_on_a_cpu_keeps_freed_memory(tiny_model_folder, monkeypatch):
+    done = []
+    monkeypatch.setattr("potstill.models.loading.keep_freed_memory", lambda: done.append("kept"))
+    load(TransformersModel(path=str(tiny_model_folder), device="cpu"))
+    assert done == ["kept"]
+
+
 def test_the_callers_type_comes_before_the_stated_one(tiny_model_folder):
     settings = TransformersModel(path=str(tiny_model_folder), device="cpu", dtype="float16")
     assert load(settings).model.dtype == torch.float16

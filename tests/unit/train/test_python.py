@@ -303,7 +303,7 @@ def test_memory_is_tuned_on_a_cpu_before_the_student_is_loaded(
     from potstill import DistillationArguments, DistillationTrainer
 
     done: list[str] = []
-    monkeypatch.setattr("potstill.train.trainer.cpu.tune_memory", lambda: done.append("tuned"))
+    monkeypatch.setattr("potstill.train.trainer.keep_freed_memory", lambda: done.append("tuned"))
     arguments = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(TrainingError, match="without its tokenizer"):
         DistillationTrainer(torch.nn.Linear(1, 1), arguments, EXAMPLES)
