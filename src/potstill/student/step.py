@@ -70,14 +70,17 @@ def initialise(settings: InitSettings, context: StepContext) -> StepResult:
         made.model.save_pretrained(context.folder)
         loaded.tokenizer.save_pretrained(context.folder)
     del made.model
-    saved = {"path": str(context.folder), "add_tokens": []}
-    student = load(model_settings.model_copy(update=saved), dtype=expected_BTV.dtype)
+    saved = model_settings.model_copy(update={"path": str(context.folder), "add_tokens": []})
+    student = load(saved, dtype=expected_BTV.dtype)
     family = student.model.config.model_type
     check_same(original.logits(student.model), expected_BTV, family, str(context.folder))
     quality: dict[str, Any] | None = None
     if decoder_start_id(student.model.config) == decoder_start_id(loaded.model.config):
-        with original.measuring():
-            quality = _quality(student, loaded, held_out or calibration, context, held_out=bool(held_out))
+        if bf16:
+            # In the type in which steps that change no weights load them; the full ones are let go of first.
+            del original, student, loaded
+            student, loaded = load(saved), load(model_settings)
+        quality = _quality(student, loaded, held_out or calibration, context, held_out=bool(held_out))
     return StepResult(
         counts={**made.counts, "parameters": parameters, "calibration_rows": len(calibration)},
         metrics={

@@ -217,21 +217,29 @@ def test_passes_that_only_measure_multiply_in_bf16_unless_a_type_is_stated(
 ) -> None:
     from torch.nn import functional
 
-    multiplied: list[tuple[str, torch.dtype]] = []
-    linear = functional.linear
+    from potstill.student import step
+
+    multiplied: set[torch.dtype] = set()
+    compared: set[torch.dtype] = set()
+    linear, check_same = functional.linear, step.check_same
 
     def watched(given: torch.Tensor, *args: Any) -> torch.Tensor:
         made: torch.Tensor = linear(given, *args)
-        multiplied.append(("probe" if given.shape[0] == 1 else "rows", made.dtype))
+        if len(given) > 1:  # more rows than a probe has
+            multiplied.add(made.dtype)
         return made
 
-    monkeypatch.setattr("potstill.student.step.supports_bf16", lambda device: True)
+    def watched_check(found_BTV: torch.Tensor, expected_BTV: torch.Tensor, *args: str) -> None:
+        compared.update({found_BTV.dtype, expected_BTV.dtype})
+        check_same(found_BTV, expected_BTV, *args)
+
+    for place in ("student.step", "models.loading"):
+        monkeypatch.setattr(f"potstill.{place}.supports_bf16", lambda device: True)
     monkeypatch.setattr(functional, "linear", watched)
+    monkeypatch.setattr(step, "check_same", watched_check)
     _, context = prune(hidden_size=24, model=TransformersModel(path=str(deep_folder), dtype=dtype))
-    assert {dtype for place, dtype in multiplied if place == "rows"} == {
-        torch.bfloat16 if fast else torch.float32
-    }
-    assert {dtype for place, dtype in multiplied if place == "probe"} == {torch.float32}
+    assert multiplied == {torch.bfloat16 if fast else torch.float32}
+    assert compared == {torch.float32}
     assert loaded_from(context).dtype == torch.float32
 
 
