@@ -63,6 +63,10 @@ class Replicas(Protocol):
     def cpus(self) -> float:
         """What each has of its machine's cores."""
 
+    @property
+    def gpus(self) -> float:
+        """What each has of its machine's GPUs."""
+
     async def open(
         self, replica: str, *arguments: Any, at_most: int | None = None, restart_on_error: bool = True
     ) -> ReplicaPool:

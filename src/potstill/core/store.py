@@ -17,6 +17,7 @@ from potstill.core.errors import StoreError
 from potstill.core.hashing import hash_file, hash_json
 
 __all__ = [
+    "ARTIFACTS_FOLDER",
     "MANIFEST_FILE",
     "MODEL_CARD_FILE",
     "SCRATCH_FOLDER",
@@ -29,9 +30,11 @@ __all__ = [
     "write_atomically",
 ]
 
+ARTIFACTS_FOLDER = "artifacts"
 MANIFEST_FILE = "manifest.json"
 MODEL_CARD_FILE = "README.md"
 SCRATCH_FOLDER = "scratch"
+_FETCHED = "fetched"  # the file beside a manifest that says that another machine made the artifact
 _PARTIAL = ".partial"  # what a file is called that is not whole yet
 _MADE_AGAIN = (
     "give the same command again, which makes what is missing; or copy it again from where it came from"
@@ -49,7 +52,8 @@ class FileEntry(BaseModel):
 class Manifest(BaseModel):
     """What an artifact is, how it was made and what its files must hash to.
 
-    Seconds and peaks are those of the run that sealed it; where it took up an interrupted one, of its part.
+    Seconds are those of all attempts at it; peaks are those of the run that sealed it, of its own part alone.
+    `parameters` are those of each model that was run here, by what the settings call it.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -69,6 +73,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     seconds: float
     tokens: int = 0
+    parameters: dict[str, int] = Field(default_factory=dict)
     peak_memory_bytes: int | None = None
     peak_gpu_memory_bytes: int | None = None
 
@@ -77,8 +82,10 @@ class Manifest(BaseModel):
     def _check_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
             path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\\" in name:
+            if path.is_absolute() or ".." in path.parts or "\\" in name or not path.name:
                 raise ValueError(f"{name!r} leads out of the folder")
+            if "\0" in name or path.name == MANIFEST_FILE:
+                raise ValueError(f"{name!r} names no payload")
         return files
 
 
@@ -98,6 +105,11 @@ class Artifact:
     def kind(self) -> str:
         """The step kind that made it."""
         return self.manifest.kind
+
+    @property
+    def was_fetched(self) -> bool:
+        """Whether another machine made it: its seconds say nothing of this one."""
+        return (self.folder / _FETCHED).exists()
 
     @property
     def views(self) -> list[str]:
@@ -202,7 +214,7 @@ class Store:
 
     def folder(self, kind: str, fingerprint: str) -> Path:
         """Where an artifact lives, made or not."""
-        return self.root / "artifacts" / f"{kind}-{fingerprint[:24]}"
+        return self.root / ARTIFACTS_FOLDER / f"{kind}-{fingerprint[:24]}"
 
     def find(self, kind: str, fingerprint: str) -> Artifact | None:
         """The sealed, undamaged artifact of a fingerprint, or None."""
@@ -267,6 +279,31 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def incoming(self, kind: str, fingerprint: str) -> Path:
+        """A folder for the files of an artifact that was made elsewhere, apart from what a step writes.
+
+        What an interrupted copy left is still there.
+        """
+        place = self.folder(kind, fingerprint)
+        folder = place.with_name(f"{place.name}{_PARTIAL}")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def take_in(self, incoming: Path, manifest: Manifest) -> Artifact:
+        """Put what came in where the artifact lives, in the place of what a step has left there."""
+        for path in incoming.rglob("*"):
+            if path.is_file() and path.relative_to(incoming).as_posix() not in manifest.files:
+                path.unlink()
+        (incoming / _FETCHED).touch()
+        write_atomically(incoming / MANIFEST_FILE, manifest_text(manifest))
+        folder = self.folder(manifest.kind, manifest.fingerprint)
+        # Without its manifest an artifact is unfinished, wherever its removal breaks off.
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(incoming, folder)
+        return Artifact(folder, manifest)
+
     def seal(self, folder: Path, **fields: Any) -> Artifact:
         """Hash every payload file, then write the manifest by rename.
 
@@ -275,6 +312,7 @@ class Store:
         The model card is a by-product of whichever run wrote it last and is no payload.
         """
         shutil.rmtree(folder / SCRATCH_FOLDER, ignore_errors=True)
+        (folder / _FETCHED).unlink(missing_ok=True)
         files = {}
         for path in sorted(folder.rglob("*")):
             if path.name.endswith(_PARTIAL) and path.is_file():

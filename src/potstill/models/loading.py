@@ -13,11 +13,18 @@ from potstill.models.encoder_decoder import forward_inputs
 from potstill.models.heads import add_token_rows, hidden_states, output_head
 from potstill.models.hub import hub_commit
 from potstill.models.pretrained import quiet_transformers, read_adapter, read_pretrained, read_weights
-from potstill.models.quantization import check_stored, dequantized, nf4_configuration, prepare_layers
+from potstill.models.quantization import (
+    check_stored,
+    dequantized,
+    nf4_configuration,
+    prepare_layers,
+    unquantized,
+)
 from potstill.models.source import (
     Source,
     TransformersModel,
     adapter_base,
+    expert_share,
     find_source,
     identity,
     quantization_scheme,
@@ -95,16 +102,20 @@ _QUANTIZED_BYTES = {"nf4": (4 + 0.127) / 8, "nf4_single": 4.5 / 8, "fp4": 4.5 / 
 
 
 def frozen_weight_bytes(settings: TransformersModel) -> float:
-    """Bytes of a frozen weight of a model as `load` would load it; of a quantised one, of those in 4 bits.
+    """Bytes of a frozen weight of a model as `load` would load it.
 
-    Raises ModelError as `choose_device` does.
+    Of a quantised one, the mean of those in 4 bits and of experts, which are not. Raises ModelError as
+    `choose_device` does.
     """
     source = find_source(settings.path)
     base = adapter_base(source.folder) if source.kind == "adapter" else settings
     scheme = stored_quantization(base) or settings.quantize or base.quantize
-    if scheme in _QUANTIZED_BYTES:
-        return _QUANTIZED_BYTES[scheme]
-    return float(_weight_type(settings, choose_device(settings), all_trained=False).itemsize)
+    packed_bytes = None if scheme is None else _QUANTIZED_BYTES.get(scheme)
+    in_full = 1.0 if packed_bytes is None else expert_share(base)
+    found = (1 - in_full) * (packed_bytes or 0.0)
+    if in_full:
+        found += in_full * _weight_type(settings, choose_device(settings), all_trained=False).itemsize
+    return found
 
 
 def _weight_type(settings: TransformersModel, device: "torch.device", *, all_trained: bool) -> "torch.dtype":
@@ -193,9 +204,10 @@ def load(
     and bfloat16, where the device has it, for frozen weights. With `trainable` an adapter's weights
     (float32), or all of a full model's, take gradients; without it none do, and never those in 4 or 8 bits.
     With `full_weights` none are in 4 or 8 bits: `quantize` is passed over, for an adapter's base as well,
-    and what the files hold quantised is dequantised. `say` hears what `load_tokenizer` tells. With `shared`
-    frozen weights are read once: all models that are loaded with it have the same ones. Raises ModelError,
-    also for a model whose logits would come out wrong from its halves (`hidden_states`, `output_head`).
+    and what the files hold quantised is dequantised. `say` hears what `load_tokenizer` tells, and of a
+    quantised mixture that its experts are not. With `shared` frozen weights are read once: all models that
+    are loaded with it have the same ones. Raises ModelError, also for a model whose logits would come out
+    wrong from its halves (`hidden_states`, `output_head`).
     """
     source, tokenizer = find_source(settings.path), load_tokenizer(settings, say=say)
     is_adapter = source.kind == "adapter"
@@ -206,6 +218,8 @@ def load(
         model = weights.read() if shared is None or weights.all_trained else shared.of(weights)
         if is_adapter:
             model = read_adapter(model, str(source.folder), trainable=trainable)
+    if say is not None and (kept := unquantized(model)) is not None:
+        say(f"{settings.path}: {kept}")
     model.eval()
     if not (weights.all_trained or (trainable and is_adapter)):
         model.requires_grad_(requires_grad=False)

@@ -57,9 +57,11 @@ def read_weights(name: str, *, where: str, **options: Any) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    from potstill.models.attention import register_attention
     from potstill.models.shared_experts import register_shared_experts
 
     register_shared_experts()
+    register_attention()
     kind = AutoModelForCausalLM
     if "gguf_file" not in options:  # what llama.cpp runs is decoder-only
         place = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}

@@ -14,9 +14,10 @@ from potstill.models.source import TransformersModel
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_stored", "dequantized", "nf4_configuration", "prepare_layers"]
+__all__ = ["check_stored", "dequantized", "nf4_configuration", "prepare_layers", "unquantized"]
 
 _BITSANDBYTES = frozenset({"nf4", "fp4", "int8"})
+_GB = 1e9
 
 
 def prepare_layers(model: Any, dtype: "torch.dtype") -> None:
@@ -65,6 +66,25 @@ def _dequantize_across_rows() -> "torch.library.Library":
             "dequantize_4bit", dequantize, "CPU", with_keyset=True, allow_override=True
         )
     return library
+
+
+def unquantized(model: Any) -> str | None:
+    """What a quantised mixture holds in full, in a sentence; None of any other model.
+
+    bitsandbytes packs linear layers, and transformers keeps all experts of a layer in one tensor.
+    """
+    if not any(getattr(model, name, False) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit")):
+        return None
+    experts = [
+        one for name, one in model.named_parameters() if ".experts." in name and one.is_floating_point()
+    ]
+    if not experts:
+        return None
+    count, size_gb = sum(one.numel() for one in experts), sum(one.nbytes for one in experts) / _GB
+    return (
+        f"its experts ({count:,} weights, {size_gb:.1f} GB) are no linear layers and stay in "
+        f"{str(experts[0].dtype).removeprefix('torch.')}; only its other layers are quantised"
+    )
 
 
 def check_stored(settings: TransformersModel, stored: str) -> None:

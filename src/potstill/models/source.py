@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo
 from potstill.core.errors import ModelError, StoreError
 from potstill.core.hashing import hash_bytes, hash_json
 from potstill.core.settings import InputPath, ModelRef, Settings, execution, resolve_path
-from potstill.core.store import MANIFEST_FILE, Artifact
+from potstill.core.store import ARTIFACTS_FOLDER, MANIFEST_FILE, Artifact
 from potstill.models.chat_templates import chat_template_text
 from potstill.models.embedded import EMBEDDED, convert_gguf, embedded_path, fetch_embedded
 from potstill.models.files import cached_file_hash
@@ -29,6 +29,7 @@ __all__ = [
     "Source",
     "TransformersModel",
     "adapter_base",
+    "expert_share",
     "find_source",
     "identity",
     "is_encoder_decoder",
@@ -62,6 +63,9 @@ _SHOWN_CHARACTERS = 200
 _MARKS = (2, 4)  # around the reasoning, perhaps around the answer as well
 # What bitsandbytes stores beside a weight: its scales, their codes, the layout.
 _QUANTIZATION_PART = re.compile(r"\.weight\.|\.SCB$|\.weight_format$")
+# Experts in a model's files, but for those that each token has, which are linear layers (`shared_experts`).
+_EXPERT = re.compile(r"\.experts\.")
+_NAMED_SIZES = re.compile(r"-(\d+(?:\.\d+)?)B-A(\d+(?:\.\d+)?)B(?![A-Za-z0-9])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -89,8 +93,9 @@ class TransformersModel(Settings):
     `path` is an embedded model's name, a .gguf file, a model or adapter folder, or a hub id
     (`organisation/name`, with `@revision` where one is meant). `identity` states what the model is known by,
     in place of a hash of its weights. `quantize` loads the linear layers in 4 bits (Dettmers et al. 2023):
-    `nf4` with doubly quantised scales, 4.13 bits a weight, or `nf4_single`, 4.5 bits. A checkpoint that is
-    quantised already (bitsandbytes) is loaded as it is, without `quantize`.
+    `nf4` with doubly quantised scales, 4.13 bits a weight, or `nf4_single`, 4.5 bits. The experts of a
+    mixture are no linear layers and stay as they are. A checkpoint that is quantised already (bitsandbytes)
+    is loaded as it is, without `quantize`.
     """
 
     engine: Literal["transformers"] = "transformers"
@@ -273,18 +278,51 @@ def parameter_count(settings: TransformersModel) -> int | None:
         )
     if source.kind == "adapter":
         return parameter_count(adapter_base(source.folder))
+    return sum(sum(one.values()) for one in _stored_weights(source)) or None
+
+
+def expert_share(settings: TransformersModel) -> float:
+    """What part of a model's weights are experts' in full, from its files' headers.
+
+    `quantize` leaves these as they are. Of a hub model that is not cached, as its name says (Qwen3-30B-A3B):
+    at least what a token does not use.
+    """
+    source = find_source(settings.path)
+    if source.kind in ("embedded", "gguf"):
+        return 0.0
+    if source.kind == "adapter":
+        return expert_share(adapter_base(source.folder))
+    whole = experts = 0
+    for weights in _stored_weights(source):
+        whole += sum(weights.values())
+        experts += sum(count for (name, is_packed), count in weights.items() if _is_expert(name, is_packed))
+    if whole or source.kind != "hub":
+        return experts / whole if whole else 0.0
+    named = _NAMED_SIZES.search(source.name)
+    return 0.0 if named is None else max(0.0, 1 - float(named[2]) / float(named[1]))
+
+
+def _is_expert(name: str, is_packed: bool) -> bool:
+    return not is_packed and _EXPERT.search(name) is not None
+
+
+_Weights = dict[tuple[str, bool], int]
+"""How many parameters each tensor of a file holds, by its name and whether they are in 4 or 8 bits."""
+
+
+def _stored_weights(source: Source) -> Iterator[_Weights]:
+    """Of a folder or a hub model, file by file; of one that is not cached nothing."""
     folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
-    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
-    return sum(map(_safetensors_parameters, files)) or None
+    yield from map(_safetensors_weights, sorted(folder.glob("*.safetensors")) if folder is not None else [])
 
 
-def _safetensors_parameters(path: Path) -> int:
+def _safetensors_weights(path: Path) -> _Weights:
     """The sizes in a safetensors header: 8 bytes of its length, then JSON. ModelError where it is none."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, path.stat().st_size))
     try:
-        return _parameters_in(json.loads(header))
+        return _weights_in(json.loads(header))
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ModelError(
             f"has no header of a safetensors file ({error})",
@@ -293,13 +331,13 @@ def _safetensors_parameters(path: Path) -> int:
         ) from error
 
 
-def _parameters_in(header: dict[str, Any]) -> int:
-    return sum(
+def _weights_in(header: dict[str, Any]) -> _Weights:
+    return {
         # Two weights in 4 bits are packed in a byte.
-        math.prod(entry["shape"]) * (2 if entry["dtype"] == "U8" else 1)
+        (name, entry["dtype"] in ("U8", "I8")): math.prod(entry["shape"]) * (1 + (entry["dtype"] == "U8"))
         for name, entry in header.items()
         if name != "__metadata__" and not _QUANTIZATION_PART.search(name)
-    )
+    }
 
 
 def stored_quantization(settings: TransformersModel) -> str | None:
@@ -447,10 +485,10 @@ def adapter_base(folder: Path) -> TransformersModel:
     (`extra["base_identity"]`).
     """
     if (artifact := _artifact_of(folder)) is not None:
-        base = _stated_base(artifact.manifest.extra, str(folder))
+        base = _stated_base(artifact.manifest.extra, folder)
     else:
         path = _read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
-        base = _stated_base({"base": {"path": path}}, str(folder))
+        base = _stated_base({"base": {"path": path}}, folder)
     if find_source(base.path).kind == "adapter":
         raise ModelError(
             f"adapts {base.path}, which is an adapter itself",
@@ -471,7 +509,7 @@ def original_model(settings: TransformersModel) -> TransformersModel:
         return settings
     # Its weights are asked for: the file of a template that it was rendered by may be gone.
     given = {"device": settings.device, "chat_template": None}
-    return _stated_base(recorded, settings.path).model_copy(update=given)
+    return _stated_base(recorded, Path(settings.path)).model_copy(update=given)
 
 
 def recorded_base(settings: TransformersModel) -> dict[str, Any] | None:
@@ -486,9 +524,9 @@ def recorded_base(settings: TransformersModel) -> dict[str, Any] | None:
     return None
 
 
-def _stated_base(extra: dict[str, Any], where: str) -> TransformersModel:
-    """The base that a manifest's `extra` names, as it was in training."""
-    expected_identity = extra.get("base_identity")
+def _stated_base(extra: dict[str, Any], folder: Path) -> TransformersModel:
+    """The base that the manifest of a folder names in its `extra`, as it was in training."""
+    expected_identity, where = extra.get("base_identity"), str(folder)
     try:
         base = TransformersModel.model_validate(extra.get("base"))
     except ValidationError as error:
@@ -498,7 +536,9 @@ def _stated_base(extra: dict[str, Any], where: str) -> TransformersModel:
     try:
         find_source(base.path)
     except ModelError as error:
-        raise ModelError(f"its base model is gone\n{error}", where=where) from error
+        if (beside := _in_the_same_store(base.path, folder)) is None:
+            raise ModelError(f"its base model is gone\n{error}", where=where) from error
+        base = base.model_copy(update={"path": str(beside)})
     if expected_identity is not None and (found := identity(base)) != expected_identity:
         raise ModelError(
             f"was trained on another base: {base.path} is {found}",
@@ -507,3 +547,14 @@ def _stated_base(extra: dict[str, Any], where: str) -> TransformersModel:
             mend="bring the base's weights back, or train the adapter again",
         )
     return base
+
+
+def _in_the_same_store(path: str, folder: Path) -> Path | None:
+    """Where what a path named in another store lies in the one that a folder is in, if it does."""
+    parts, here = PurePath(path).parts, folder.resolve()
+    stores = [one for one in here.parents if one.name == ARTIFACTS_FOLDER]
+    if ARTIFACTS_FOLDER not in parts or ".." in parts or not stores:
+        return None
+    last = len(parts) - parts[::-1].index(ARTIFACTS_FOLDER)
+    found = stores[0].joinpath(*parts[last:])
+    return found if found.is_dir() else None

@@ -10,6 +10,7 @@ from potstill.core.errors import ModelError
 from potstill.core.store import Store
 from potstill.models import (
     TransformersModel,
+    expert_share,
     frozen_weight_bytes,
     hidden_states,
     identity,
@@ -300,6 +301,48 @@ def test_what_is_quantised_already_is_never_quantised_again(stored):
         load(int8)
     nf4 = stored("nf4").model_copy(update={"quantize": "nf4"})
     assert load(nf4).quantization == "nf4"
+
+
+def test_the_experts_of_a_quantised_mixture_stay_in_full_which_is_said_and_counted(
+    tmp_path, build_tiny_model, tiny_tokenizer, moe_family
+):
+    pytest.importorskip("bitsandbytes")
+    mixture = build_tiny_model(moe_family)
+    mixture.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    settings = TransformersModel(path=str(tmp_path), device="cpu", quantize="nf4")
+    said = []
+    loaded = load(settings, say=said.append)
+    parameters = dict(loaded.model.named_parameters())
+    experts = [one for name, one in parameters.items() if ".experts." in name]
+    assert {one.dtype for one in parameters.values() if one.ndim == 2} > {torch.uint8}, (
+        "the others are packed"
+    )
+    assert {one.dtype for one in experts} == {loaded.model.dtype}
+    count = sum(one.numel() for one in experts)
+    assert [f"its experts ({count:,} weights, 0.0 GB) are no linear layers" in one for one in said] == [True]
+    share = count / mixture.num_parameters()
+    assert expert_share(settings) == pytest.approx(share)
+    size = loaded.model.dtype.itemsize
+    assert frozen_weight_bytes(settings) == pytest.approx((1 - share) * 4.127 / 8 + share * size)
+
+
+def test_nothing_is_said_of_what_is_quantised_whole_or_not_at_all(
+    tmp_path, build_tiny_model, tiny_model_folder, tiny_tokenizer
+):
+    pytest.importorskip("bitsandbytes")
+    build_tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    said = []
+    load(TransformersModel(path=str(tiny_model_folder), device="cpu", quantize="nf4"), say=said.append)
+    load(TransformersModel(path=str(tmp_path), device="cpu"), say=said.append)
+    assert said == []
+    assert expert_share(TransformersModel(path=str(tiny_model_folder))) == 0
+
+
+def test_of_a_mixture_that_is_not_here_the_share_of_experts_is_what_its_name_says():
+    assert expert_share(TransformersModel(path="Qwen/Qwen3-30B-A3B-Base")) == pytest.approx(0.9)
+    assert expert_share(TransformersModel(path="Qwen/Qwen3-4B")) == 0
 
 
 def test_nf4_single_keeps_its_scales_in_float32(tiny_model_folder):

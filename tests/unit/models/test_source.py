@@ -194,6 +194,29 @@ def test_an_adapter_whose_base_is_gone_is_refused(sealed_adapter, tmp_path):
         identity(model(adapter))
 
 
+def test_a_base_of_the_same_store_is_found_where_the_store_lies_now(
+    sealed_adapter, tmp_path, tiny_model_folder
+):
+    store = tmp_path / "store" / "artifacts"
+    shutil.copytree(tiny_model_folder, store / "init-1")
+    shutil.copytree(tiny_model_folder, store / "train-1" / "epoch1")
+    for made, path in {"one": "init-1", "two": "train-1/epoch1"}.items():
+        stated = {"path": f"/elsewhere/artifacts/{path}"}
+        adapter = sealed_adapter(store / made, base=stated, base_identity=identity(model(tiny_model_folder)))
+        assert adapter_base(adapter).path == str(store / path)
+    changed = sealed_adapter(store / "three", base=stated, base_identity="other")
+    with pytest.raises(ModelError, match="was trained on another base"):
+        adapter_base(changed)
+    for path in (
+        "/elsewhere/artifacts/init-2",
+        "/elsewhere/init-1",
+        "/elsewhere/artifacts/../artifacts/init-1",
+    ):
+        adapter = sealed_adapter(store / path.replace("/", "-"), base={"path": path})
+        with pytest.raises(ModelError, match="its base model is gone"):
+            adapter_base(adapter)
+
+
 def test_an_adapter_that_names_no_base_is_refused(sealed_adapter, tmp_path):
     with pytest.raises(ModelError, match="does not name the model that it was trained on"):
         identity(model(sealed_adapter(tmp_path / "adapter")))
