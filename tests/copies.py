@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from potstill.core.replicas import Replica
+from potstill.teachers.given_tokens import GivenTokensReplica
 from potstill.teachers.replicated import TeacherReplica
 
 
@@ -13,7 +14,7 @@ class CopiesHere:
     """`count` copies; `jobs` counts what each did. Every other job comes back behind the next one."""
 
     def __init__(self, count: int = 2) -> None:
-        self.count, self.cpus = count, 1.0
+        self.count, self.cpus, self.gpus = count, 1.0, 0.0
         self.jobs = [0] * count
         self.most_under_way = self.opened = self.closed = 0
         self.made: list[Replica] = []
@@ -53,5 +54,5 @@ class _Pool:
     async def close(self) -> None:
         self.owner.closed += 1
         for one in self.copies:
-            if isinstance(one, TeacherReplica):
+            if isinstance(one, TeacherReplica | GivenTokensReplica):
                 await one._teacher.close()  # as the end of its process does

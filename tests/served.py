@@ -1,16 +1,17 @@
-"""One tiny model behind every kind of server: llama.cpp's, transformers', and the shapes of vLLM and SGLang.
+"""One tiny model behind every kind of server: llama.cpp's, transformers', vLLM's, and the shapes of SGLang's.
 
 Shapes: T tokens, V vocabulary.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,56 +29,32 @@ if TYPE_CHECKING:
     from potstill.teachers import Answer
 
 CONTEXT_TOKENS = 512
-_START_S = 180.0
+VLLM_PYTHON = os.environ.get("POTSTILL_VLLM_PYTHON")
+"""The interpreter of an environment with vLLM; what needs one is left out where it is not stated."""
+OTHER_NAME = "other"
+"""What servers that tell models apart call the served one as well."""
+_START_S = 600.0
 
 
 @dataclass(frozen=True)
 class Conduct:
-    """What a server does with what it is asked for."""
+    """What a server does with what it is asked for, where it is not what most do."""
 
-    keeps_seeds: bool
-    reports: Reported | None
-    gives_ids: bool
-    scores_prompts: bool
-    continues: bool
-    refuses_long: bool
+    keeps_seeds: bool = True
+    reports: Reported | None = "at 1"
+    gives_ids: bool = True
+    scores_prompts: bool = False
+    continues: bool = True
+    refuses_long: bool = True
 
 
 CONDUCTS = {
-    "llama.cpp": Conduct(
-        keeps_seeds=True,
-        reports="at 1",
-        gives_ids=True,
-        scores_prompts=False,
-        continues=True,
-        refuses_long=True,
-    ),
+    "llama.cpp": Conduct(),
     # Version 5.23: it refuses fields that it does not know, leaves log-probabilities out without a word, and
     # goes on past the model's context.
-    "transformers": Conduct(
-        keeps_seeds=True,
-        reports=None,
-        gives_ids=False,
-        scores_prompts=False,
-        continues=False,
-        refuses_long=False,
-    ),
-    "vLLM": Conduct(
-        keeps_seeds=True,
-        reports="at 1",
-        gives_ids=True,
-        scores_prompts=True,
-        continues=True,
-        refuses_long=True,
-    ),
-    "SGLang": Conduct(
-        keeps_seeds=False,
-        reports="at the sampling temperature",
-        gives_ids=False,
-        scores_prompts=False,
-        continues=True,
-        refuses_long=True,
-    ),
+    "transformers": Conduct(reports=None, gives_ids=False, continues=False, refuses_long=False),
+    "vLLM": Conduct(scores_prompts=True),
+    "SGLang": Conduct(keeps_seeds=False, reports="at the sampling temperature", gives_ids=False),
 }
 
 
@@ -102,7 +79,7 @@ def write_served_model(folder: Path, model: Any, tokenizer: Any) -> None:
             if id_ not in tokenizer.added_tokens_decoder and text.isascii() and text.decode().isprintable():
                 head_VH[id_, 0] = 0.0
         head_VH[tokenizer.eos_token_id] = 0.0
-        head_VH[tokenizer.eos_token_id, 0] = 1.8
+        head_VH[tokenizer.eos_token_id, 0] = 1.4
     # transformers' server takes these for what a request cannot say: without do_sample it never draws.
     model.generation_config.update(do_sample=True, top_k=0, top_p=1.0)
     model.save_pretrained(folder)
@@ -121,6 +98,11 @@ class Engine:
 
         [found] = generate_batch(self.loaded, self.renderer, [prompt_ids], **sampling)
         return found
+
+    def tokens(self, text: str) -> list[int]:
+        """Its ids, none added."""
+        ids: list[int] = self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def log_probs(self, prompt_ids: Sequence[int], ids: Sequence[int], temperature: float) -> "torch.Tensor":
         """[T, V]: log-probabilities in the place of each of `ids`."""
@@ -163,6 +145,54 @@ def transformers_serve(folder: Path) -> Iterator[tuple[str, str]]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+@contextmanager
+def vllm_serve(folder: Path) -> Iterator[tuple[str, str]]:
+    """vLLM's own server, which calls the model by its folder and by another one beside it.
+
+    It is started by its module: `vllm serve` does not know what distributions for CPUs are called.
+    """
+    assert VLLM_PYTHON is not None
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [VLLM_PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    scoring = ["--no-enable-prefix-caching", "--max-num-seqs", "4", "--gpu-memory-utilization", "0.05"]
+    names = ["--served-model-name", str(folder), str(folder.with_name(OTHER_NAME))]
+    # Its engine is a process of its own.
+    process = subprocess.Popen(
+        [*command, *options, *scoring, *names],
+        env=vllm_environment() | {"VLLM_API_KEY": os.environ["SERVED_KEY"]},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _await(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}/v1", str(folder)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+VLLM_SMALL: dict[str, Any] = {
+    "python": VLLM_PYTHON,
+    "memory_share": 0.05,
+    "slots": 4,
+    "engine_arguments": {"enforce_eager": True},
+}
+"""Settings of a tiny model that vLLM runs: little memory, and nothing compiled."""
+
+
+def vllm_environment() -> dict[str, str]:
+    """This one's, for a vLLM that keeps to one thread and sends nothing."""
+    ours = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {**kept, **ours, **one_process}
 
 
 def _await(address: str, process: "subprocess.Popen[bytes]") -> None:

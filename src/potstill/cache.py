@@ -25,6 +25,7 @@ from potstill.core.store import Artifact, Store, write_atomically
 from potstill.data.batches import many_micro_batches
 from potstill.data.chat import Rendered, Renderer
 from potstill.data.packed_rows import PackedRows
+from potstill.data.parts import continued
 from potstill.data.sources import Data, read
 from potstill.models import (
     LoadedModel,
@@ -34,7 +35,7 @@ from potstill.models import (
     output_head,
     vocabulary_size,
 )
-from potstill.teachers import GivenTokens, OpenAIModel
+from potstill.teachers import GivenTokens, OpenAIModel, VllmModel
 from potstill.teachers.failures import FAILURES_FILE, Failures
 from potstill.teachers.given_tokens import KEPT
 from potstill.teachers.kept_tokens import kept_alternatives, tokenizer_of
@@ -50,11 +51,12 @@ if TYPE_CHECKING:
     from potstill.logits.codecs import Codec
     from potstill.logits.shards import CachedRow, ShardWriter
 
-__all__ = ["CacheSettings", "ScoringReplica", "import_artifact", "run"]
+__all__ = ["MEMORY_SHARE", "CacheSettings", "ScoringReplica", "import_artifact", "most_batch_tokens", "run"]
 
 # Past this many tokens a CPU's matrix products get no faster; a GPU's need more of them.
 _MOST_CPU_TOKENS, _MOST_GPU_TOKENS, _LEAST_BATCH_TOKENS = 4096, 65_536, 256
 _SERVER_TOKENS = 16_384
+MEMORY_SHARE = 0.25  # of what is free, for the activations of a batch
 
 
 class CacheSettings(Settings):
@@ -130,7 +132,8 @@ def run(settings: CacheSettings, context: StepContext) -> StepResult:
     or with a token that the teacher gives no distribution for, and ModelError for a model whose logits are
     out of reach.
     """
-    from potstill.logits.shards import LogitCache, ShardWriter, write_index
+    from potstill.logits.logit_cache import LogitCache
+    from potstill.logits.shards import ShardWriter, write_index
 
     with _open_scorer(settings, context) as scorer:
         rows, too_long, conversations = _rows(settings, context, scorer)
@@ -284,10 +287,11 @@ def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Sc
         else:
             with closing(_ReplicatedScorer(model, context.replicas, failures)) as replicated:
                 yield replicated
-    elif isinstance(model, OpenAIModel) and model.tokenizer is not None:
+    elif isinstance(model, VllmModel) or (isinstance(model, OpenAIModel) and model.tokenizer is not None):
         if settings.codec != "topk" or settings.temperatures != [1.0]:
+            what = "is a server, which" if isinstance(model, OpenAIModel) else "is run by vLLM, which"
             raise ModelError(
-                f"{settings.model!r} is a server, which gives its likeliest ids at temperature 1",
+                f"{settings.model!r} {what} gives its likeliest ids at temperature 1",
                 expected="codec: topk with temperatures: [1.0]",
                 mend="let transformers run the teacher here for other temperatures or codec: sampled",
             )
@@ -295,7 +299,7 @@ def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Sc
             if scorer.context_tokens is None and settings.max_length is None:
                 raise ModelError(
                     f"the server of {settings.model!r} does not say how long a prompt may be",
-                    where=model.base_url,
+                    where=model.known_as(),
                     expected="`max_model_len` in its list of models, as vLLM gives it, or `max_length`",
                     mend="set the cache step's `max_length` to one token less than the server's context",
                 )
@@ -303,7 +307,7 @@ def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Sc
     else:
         raise ModelError(
             f"{settings.model!r} gives no logits over the whole vocabulary",
-            expected="a model that transformers runs here, or a vLLM server with a `tokenizer`",
+            expected="a model that transformers or vLLM runs here, or a vLLM server with a `tokenizer`",
             mend="declare the teacher's weights once more with engine: transformers, and name that here",
         )
 
@@ -326,8 +330,13 @@ class _LocalScorer(_OneScorer):
         return _score_rows(self._teacher, codec, batch)
 
 
+def most_batch_tokens(device_type: str) -> int:
+    """The most padded tokens that a batch is given by itself on a kind of device."""
+    return _MOST_GPU_TOKENS if device_type == "cuda" else _MOST_CPU_TOKENS
+
+
 def _batch_tokens(teacher: LoadedModel) -> int:
-    """As many as a quarter of the free memory holds the widest layers' activations of, within bounds."""
+    """As many as a share of the free memory holds the widest layers' activations of, within bounds."""
     import psutil
     import torch
 
@@ -335,8 +344,8 @@ def _batch_tokens(teacher: LoadedModel) -> int:
     config, on_gpu = model.config.get_text_config(), model.device.type == "cuda"
     width = 16 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
     free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
-    fits = int(free / 4 / (width * model.dtype.itemsize))
-    return max(_LEAST_BATCH_TOKENS, min(fits, _MOST_GPU_TOKENS if on_gpu else _MOST_CPU_TOKENS))
+    fits = int(free * MEMORY_SHARE / (width * model.dtype.itemsize))
+    return max(_LEAST_BATCH_TOKENS, min(fits, most_batch_tokens(model.device.type)))
 
 
 def _score_rows(
@@ -427,14 +436,15 @@ class _ReplicatedScorer:
             yield batch, batch, [{name: torch.tensor(values) for name, values in one.items()} for one in kept]
 
 
-class _ServerScorer(_OneScorer):
-    """A server that gives the log-probabilities of a prompt's tokens, asked by token ids."""
+class _ServerScorer:
+    """A server, or vLLM here, that gives the log-probabilities of a prompt's tokens, asked by token ids."""
 
-    row_by_row = True
+    plan, kept = _OneScorer.plan, KEPT
 
-    def __init__(self, model: OpenAIModel, context: StepContext, failures: Failures) -> None:
-        assert model.tokenizer is not None
-        self.renderer = Renderer(load_tokenizer(TransformersModel(path=model.tokenizer)))
+    def __init__(self, model: OpenAIModel | VllmModel, context: StepContext, failures: Failures) -> None:
+        tokenizer = tokenizer_of(model)
+        assert tokenizer is not None
+        self.renderer = Renderer(load_tokenizer(tokenizer))
         self.vocabulary_size = vocabulary_size(self.renderer.tokenizer)
         self.identity, self.failures = model.known_as(), failures
         self._server = GivenTokens(model, context, failures)
@@ -442,18 +452,40 @@ class _ServerScorer(_OneScorer):
         self.close = self._server.close
 
     def batch_tokens(self) -> int:
-        """Enough for the server to have many rows at once."""
-        return _SERVER_TOKENS
+        """Enough for each copy to have many rows at once."""
+        return _SERVER_TOKENS * self._server.copies
 
-    def score(self, codec: "Codec", batch: "Sequence[CachedRow]") -> Iterable[_Kept]:
+    def score_batches(
+        self, codec: "Codec", batches: Iterable[_Batch], done: "ShardWriter", size: "_BatchSize"
+    ) -> "Iterator[tuple[_Batch, _Batch, list[_Kept]]]":
+        """Rows that are not done yet, each asked for by itself.
+
+        Where asking ends by an error or a stop, the rows that were answered come before it, and are sealed:
+        they were paid for.
+        """
+        for batch in batches:
+            asked = [row for row in batch if row.key not in done]
+            if len(asked) < len(batch):
+                self.failures.answered()
+            kept: dict[int, _Kept] = {}
+            try:
+                size.context.check_stop()
+                if asked:
+                    self._ask(codec, asked, kept)
+            except Exception:
+                yield [], [asked[number] for number in kept], [*kept.values()]
+                done.seal()
+                raise
+            yield batch, asked, [kept[number] for number in range(len(asked))]
+
+    def _ask(self, codec: "Codec", rows: _Batch, kept: dict[int, _Kept]) -> None:
         """The tail is what the kept ids leave over; the logsumexp stays unknown (NaN)."""
         from potstill.logits.codecs import TopK
 
         assert isinstance(codec, TopK)
-        kept: dict[int, _Kept] = {}
 
         def keep(number: int, found: list[dict[int, float]]) -> None:
-            mask = batch[number].mask[1:]
+            mask = rows[number].mask[1:]
             kept[number] = codec.from_log_probs(
                 [likeliest for likeliest, supervised in zip(found, mask, strict=True) if supervised]
             )
@@ -461,9 +493,8 @@ class _ServerScorer(_OneScorer):
         def refused(number: int, reason: str) -> None:
             kept[number] = None
 
-        rows = [(f"record {row.record_id}", row.token_ids) for row in batch]
-        self._server.ask(rows, codec.k, keep, refused)
-        return [kept[number] for number in range(len(batch))]
+        named = [(f"record {row.record_id}", row.token_ids) for row in rows]
+        self._server.ask(named, codec.k, keep, refused)
 
 
 class _TraceScorer(_OneScorer):
@@ -610,7 +641,10 @@ def _rows(settings: CacheSettings, context: StepContext, scorer: _Scorer) -> tup
     renderer, stated = scorer.renderer, (settings.max_length, scorer.context_tokens)
     limit = min((one for one in stated if one is not None), default=None)
     rows, too_long, conversations = _Rows(context.scratch), 0, False
-    for number, record in enumerate(read(settings.data, context), start=1):
+    records = read(settings.data, context)
+    if settings.mask_prefix:
+        records = continued(records)
+    for number, record in enumerate(records, start=1):
         if record.response_token_ids is not None and record.tokenizer != renderer.tokenizer_hash:
             raise DataError(
                 f"its token ids are another tokenizer's than that of {settings.model!r}",

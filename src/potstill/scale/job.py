@@ -18,7 +18,7 @@ from potstill.generate import GenerateSettings
 from potstill.models import TransformersModel
 from potstill.scale.settings import Ray
 from potstill.select import SelectSettings
-from potstill.teachers import AnyModel
+from potstill.teachers import AnyModel, VllmModel
 from potstill.train import Strategy, TrainSettings
 
 __all__ = ["WORKER_MODULE", "Failure", "Job", "JobSettings", "Outcome", "ReplicatedSettings", "work_folder"]
@@ -104,7 +104,13 @@ class Job(BaseModel):
     def devices(self) -> list[str | None]:
         """Where each model that works here is to do so, by the step or by itself; None is the default."""
         asked = getattr(self.settings, "device", None)
-        return [asked or one.device for one in self.models.values() if isinstance(one, TransformersModel)]
+        found: list[str | None] = []
+        for one in self.models.values():
+            if isinstance(one, VllmModel):
+                found.append(None)  # vLLM takes the GPUs that it is shown
+            elif isinstance(one, TransformersModel):
+                found.append(asked or one.device)
+        return found
 
     def write(self) -> Path:
         """Write it where its processes look for it, and say where."""

@@ -21,6 +21,7 @@ from potstill.models import TransformersModel
 from potstill.scale.job import WORKER_MODULE, Failure, Job, Outcome, ReplicatedSettings, work_folder
 from potstill.scale.settings import Ray
 from potstill.scale.torchrun import Beside, log_end
+from potstill.teachers import VllmModel
 from potstill.teachers.replicated import is_replicated
 
 __all__ = ["ask_replicas", "has_replicas", "ray_environment"]
@@ -38,7 +39,7 @@ def has_replicas(settings: Settings, context: StepContext) -> TypeGuard[Replicat
     models = [context.model(one) for _, one in references(settings) if isinstance(one, ModelRef)]
     if isinstance(settings, GenerateSettings):
         return any(map(is_replicated, models))
-    return any(isinstance(model, TransformersModel) for model in models)
+    return any(isinstance(model, TransformersModel | VllmModel) for model in models)
 
 
 def ask_replicas(scale: Ray, settings: ReplicatedSettings, context: StepContext) -> Outcome:

@@ -55,6 +55,13 @@ class RayReplicas:
             self._connect()
         return self._cpus
 
+    @property
+    def gpus(self) -> float:
+        """What each has of its machine's GPUs, which the cluster tells."""
+        if not self._connected:
+            self._connect()
+        return self._gpus
+
     async def open(
         self, replica: str, *arguments: Any, at_most: int | None = None, restart_on_error: bool = True
     ) -> "RayPool":
@@ -164,13 +171,17 @@ def _resources(nodes: list[dict[str, Any]]) -> list[Mapping[str, float]]:
 
 
 def _places(nodes: list[dict[str, Any]], cpus: float, gpus: float) -> int:
-    """How many replicas find a place, were all machines free; a share of a GPU lies on one GPU."""
+    """How many replicas find a place, were all machines free.
+
+    A share of a GPU lies on one GPU; several lie on one machine.
+    """
 
     def on(machine: Mapping[str, float]) -> int:
         by_cores = int(machine.get("CPU", 0.0) // cpus)
         if not gpus:
             return by_cores
-        return min(by_cores, int(machine.get("GPU", 0.0)) * int(1 / gpus + 1e-9))
+        there = int(machine.get("GPU", 0.0))
+        return min(by_cores, there // int(gpus) if gpus >= 1 else there * int(1 / gpus + 1e-9))
 
     return sum(map(on, _resources(nodes)))
 

@@ -55,8 +55,8 @@ class Ray(Settings):
     gpus_per_replica: float | None = execution(
         None,
         ge=0,
-        le=1,
-        description="share of a GPU that each has; by default one where there are GPUs for the model to use",
+        description="share of a GPU that each has, or how many GPUs, for vLLM to spread a model over; by "
+        "default one where there are GPUs for the model to use",
     )
     cpus_per_replica: int | None = execution(
         None,
@@ -69,6 +69,13 @@ class Ray(Settings):
         description="seconds that a copy may take from one answer to the next, before it is started again",
     )
     start_timeout_s: float = execution(1800.0, gt=0, description="the same for a start, its model loaded")
+
+    @field_validator("gpus_per_replica")
+    @classmethod
+    def _check_gpus(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and not gpus.is_integer():
+            raise ValueError("expected a share of one GPU, or a whole number of them")
+        return gpus
 
     @field_validator("address")
     @classmethod

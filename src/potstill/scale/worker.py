@@ -70,7 +70,6 @@ def _work(path: Path, rank: int, stop: threading.Event, started: float) -> int:
     from potstill.core.errors import Interrupted
     from potstill.core.events import Reporter
     from potstill.core.memory import PeakMemory
-    from potstill.core.store import Store
     from potstill.scale.job import Failure, Job, Outcome
     from potstill.train import TrainSettings
 
@@ -78,12 +77,10 @@ def _work(path: Path, rank: int, stop: threading.Event, started: float) -> int:
     reporter = Reporter("quiet")
     if rank == 0:
         reporter = Reporter(job.display, job.events, sys.stdout, job.log, label=job.label)
-    alone: AbstractContextManager[object] = nullcontext()
-    if rank == 0 and job.elsewhere is not None:
-        alone = Store(job.store).lock(
-            job.elsewhere, on_wait=lambda pid: reporter.say("another run makes this now")
-        )
     context = job.context(reporter, stop)
+    alone: AbstractContextManager[None] = nullcontext()
+    if rank == 0 and job.elsewhere is not None:
+        alone = _alone(job.elsewhere, context)
     code = 0
     try:
         with alone, _replicas(job, context):
@@ -102,6 +99,20 @@ def _work(path: Path, rank: int, stop: threading.Event, started: float) -> int:
         return 1
     _leave_the_group()
     return code
+
+
+@contextmanager
+def _alone(fingerprint: str, context: "StepContext") -> "Iterator[None]":
+    """The right to make the step, and the count of the time that it takes, where no run does both."""
+    from potstill.core.stopwatch import Stopwatch
+    from potstill.core.store import Store
+
+    def say(pid: int | None) -> None:
+        context.reporter.say("another run makes this now")
+
+    lock = Store(context.cache_folder).lock(fingerprint, on_wait=say)
+    with lock, closing(Stopwatch(context.scratch)):
+        yield
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Teachers: one protocol, four engines. Importing it is light; an engine's libraries load on opening."""
+"""Teachers: one protocol, five engines. Importing it is light; an engine's libraries load on opening."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ from potstill.teachers.openai import OpenAIModel, OpenAITeacher, check_server
 from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError, Teacher
 from potstill.teachers.solver import SolverModel, SolverTeacher
 from potstill.teachers.transformers import TransformersTeacher
+from potstill.teachers.vllm import VllmModel, VllmTeacher, check_vllm
 
 __all__ = [
     "Answer",
@@ -27,6 +28,7 @@ __all__ = [
     "RequestError",
     "SolverModel",
     "Teacher",
+    "VllmModel",
     "check_gives_logprobs",
     "check_teacher",
     "open_teacher",
@@ -43,11 +45,13 @@ AnyModel = Annotated[
     Annotated[TransformersModel, Tag("transformers")]
     | Annotated[OpenAIModel, Tag("openai")]
     | Annotated[LlamaCppModel, Tag("llama_cpp")]
+    | Annotated[VllmModel, Tag("vllm")]
     | Annotated[SolverModel, Tag("solver")],
     Discriminator(
         _engine,
         custom_error_type="engine",
-        custom_error_message="expected engine: openai, llama_cpp, transformers or solver; or a `path` alone",
+        custom_error_message="expected engine: openai, llama_cpp, vllm, transformers or solver; or a `path` "
+        "alone",
     ),
 ]
 """How a recipe declares a model; a `path` alone is a transformers model."""
@@ -69,6 +73,10 @@ def open_teacher(
             return OpenAITeacher(settings, say=say)
         case LlamaCppModel():
             teacher = LlamaCppTeacher(settings, say=say)
+        case VllmModel():
+            if concurrency is not None:
+                settings = settings.model_copy(update={"slots": concurrency})
+            return VllmTeacher(settings, say=say)
         case SolverModel():
             teacher = SolverTeacher(settings)
         case TransformersModel():
@@ -92,6 +100,9 @@ def check_teacher(settings: Settings) -> tuple[str | None, str | None]:
             case LlamaCppModel():
                 settings.check()
                 return None, _to_fetch(settings.model)
+            case VllmModel():
+                check_vllm(settings)
+                return None, _to_fetch(settings.path)
             case SolverModel():
                 settings.resolve()
             case TransformersModel():

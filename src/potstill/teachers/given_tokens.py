@@ -1,16 +1,21 @@
-"""What a server's model gives to tokens that are there already: rows of a cache, traces of a selection."""
+"""What models that are asked give to tokens that are there: rows of a cache, traces of a selection."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from potstill.core.errors import ModelError
+from potstill.core.replicas import ReplicaPool, Replicas
 from potstill.core.step import StepContext
+from potstill.data.chat import Renderer
+from potstill.models import load_tokenizer
 from potstill.teachers.failures import Failures
 from potstill.teachers.openai import OpenAIModel, OpenAITeacher, server_context_tokens
 from potstill.teachers.protocol import RequestError
+from potstill.teachers.replicated import identity_of_copy, open_copies, vllm_copy
+from potstill.teachers.vllm import VllmModel, VllmTeacher, check_scoring
 
-__all__ = ["KEPT", "GivenTokens", "check_gives_logprobs"]
+__all__ = ["KEPT", "GivenTokens", "GivenTokensReplica", "check_gives_logprobs"]
 
 KEPT = "What is kept so far stays; the next run asks what is missing"
 _POLL_S = 0.2  # for a stop
@@ -19,10 +24,11 @@ _POLL_S = 0.2  # for a stop
 def check_gives_logprobs(model: object, called: str) -> None:
     """Raise ModelError for a model of which nothing tells the log-probabilities of a given text's tokens.
 
-    That is any but one of transformers and a server whose tokenizer is known; `called` is what to call it.
+    That is any but one of transformers or vLLM and a server whose tokenizer is known; `called` is what to
+    call it.
     """
     engine = getattr(model, "engine", type(model).__name__)
-    if engine == "transformers" or (isinstance(model, OpenAIModel) and model.tokenizer is not None):
+    if engine in ("transformers", "vllm") or (isinstance(model, OpenAIModel) and model.tokenizer is not None):
         return
     if isinstance(model, OpenAIModel):
         raise ModelError(
@@ -33,31 +39,99 @@ def check_gives_logprobs(model: object, called: str) -> None:
         )
     raise ModelError(
         f"{called} is a model of engine {engine}, which gives no log-probabilities of a given text",
-        expected="a model that transformers loads, or a vLLM server with a `tokenizer`",
+        expected="a model that transformers or vLLM loads, or a vLLM server with a `tokenizer`",
         mend="declare the same weights with a path (a folder, hub id or .gguf file), or name a step that "
         "makes a model",
     )
 
 
-class GivenTokens:
-    """A server that gives the log-probabilities of given tokens at temperature 1 (vLLM's `prompt_logprobs`).
+class _Scorer(Protocol):
+    """Whoever is asked."""
 
-    Before the first rows a known text is scored, which shows whether they are that. `context_tokens` is how
-    many tokens a row may have, where the server says so. Rows that it refuses are noted in `failures`. Raises
-    EngineError as `server_context_tokens` does.
+    async def prompt_logprobs(self, token_ids: Sequence[int], k: int) -> list[dict[int, float]]:
+        """Of each token but the first, log p at T = 1 of the k likeliest ids in its place and of its own."""
+
+    async def check_prompt_logprobs(self, k: int, context_tokens: int | None) -> None:
+        """Raise EngineError unless those of a known text are what they should be."""
+
+    async def close(self) -> None:
+        """Free what it holds."""
+
+
+class GivenTokensReplica:
+    """A copy of a model that vLLM runs, in a process of its own."""
+
+    def __init__(self, model: VllmModel) -> None:
+        self._teacher = VllmTeacher(model, scoring=True)
+        self.identity: dict[str, Any] = {
+            **identity_of_copy(self._teacher.identity, self._teacher.renderer),
+            "context_tokens": self._teacher.context_tokens,
+        }
+        self.capacity = {"concurrency": self._teacher.concurrency}
+
+    async def work(self, token_ids: list[int], k: int) -> list[dict[int, float]]:
+        """What the copy gives to a row."""
+        return await self._teacher.prompt_logprobs(token_ids, k)
+
+
+class _Copies:
+    """Copies of a model that vLLM runs; a row goes to whichever has room."""
+
+    def __init__(self, model: VllmModel, renderer: Renderer, pool: ReplicaPool) -> None:
+        self._model, self._renderer, self._pool = model, renderer, pool
+        self.context_tokens: int = pool.identity["context_tokens"]
+
+    @classmethod
+    async def open(cls, model: VllmModel, replicas: Replicas) -> "_Copies":
+        here = model.as_transformers()
+        renderer, arguments = Renderer(load_tokenizer(here)), (vllm_copy(model, replicas),)
+        pool = await open_copies(replicas, GivenTokensReplica, arguments, here, renderer)
+        return cls(model, renderer, pool)
+
+    async def prompt_logprobs(self, token_ids: Sequence[int], k: int) -> list[dict[int, float]]:
+        found: list[dict[int, float]] = await self._pool.work([*token_ids], k)
+        return found
+
+    async def check_prompt_logprobs(self, k: int, context_tokens: int | None) -> None:
+        await check_scoring(self.prompt_logprobs, self._model, self._renderer, k, context_tokens)
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+
+class GivenTokens:
+    """A model that is asked for the log-probabilities of given tokens at temperature 1 (`prompt_logprobs`).
+
+    It is vLLM's, behind a server or run for this step, or copies of the latter. Before the first rows a known
+    text is scored, which shows whether they are that. `context_tokens` is how many tokens a row may have,
+    where that is known; `copies` are asked side by side. Rows that are refused are noted in `failures`.
+    Raises EngineError as `server_context_tokens` and `VllmTeacher` do.
     """
 
-    def __init__(self, model: OpenAIModel, context: StepContext, failures: Failures) -> None:
-        served = server_context_tokens(model)
-        # One token is always generated.
-        self.context_tokens = None if served is None else served - 1
+    def __init__(self, model: OpenAIModel | VllmModel, context: StepContext, failures: Failures) -> None:
         self._context, self._failures = context, failures
-        self._runner = asyncio.Runner()
-        self._server = OpenAITeacher(model, say=context.say)
         self._is_checked = False
+        self.copies = 1
+        self._runner = asyncio.Runner()
+        self._server: _Scorer
+        try:
+            if isinstance(model, OpenAIModel):
+                tokens = server_context_tokens(model)
+                self._server = OpenAITeacher(model, say=context.say)
+            elif context.replicas is None:
+                self._server = teacher = VllmTeacher(model, scoring=True, say=context.say)
+                tokens = teacher.context_tokens
+            else:
+                self._server = copies = self._runner.run(_Copies.open(model, context.replicas))
+                tokens, self.copies = copies.context_tokens, context.replicas.count
+        except BaseException:
+            self._runner.close()
+            raise
+        # One token is always generated.
+        self.context_tokens = None if tokens is None else tokens - 1
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, or end vLLM."""
         self._runner.run(self._server.close())
         self._runner.close()
 

@@ -9,6 +9,7 @@ from potstill.core.records import Record
 from potstill.core.settings import Settings
 from potstill.models import TransformersModel
 from potstill.teachers.llama_cpp import LlamaCppModel
+from potstill.teachers.vllm import VllmModel
 
 __all__ = ["kept_alternatives", "tokenizer_of"]
 
@@ -17,7 +18,7 @@ def tokenizer_of(model: Settings) -> TransformersModel | None:
     """Where the tokenizer of a teacher of any engine comes from; None where nobody says."""
     if isinstance(model, TransformersModel):
         return model
-    if isinstance(model, LlamaCppModel):
+    if isinstance(model, LlamaCppModel | VllmModel):
         return model.as_transformers()
     stated = getattr(model, "tokenizer", None)
     return None if stated is None else TransformersModel(path=stated)

@@ -1,7 +1,6 @@
 """The openai engine: any server with OpenAI's chat completions, over HTTP."""
 
 import asyncio
-import math
 import os
 import random
 from collections import Counter
@@ -15,11 +14,11 @@ from pydantic import Field, SecretStr, field_validator
 
 from potstill.core.errors import EngineError
 from potstill.core.settings import Settings, execution
-from potstill.data.chat import Rendered, Renderer
-from potstill.models import TransformersModel, load, load_tokenizer, parameter_count
+from potstill.data.chat import Renderer
+from potstill.models import TransformersModel, load_tokenizer
 from potstill.teachers.completions import ASK_IDS, OWN_KEYS, Completions, mapping, whole_number
 from potstill.teachers.pace import Failure, GivenUp, Pace
-from potstill.teachers.probes import PROBE_TEMPERATURE, Reported, check_scores, reported, turned
+from potstill.teachers.probes import PROBE_TEMPERATURE, Reported, check_prompt_logprobs, known_here, reported
 from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError
 from potstill.teachers.server_errors import MayPass, ServerErrors
 
@@ -31,7 +30,6 @@ __all__ = ["OpenAIModel", "OpenAITeacher", "Price", "check_server", "server_cont
 _CONNECT_TIMEOUT_S = 15.0
 _CHECK_TIMEOUT_S = 5.0
 _LONGEST_BACKOFF_S = 60.0
-_FEW_PARAMETERS = 1e9  # whose probabilities of one short text take seconds, and no more than 4 GB
 _REFUSALS_A_RETRY = 4  # a refusal costs nothing and says little about the request
 
 
@@ -266,11 +264,12 @@ class OpenAITeacher:
         the folder that it lies in here, and is small, its own log-probabilities are computed and compared.
         """
         ids = self._completions.known_text()[:context_tokens]
-        first = await self.prompt_logprobs(ids, k)
-        await self.prompt_logprobs(turned(ids), k)
-        again = await self.prompt_logprobs(ids, k)
-        expected_T = await asyncio.to_thread(_known_here, self._settings, ids)
-        check_scores(first, again, ids, where=self._settings.base_url, expected_T=expected_T)
+        await check_prompt_logprobs(
+            lambda ids: self.prompt_logprobs(ids, k),
+            ids,
+            where=self._settings.base_url,
+            expected=lambda: _known_here(self._settings, ids),
+        )
 
     async def prompt_logprobs(self, token_ids: Sequence[int], k: int) -> list[dict[int, float]]:
         """Of each token but the first, log p at T = 1 of the k likeliest ids in its place and of its own.
@@ -399,14 +398,7 @@ def _known_here(settings: OpenAIModel, token_ids: Sequence[int]) -> list[float] 
     """What the served model's weights give to each token but the first, where they lie here and are few."""
     if settings.tokenizer != settings.model or not Path(settings.model).is_dir():
         return None
-    from potstill.scoring import token_logprobs
-
-    source = TransformersModel(path=settings.model, device="cpu")
-    if (parameter_count(source) or math.inf) > _FEW_PARAMETERS:
-        return None
-    row = Rendered([*token_ids], [0] + [1] * (len(token_ids) - 1))
-    [found] = token_logprobs(load(source), [row])
-    return [float(one) for one in found]
+    return known_here(TransformersModel(path=settings.model), token_ids)
 
 
 def check_server(settings: OpenAIModel) -> str | None:

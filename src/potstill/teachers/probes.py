@@ -3,18 +3,24 @@
 Shapes: T tokens of a text but its first.
 """
 
+import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal
 
 from potstill.core.errors import EngineError
+from potstill.data.chat import Rendered
+from potstill.models import TransformersModel, load, parameter_count
 
 __all__ = [
     "KNOWN_TEXT",
     "PROBE_BEGINNING",
     "PROBE_QUESTION",
+    "PROBE_TEMPERATURE",
     "Reported",
+    "check_prompt_logprobs",
     "check_scores",
+    "known_here",
     "own_logprobs",
     "reported",
     "turned",
@@ -39,6 +45,7 @@ _LEAST_GAP = 0.1
 _RATIO_TOLERANCE = 0.2
 _SAME_NATS = 0.05
 _LIKE_NATS = 0.2
+_FEW_PARAMETERS = 1e9  # whose probabilities of one short text take seconds, and no more than 4 GB
 
 
 def reported(at_one: Mapping[str, float], at_half: Mapping[str, float]) -> Reported | None:
@@ -69,6 +76,34 @@ def turned(token_ids: Sequence[int]) -> list[int]:
 def own_logprobs(found: Sequence[Mapping[int, float]], token_ids: Sequence[int]) -> list[float]:
     """The log-probability of each token but the first, T of them."""
     return [values[id_] for values, id_ in zip(found, token_ids[1:], strict=True)]
+
+
+async def check_prompt_logprobs(
+    ask: Callable[[Sequence[int]], Awaitable[Sequence[Mapping[int, float]]]],
+    token_ids: Sequence[int],
+    *,
+    where: str,
+    expected: Callable[[], Sequence[float] | None],
+) -> None:
+    """Ask for a known text twice, with one between that begins alike, and check both as `check_scores` does.
+
+    `expected` computes the model's own log-probabilities, where it lies here.
+    """
+    first = await ask(token_ids)
+    await ask(turned(token_ids))
+    again = await ask(token_ids)
+    check_scores(first, again, token_ids, where=where, expected_T=await asyncio.to_thread(expected))
+
+
+def known_here(source: TransformersModel, token_ids: Sequence[int]) -> list[float] | None:
+    """What a model's weights give to each token but the first, where they are few."""
+    from potstill.scoring import token_logprobs
+
+    if (parameter_count(source) or math.inf) > _FEW_PARAMETERS:
+        return None
+    row = Rendered([*token_ids], [0] + [1] * (len(token_ids) - 1))
+    [found] = token_logprobs(load(source.model_copy(update={"device": "cpu"})), [row])
+    return [float(one) for one in found]
 
 
 def check_scores(

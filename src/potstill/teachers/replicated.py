@@ -13,13 +13,32 @@ from potstill.models import TransformersModel, identity, load_tokenizer
 from potstill.teachers.llama_cpp import LlamaCppModel
 from potstill.teachers.openai import OpenAIModel
 from potstill.teachers.protocol import Answer, Capabilities, Request
+from potstill.teachers.vllm import VllmModel
 
-__all__ = ["ReplicatedTeacher", "TeacherReplica", "identity_of_copy", "is_replicated", "open_copies"]
+__all__ = [
+    "ReplicatedTeacher",
+    "TeacherReplica",
+    "identity_of_copy",
+    "is_replicated",
+    "open_copies",
+    "vllm_copy",
+]
 
 
 def is_replicated(settings: Settings) -> bool:
     """Whether copies of a model answer more than one does: any but a solver, which takes no time."""
-    return isinstance(settings, OpenAIModel | LlamaCppModel | TransformersModel)
+    return isinstance(settings, OpenAIModel | LlamaCppModel | TransformersModel | VllmModel)
+
+
+def vllm_copy(settings: VllmModel, replicas: Replicas) -> VllmModel:
+    """The settings of each copy: all GPUs that it has share the model, unless a number of them is stated.
+
+    A copy with a share of a GPU takes `memory_share` of that share.
+    """
+    gpus = settings.tensor_parallel_size or max(1, int(replicas.gpus))
+    of_one = min(replicas.gpus, 1.0) or 1.0  # without GPUs it is of the machine's memory
+    memory_share = settings.memory_share * of_one
+    return settings.model_copy(update={"tensor_parallel_size": gpus, "memory_share": memory_share})
 
 
 def identity_of_copy(model: str, renderer: Renderer | None) -> dict[str, Any]:
@@ -116,8 +135,10 @@ class ReplicatedTeacher:
                 _name(TeacherReplica), settings, share, at_most=in_flight, restart_on_error=False
             )
             return cls(pool, None)
-        assert isinstance(settings, LlamaCppModel | TransformersModel)
-        here = settings.as_transformers() if isinstance(settings, LlamaCppModel) else settings
+        assert isinstance(settings, LlamaCppModel | TransformersModel | VllmModel)
+        here = settings if isinstance(settings, TransformersModel) else settings.as_transformers()
+        if isinstance(settings, VllmModel):
+            settings = vllm_copy(settings, replicas)
         if isinstance(settings, LlamaCppModel) and settings.threads is None:
             settings = settings.model_copy(update={"threads": max(1, int(replicas.cpus))})
         renderer = Renderer(load_tokenizer(here))

@@ -221,6 +221,7 @@ def test_replicas_have_the_most_cores_with_which_all_find_a_place(
         ([machine(20, 1)], 10, 0.1, None),
         ([machine(2, 4)], 4, None, "2 of 4"),  # cores run out before GPUs
         ([machine(1), machine(1)], 3, 0, "2 of 3 replicas with 1 cores and 0 GPUs"),
+        ([machine(8, 8), machine(8, 2)], 3, 4.0, "2 of 3 replicas with 1 cores and 4 GPUs"),
     ],
 )
 def test_copies_without_a_place_are_told_of_on_a_cluster_and_refused_on_one_machine(

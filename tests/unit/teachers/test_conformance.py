@@ -1,8 +1,9 @@
-"""What the openai engine makes of each kind of server, beside the same model in this process."""
+"""What the engines openai and vllm make of each kind of server, beside the same model in this process."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 
 from potstill.core.errors import EngineError
 from potstill.models import LoadedModel
-from potstill.teachers import Answer, OpenAIModel, OpenAITeacher, Request, RequestError
+from potstill.teachers import Answer, OpenAIModel, OpenAITeacher, Request, RequestError, VllmModel
+from potstill.teachers.vllm import VllmTeacher
 
 from ...served import (
     CONDUCTS,
     CONTEXT_TOKENS,
+    OTHER_NAME,
+    VLLM_PYTHON,
+    VLLM_SMALL,
     Conduct,
     Engine,
     llama_cpp,
@@ -23,6 +28,8 @@ from ...served import (
     shaped,
     transformers_serve,
     vllm_answer,
+    vllm_environment,
+    vllm_serve,
     write_served_model,
 )
 from ..models.test_embedded import to_gguf
@@ -30,15 +37,22 @@ from ..models.test_embedded import to_gguf
 QUESTION = [{"role": "user", "content": "What is 12 + 7?"}]
 # llama.cpp keeps keys and values in half precision.
 NEAR_NATS = 0.05
+# One head as wide as vLLM's kernels for CPUs take at least.
+SHAPE: dict[str, Any] = {"tie_word_embeddings": False, "num_attention_heads": 1, "num_key_value_heads": 1}
+_NEEDS_VLLM = [
+    pytest.mark.slow,
+    pytest.mark.skipif(VLLM_PYTHON is None, reason="POTSTILL_VLLM_PYTHON names no interpreter with vLLM"),
+]
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server, what is known of its kind, and its model here."""
+    """A server, what is known of its kind, and its model here; or vLLM without one, opened for all tests."""
 
     conduct: Conduct
     engine: Engine
-    settings: OpenAIModel
+    settings: OpenAIModel | VllmModel
+    vllm: VllmTeacher | None = None
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -48,10 +62,13 @@ class Served:
     def ask(self, *requests: Request, **changes: Any) -> list[Answer | BaseException]:
         """The answers one after the other, or the errors in their place."""
 
-        async def use(teacher: OpenAITeacher) -> list[Answer | BaseException]:
+        async def use(teacher: OpenAITeacher | VllmTeacher) -> list[Answer | BaseException]:
             found: list[Answer | BaseException] = []
             for request in requests:
-                found += await asyncio.gather(teacher.answer(request), return_exceptions=True)
+                begun = self.engine.tokens(request.prefix or "")
+                ids = [*self.engine.renderer.prompt_ids(request.messages), *begun]
+                asked = replace(request, prompt_token_ids=ids)
+                found += await asyncio.gather(teacher.answer(asked), return_exceptions=True)
             return found
 
         answered: list[Answer | BaseException] = self.use(use, **changes)
@@ -65,10 +82,13 @@ class Served:
                 raise one
         return [one for one in found if isinstance(one, Answer)]
 
-    def use(self, use: Callable[[OpenAITeacher], Coroutine[Any, Any, Any]], **changes: Any) -> Any:
-        """What is made of the teacher, which is closed behind it."""
+    def use(self, use: Callable[[Any], Coroutine[Any, Any, Any]], **changes: Any) -> Any:
+        """What is made of the teacher; one that asks a server is closed behind it."""
 
         async def run() -> Any:
+            if self.vllm is not None:
+                return await use(self.vllm)
+            assert isinstance(self.settings, OpenAIModel)
             teacher = OpenAITeacher(self.settings.model_copy(update=changes), backoff_s=0.001)
             try:
                 return await use(teacher)
@@ -76,6 +96,11 @@ class Served:
                 await teacher.close()
 
         return asyncio.run(run())
+
+    def only_servers(self) -> None:
+        """Leave a test out that is about what a recipe states of a server."""
+        if self.vllm is not None:
+            pytest.skip("no server")
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +111,30 @@ def engine(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> tup
     from ...conftest import _build
 
     folder = tmp_path_factory.mktemp("served") / "tiny"
-    write_served_model(folder, _build("llama", tie_word_embeddings=False), tiny_tokenizer)
+    write_served_model(folder, _build("llama", **SHAPE), tiny_tokenizer)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return folder, Engine(LoadedModel(model, tiny_tokenizer, "served"))
 
 
 @pytest.fixture(
     scope="module",
-    params=["llama.cpp", pytest.param("transformers", marks=pytest.mark.slow), "vLLM", "SGLang"],
+    params=[
+        "llama.cpp",
+        pytest.param("transformers", marks=pytest.mark.slow),
+        "vLLM's shapes",
+        pytest.param("vLLM's server", marks=_NEEDS_VLLM),
+        pytest.param("vLLM", marks=_NEEDS_VLLM),
+        "SGLang's shapes",
+    ],
 )
 def served(request: pytest.FixtureRequest, engine: tuple[Path, Engine]) -> Iterator[Served]:
-    """A server of each kind in turn: llama.cpp's and transformers' own, the others by their shapes."""
+    """A server of each kind in turn, SGLang's and where it is not installed vLLM's by their shapes."""
     folder, here = engine
+    kind = request.param.partition("'")[0]
+    if request.param == "vLLM":
+        with opened_vllm(folder) as (settings, teacher):
+            yield Served(CONDUCTS[kind], here, settings, teacher)
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SERVED_KEY", "sk-served")
         if request.param == "llama.cpp":
@@ -107,8 +144,10 @@ def served(request: pytest.FixtureRequest, engine: tuple[Path, Engine]) -> Itera
         elif request.param == "transformers":
             pytest.importorskip("fastapi")
             running = transformers_serve(folder)
+        elif request.param == "vLLM's server":
+            running = vllm_serve(folder)
         else:
-            shape = vllm_answer if request.param == "vLLM" else sglang_answer
+            shape = vllm_answer if kind == "vLLM" else sglang_answer
             running = shaped(shape, here, str(folder))
         with running as (base_url, name):
             settings = OpenAIModel(
@@ -120,7 +159,21 @@ def served(request: pytest.FixtureRequest, engine: tuple[Path, Engine]) -> Itera
                 max_retries=0,
                 concurrency=1,
             )
-            yield Served(CONDUCTS[request.param], here, settings)
+            yield Served(CONDUCTS[kind], here, settings)
+
+
+@contextmanager
+def opened_vllm(folder: Path) -> Iterator[tuple[VllmModel, VllmTeacher]]:
+    """vLLM without a server, as `cache` opens it; one for all tests, since it takes its time to load."""
+    settings = VllmModel(engine="vllm", path=str(folder), dtype="float32", **VLLM_SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in vllm_environment().items():
+            patch.setenv(name, value)
+        teacher = VllmTeacher(settings, scoring=True)
+    try:
+        yield settings, teacher
+    finally:
+        asyncio.run(teacher.close())
 
 
 def test_a_greedy_answer_is_the_models_own_and_counted(served: Served) -> None:
@@ -146,7 +199,7 @@ def test_a_response_ends_before_the_end_of_turn(served: Served) -> None:
         for seed in range(4)
     ]
     ended = [answer for answer in served.answers(*requests) if answer.finish_reason == "stop"]
-    assert ended, "the model comes to an end after some ten tokens"
+    assert ended, "the model comes to an end after some tens of tokens"
     for answer in ended:
         assert "<|im_end|>" not in answer.response
         assert answer.response_tokens is not None
@@ -173,7 +226,7 @@ def test_log_probabilities_are_the_models_at_the_temperature_that_the_kind_repor
         else:  # they are placed in the text instead
             assert ids is None
             assert sum(answer.token_bytes or []) == len(answer.response.encode())
-            ids = served.engine.loaded.tokenizer(answer.response, add_special_tokens=False)["input_ids"]
+            ids = served.engine.tokens(answer.response)
             if len(ids) != len(answer.logprobs or []):
                 continue  # the text can be made of other tokens than those that were drawn
         expected_TV = served.engine.log_probs(served.prompt_ids, ids or [], temperature)
@@ -182,10 +235,12 @@ def test_log_probabilities_are_the_models_at_the_temperature_that_the_kind_repor
 
 
 def test_the_reported_temperature_is_found_out(served: Served) -> None:
+    served.only_servers()
     assert served.use(lambda teacher: teacher.reported_temperature()) == served.conduct.reports
 
 
 def test_a_recipe_that_declares_another_temperature_is_refused(served: Served) -> None:
+    served.only_servers()
     if served.conduct.reports is None:
         pytest.skip("it gives no log-probabilities")
     request = Request(QUESTION, temperature=0.5, max_new_tokens=2, logprobs=1)
@@ -201,7 +256,7 @@ def test_a_recipe_that_declares_another_temperature_is_refused(served: Served) -
 def test_given_tokens_are_scored_as_the_model_scores_them(served: Served) -> None:
     ids = [*served.prompt_ids, 40, 50, 60]
 
-    async def score(teacher: OpenAITeacher) -> list[dict[int, float]]:
+    async def score(teacher: OpenAITeacher | VllmTeacher) -> list[dict[int, float]]:
         await teacher.check_prompt_logprobs(5, CONTEXT_TOKENS - 1)
         return await teacher.prompt_logprobs(ids, 5)
 
@@ -215,22 +270,23 @@ def test_given_tokens_are_scored_as_the_model_scores_them(served: Served) -> Non
         assert found == pytest.approx({one: expected_V[one].item() for one in found}, abs=NEAR_NATS)
 
 
-def test_another_model_than_the_one_that_lies_here_is_found_out(
-    served: Served, tmp_path: Path, tiny_llama: Any
-) -> None:
+def test_another_model_than_the_one_that_lies_here_is_found_out(served: Served, tiny_llama: Any) -> None:
+    served.only_servers()
     if not served.conduct.scores_prompts:
         pytest.skip("it scores no given tokens")
-    tiny_llama.save_pretrained(tmp_path / "other")
-    served.engine.loaded.tokenizer.save_pretrained(tmp_path / "other")
-    other = {"model": str(tmp_path / "other"), "tokenizer": str(tmp_path / "other")}
+    assert isinstance(served.settings, OpenAIModel)
+    folder = Path(served.settings.model).with_name(OTHER_NAME)
+    tiny_llama.save_pretrained(folder)
+    served.engine.loaded.tokenizer.save_pretrained(folder)
+    other = {"model": str(folder), "tokenizer": str(folder)}
     with pytest.raises(EngineError, match="nats a token from those that the same weights give here"):
         served.use(lambda teacher: teacher.check_prompt_logprobs(5, None), **other)
 
 
 def test_the_beginning_of_a_response_is_continued(served: Served) -> None:
     beginning = "First 12"
-    begun = served.engine.loaded.tokenizer(beginning, add_special_tokens=False)["input_ids"]
-    expected = served.engine.answer([*served.prompt_ids, *begun], max_new_tokens=12)
+    begun = [*served.prompt_ids, *served.engine.tokens(beginning)]
+    expected = served.engine.answer(begun, max_new_tokens=12)
     [found] = served.ask(Request(QUESTION, prefix=beginning, temperature=0.0, max_new_tokens=12))
     if served.conduct.continues:
         assert isinstance(found, Answer)
@@ -245,7 +301,7 @@ def test_a_prompt_past_the_context_is_refused_as_its_rows_fault(served: Served) 
     [found] = served.ask(Request(long, temperature=0.0, max_new_tokens=2))
     if served.conduct.refuses_long:
         assert isinstance(found, RequestError)
-        assert (found.status, found.blames_row) == (400, True)
+        assert (found.status, found.blames_row) == (None if served.vllm else 400, True)
         assert str(CONTEXT_TOKENS) in found.what
     else:
         assert isinstance(found, Answer)
@@ -255,6 +311,9 @@ def test_a_parameter_that_makes_no_sense_fails_the_request_with_the_servers_reas
     nonsense = {"stop": {"no": "text"}, "response_format": {"type": "nonsense"}}
     [found] = served.ask(Request(QUESTION, temperature=-1.0, max_new_tokens=2), extra_body=nonsense)
     assert isinstance(found, RequestError)
+    if served.vllm is not None:
+        assert found.what.startswith("vLLM refused: temperature must be non-negative")
+        return
     assert found.status in (400, 422, 500)
     assert found.what.startswith(f"HTTP {found.status}: ")
     assert len(found.what) > len("HTTP 400: ")

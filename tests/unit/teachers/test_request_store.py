@@ -58,20 +58,6 @@ def test_an_alternative_takes_a_dozen_bytes_in_the_store(tmp_path):
     assert len(text) < 12 * 500 * 20
 
 
-def test_a_keys_first_answer_stays(tmp_path):
-    with RequestStore(tmp_path / "store.sqlite") as store:
-        store.put("a", ANSWER, buyer="step")
-        store.put("a", Answer("other", "stop"), buyer="step")
-        assert store.get("a") == ANSWER
-
-
-def test_what_is_put_is_there_for_others_before_the_store_is_closed(tmp_path):
-    path = tmp_path / "store.sqlite"
-    with RequestStore(path) as one, RequestStore(path) as other:
-        one.put("a", ANSWER, buyer="step")
-        assert other.get("a") == ANSWER
-
-
 def test_what_each_buyer_was_billed_is_summed_over_runs_and_unusable_answers(tmp_path):
     path = tmp_path / "store.sqlite"
     with RequestStore(path) as store:
