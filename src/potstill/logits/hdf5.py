@@ -33,8 +33,9 @@ from torch import Tensor
 from potstill.core.errors import DataError
 from potstill.core.hashing import hash_file
 from potstill.logits.codecs import TopK, tail_odds_left
+from potstill.logits.logit_cache import LogitCache
 from potstill.logits.packing import Array
-from potstill.logits.shards import CachedRow, LogitCache, ShardWriter, prepare_import, write_index
+from potstill.logits.shards import CachedRow, ShardWriter, prepare_import, write_index
 from potstill.losses.divergences import log1mexp
 from potstill.losses.types import Sampled, Sparse
 
@@ -132,9 +133,15 @@ def import_hdf5(path: Path, folder: Path) -> LogitCache:
     name, for an attribute or data set that is missing or does not fit the others, and by row for ids that are
     not in the vocabulary or twice in a token's, for log-probabilities past 0, and for NaN.
     """
-    with _opened(path) as file:
-        _check(file, path)
-        attributes = {name: file.attrs[name] for name in _NEEDED_ATTRIBUTES}
+    with _reading(path):
+        opened = _h5py().File(path, "r")
+    with opened as file:
+        with _reading(path):
+            _check(file, path)
+            attributes = {name: file.attrs[name] for name in _NEEDED_ATTRIBUTES}
+            lengths, token_lengths = file["lengths"][:].astype(int), file["token_lengths"][:].astype(int)
+            held_out = file["held_out"][:] if "held_out" in file else np.zeros(len(lengths), dtype=bool)
+            names = _record_ids(file, path) if "record_ids" in file else None
         temperatures = tuple(float(one) for one in np.atleast_1d(attributes["temperatures"]))
         codec = TopK(int(attributes["k"]), int(attributes["vocab_size"]), temperatures)
         file_hash = hash_file(path)
@@ -146,15 +153,12 @@ def import_hdf5(path: Path, folder: Path) -> LogitCache:
             model=str(attributes["model"]),
             imported=file_hash,
         )
-        lengths, token_lengths = file["lengths"][:].astype(int), file["token_lengths"][:].astype(int)
-        held_out = file["held_out"][:] if "held_out" in file else np.zeros(len(lengths), dtype=bool)
-        names = _record_ids(file, path) if "record_ids" in file else None
         starts, token_starts = lengths.cumsum() - lengths, token_lengths.cumsum() - token_lengths
         rows = []
         for number, (start, count) in enumerate(zip(starts, lengths, strict=True)):
             where = f"{path}, row {number}"
             part = slice(token_starts[number], token_starts[number] + token_lengths[number])
-            mask = file["loss_mask"][part].astype(np.uint8)
+            mask = _values(file, "loss_mask", part).astype(np.uint8)
             if mask.sum() != count or count == 0 or mask[0] or mask.max() > 1:
                 raise DataError(
                     f"`lengths` says {count} supervised tokens, `loss_mask` {mask.sum()}",
@@ -166,7 +170,8 @@ def import_hdf5(path: Path, folder: Path) -> LogitCache:
             row = CachedRow(ids, bytes(mask), bool(held_out[number]), name)
             rows.append(row)
             if row.key not in writer:
-                found = _quantities(file, codec, slice(start, start + count), where)
+                of_row = slice(start, start + count)
+                found = _quantities(file, codec, of_row, where, raw=attributes["values"] == "logits")
                 writer.append(row, found, where=where)
     writer.seal()
     write_index(folder, rows)
@@ -174,20 +179,18 @@ def import_hdf5(path: Path, folder: Path) -> LogitCache:
 
 
 @contextmanager
-def _opened(path: Path) -> "Iterator[h5py.File]":
-    """The file, open for reading. Raises DataError where it is none, or is damaged where it is read."""
-    h5py = _h5py()
+def _reading(path: Path) -> Iterator[None]:
+    """Around what opens or reads the file and does nothing else: DataError where it is none, or damaged."""
     try:
-        opened = h5py.File(path, "r")
-    except OSError as error:
+        yield
+    except (OSError, RuntimeError, KeyError) as error:
         raise DataError(f"cannot be read as HDF5 ({error})", where=str(path)) from error
-    with opened as file:
-        try:
-            yield file
-        except (OSError, RuntimeError, KeyError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # of what is written, not of what is read
-            raise DataError(f"cannot be read as HDF5 ({error})", where=str(path)) from error
+
+
+def _values(file: "h5py.File", name: str, part: slice) -> Array:
+    with _reading(Path(file.filename)):
+        found: Array = file[name][part]
+    return found
 
 
 def _record_ids(file: "h5py.File", path: Path) -> list[str]:
@@ -201,7 +204,7 @@ def _record_ids(file: "h5py.File", path: Path) -> list[str]:
 
 
 def _ids(file: "h5py.File", name: str, part: slice, codec: TopK, where: str) -> Array:
-    ids: Array = file[name][part]
+    ids = _values(file, name, part)
     outside = ids[(ids < 0) | (ids >= codec.vocabulary_size)]
     if outside.size:
         raise DataError(
@@ -213,15 +216,15 @@ def _ids(file: "h5py.File", name: str, part: slice, codec: TopK, where: str) -> 
     return ids
 
 
-def _quantities(file: "h5py.File", codec: TopK, part: slice, where: str) -> dict[str, Tensor]:
-    """What the codec packs, of some tokens of a file."""
-    values_NK = torch.from_numpy(file["top_k_values"][part].astype(np.float64))
+def _quantities(file: "h5py.File", codec: TopK, part: slice, where: str, *, raw: bool) -> dict[str, Tensor]:
+    """What the codec packs, of some tokens of a file, whose values may be `raw` logits."""
+    values_NK = torch.from_numpy(_values(file, "top_k_values", part).astype(np.float64))
     shape = (len(values_NK), len(codec.temperatures))
     logsumexp_NT = torch.full(shape, math.nan, dtype=torch.float64)
     if "logsumexp" in file:
-        logsumexp_NT = torch.from_numpy(file["logsumexp"][part].astype(np.float64))
+        logsumexp_NT = torch.from_numpy(_values(file, "logsumexp", part).astype(np.float64))
     one = codec.temperatures.index(1.0)
-    if file.attrs["values"] == "logits":
+    if raw:
         values_NK -= logsumexp_NT[:, one : one + 1]
     if (highest := float(values_NK.max())) > _ROUNDING:
         raise DataError(
@@ -231,7 +234,7 @@ def _quantities(file: "h5py.File", codec: TopK, part: slice, where: str) -> dict
             mend="of raw logits, state values: 'logits' and give their `logsumexp`",
         )
     if "log_tail" in file:
-        log_tail_NT = torch.from_numpy(file["log_tail"][part].astype(np.float64))
+        log_tail_NT = torch.from_numpy(_values(file, "log_tail", part).astype(np.float64))
         tail_odds_NT = log_tail_NT - log1mexp(log_tail_NT)
     else:
         tail_odds_NT = tail_odds_left(values_NK)
@@ -255,7 +258,11 @@ def _quantities(file: "h5py.File", codec: TopK, part: slice, where: str) -> dict
 def _check(file: "h5py.File", path: Path) -> None:
     for what, expected in _faults(file):
         raise DataError(
-            what, where=str(path), expected=expected, mend="add it to the file, or cache the logits again"
+            what,
+            where=str(path),
+            expected=expected,
+            mend="add it to the file (its layout is in docs/how-to/logit-distillation.md), or cache the "
+            "logits again",
         )
 
 

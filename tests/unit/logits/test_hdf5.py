@@ -19,7 +19,8 @@ from torch import Tensor
 from potstill.core.errors import DataError
 from potstill.logits.codecs import Codec, Draws, TopK
 from potstill.logits.hdf5 import export_hdf5, import_hdf5, reconstruct
-from potstill.logits.shards import CachedRow, LogitCache, ShardWriter, write_index
+from potstill.logits.logit_cache import LogitCache
+from potstill.logits.shards import CachedRow, ShardWriter, write_index
 from potstill.losses.types import Sparse
 
 V, K = 40, 6
@@ -235,6 +236,33 @@ def test_what_is_no_hdf5_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.h5").write_text("no", encoding="utf-8")
     with pytest.raises(DataError, match=r"other\.h5: cannot be read as HDF5"):
         import_hdf5(tmp_path / "other.h5", tmp_path / "found")
+
+
+@pytest.mark.parametrize("error", [KeyError("a column"), RuntimeError("out of memory"), OSError("no room")])
+def test_what_fails_beside_the_reading_is_not_called_a_fault_of_the_file(
+    tmp_path: Path, rows: list[CachedRow], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    _foreign(tmp_path / "other.h5", rows)
+    monkeypatch.setattr(ShardWriter, "append", fails)
+    with pytest.raises(type(error), match=str(error)):
+        import_hdf5(tmp_path / "other.h5", tmp_path / "found")
+
+
+def test_values_that_are_damaged_on_the_disk_are_a_fault_of_the_file(
+    cache: LogitCache, tmp_path: Path
+) -> None:
+    path = tmp_path / "logits.h5"
+    export_hdf5(cache, path)
+    with h5py.File(path) as file:
+        chunk = file["top_k_values"].id.get_chunk_info(0)
+    with path.open("r+b") as written:
+        written.seek(chunk.byte_offset)
+        written.write(bytes(chunk.size))
+    with pytest.raises(DataError, match=r"logits\.h5: cannot be read as HDF5"):
+        import_hdf5(path, tmp_path / "again")
 
 
 def test_pitfall_17_a_kill_in_the_middle_leaves_the_old_file_or_none(
