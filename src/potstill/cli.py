@@ -289,7 +289,7 @@ CacheFolder = Annotated[
 @cache_app.command("inspect")
 def inspect_cache(folder: CacheFolder, as_json: JsonOption = False) -> None:
     """Say what a cache holds: rows, tokens, mass kept, distinct ids, bytes a token, whose logits."""
-    from potstill.logits.shards import LogitCache
+    from potstill.logits.logit_cache import LogitCache
 
     cache = LogitCache.open(folder)
     found = {**cache.description, **cache.counts(), **cache.figures()}
@@ -306,7 +306,7 @@ def inspect_cache(folder: CacheFolder, as_json: JsonOption = False) -> None:
 @cache_app.command("verify")
 def verify_cache(folder: CacheFolder, as_json: JsonOption = False) -> None:
     """Read every shard of a cache against its checksum; exits 1 at the first that is damaged."""
-    from potstill.logits.shards import LogitCache
+    from potstill.logits.logit_cache import LogitCache
 
     shards = LogitCache.open(folder).verify()
     print(json.dumps({"shards": shards}) if as_json else f"shards verified: {shards:,}")
@@ -319,7 +319,7 @@ def export_cache(
 ) -> None:
     """Write a top-k cache as one HDF5 file with gzip, for other distillation scripts."""
     from potstill.logits.hdf5 import export_hdf5
-    from potstill.logits.shards import LogitCache
+    from potstill.logits.logit_cache import LogitCache
 
     export_hdf5(LogitCache.open(folder), path)
     print(path)

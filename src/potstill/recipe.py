@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from potstill.core.errors import PotstillError, RecipeError
+from potstill.core.errors import PotstillError, RecipeError, StoreError
 from potstill.core.settings import InputPath, Reference, Settings
+from potstill.core.shared import check_place
 from potstill.core.yaml_lines import KeyPath, Origin, dump_yaml, parse_value, read_yaml
+from potstill.data.source_settings import HubSource
 from potstill.models import EMBEDDED, TransformersModel
 from potstill.pipeline.graph import Graph, Node, nearest
 from potstill.pipeline.kinds import STEP_KINDS, settings_class
@@ -26,7 +28,20 @@ __all__ = ["Recipe", "json_schema", "load_recipe", "one_step_recipe", "shipped_r
 
 Kind = TypeVar("Kind", bound=Settings)
 
-_TOP_KEYS = ("name", "description", "seed", "extends", "scale", "models", "steps", "outputs", "variants")
+_TOP_KEYS = (
+    "name",
+    "description",
+    "seed",
+    "extends",
+    "scale",
+    "shared",
+    "models",
+    "steps",
+    "outputs",
+    "variants",
+)
+# What a step's command takes beside the settings of its step.
+_BESIDE_A_STEP = ("name", "seed", "scale", "shared")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _COMMAND_LINE = "command line"
 # What a stage inherits in every case: what kind of step it is, and whom the first stage trains.
@@ -47,6 +62,7 @@ class Recipe:
     description: str = ""
     outputs: Sequence[Output] = ()
     scale: Scale | None = None
+    shared: str | None = None
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; running it makes the same artifacts."""
@@ -199,6 +215,8 @@ def _explain(
                 # What a step may have beside the settings of its kind.
                 known += ["each", "stages"] if root is settings_class("train") else ["each"]
             hint = nearest(path[-1], known) if known else "remove it"
+            if "FileSource" in fault["loc"] and path[-1] in HubSource.model_fields:
+                hint = f"{path[-1]} belongs to a data set of the hub: name that by `dataset`, not `path`"
             messages.append(f"{raw.where(path)}: unknown key {shown}\n  to mend:  {hint}")
         elif fault["type"] == "missing":
             messages.append(f"{raw.where(path)}: {shown} is missing")
@@ -236,7 +254,8 @@ def _keys_at(root: type[BaseModel] | None, loc: Iterable[Any]) -> list[str]:
                 # A list index, or the tag that pydantic puts in for the chosen member of a union.
                 followed.append(model)
         models = [one for one in followed if one.__name__ == part] or followed
-    return [field.alias or key for model in models for key, field in model.model_fields.items()]
+    keys = (field.alias or key for model in models for key, field in model.model_fields.items())
+    return [*dict.fromkeys(keys)]
 
 
 def _settings_classes(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -498,6 +517,7 @@ def _build(raw: _Raw) -> Recipe:
         str(mapping.get("description", "")),
         _outputs(raw, graph),
         _scale(raw),
+        _shared(raw),
     )
 
 
@@ -520,6 +540,18 @@ def _scale(raw: _Raw) -> Scale | None:
             expected="torchrun (train steps) or ray (the models that generate, cache and select ask)",
         )
     return _validate(engines.get(engine, Torchrun), declared, raw, ("scale",))
+
+
+def _shared(raw: _Raw) -> str | None:
+    declared = raw.mapping.get("shared")
+    if declared is None:
+        return None
+    try:
+        return check_place(declared)
+    except StoreError as error:
+        raise RecipeError(
+            error.what, where=raw.where(["shared"]), expected=error.expected, mend=error.mend
+        ) from None
 
 
 def _outputs(raw: _Raw, graph: Graph) -> list[Output]:
@@ -578,7 +610,7 @@ def one_step_recipe(kind: str, assignments: Sequence[str]) -> Recipe:
     raw = _Raw({"name": kind, "steps": {kind: {"do": kind}}}, {(): Origin(_COMMAND_LINE)}, [Path.cwd()])
     for assignment in assignments:
         key = assignment.partition("=")[0].partition(".")[0]
-        _override(raw, assignment, None if key in ("name", "seed", "scale") else kind)
+        _override(raw, assignment, None if key in _BESIDE_A_STEP else kind)
     return _build(raw)
 
 
@@ -661,6 +693,11 @@ def json_schema() -> dict[str, Any]:
         "seed": {"type": "integer"},
         "extends": {"type": "string"},
         "scale": schema(Scale),
+        "shared": {
+            "type": "string",
+            "description": "where artifacts are shared: an absolute path, or a URL such as "
+            "s3://bucket/folder; what is there is fetched and not made, what is made is put there",
+        },
         "models": {"type": "object", "additionalProperties": schema(AnyModel)},
         "steps": {"type": "object", "additionalProperties": {"oneOf": steps}},
         "outputs": {"type": "object", "additionalProperties": {"type": "string"}},

@@ -38,7 +38,7 @@ def on_cluster(planner: Planner, cluster: Cluster) -> list[ClusterStep]:
     found = []
     makers = {"generate": _generate, "cache": _score, "select": _score, "train": _train}
     for name, planned in planner.steps.items():
-        if planned.status == "made" or planned.kind not in makers:
+        if planned.status != "to make" or planned.kind not in makers:
             continue
         step = makers[planned.kind](planner, planner.graph.nodes[name], planned, cluster)
         if isinstance(step, str):

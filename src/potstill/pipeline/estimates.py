@@ -7,11 +7,13 @@ from typing import Any
 
 from potstill.cache import CacheSettings
 from potstill.core.errors import PotstillError
+from potstill.core.records import Record
 from potstill.core.settings import DataRef, meaning
 from potstill.core.store import MANIFEST_FILE, Artifact
+from potstill.data.sources import read_beforehand
 from potstill.evaluate.harness import check_harness
 from potstill.evaluate.rouge import check_rouge
-from potstill.generate import check_budget
+from potstill.generate import GenerateSettings, check_budget
 from potstill.models import (
     TransformersModel,
     stored_quantization,
@@ -20,6 +22,7 @@ from potstill.pipeline.graph import Node
 from potstill.pipeline.memory import activation_bytes, decoding_bytes, loss_bytes, scoring_bytes
 from potstill.pipeline.planner import (
     GB,
+    LETTERS_A_TOKEN,
     PlannedStep,
     Planner,
     is_adapter,
@@ -47,6 +50,7 @@ _NEAR_DUPLICATE_BYTES = 3_300  # a row (select.duplicates)
 _ADAPTER_BYTES = 0.16  # an adapter has about a hundredth of the weights, which are trained
 # Bytes of a token's cached logits: a kept or drawn id, a temperature's sums, ids and key of the row itself.
 _TOP_K_ID_BYTES, _SAMPLED_ID_BYTES, _TEMPERATURE_BYTES, _ROW_BYTES = 1.85, 1.9, 4.0, 4.0
+_MESSAGE_TOKENS = 8  # that a chat template puts round a message
 
 
 def _plan_generate(planner: Planner, node: Node, planned: PlannedStep) -> None:
@@ -151,16 +155,73 @@ def _check_scorers(planner: Planner, node: Node) -> None:
 
 def _plan_cache(planner: Planner, node: Node, planned: PlannedStep) -> None:
     settings: Any = node.settings
-    planned.rows = planner.rows_of(node, settings.data)
-    planned.tokens = upstream_tokens(planner, node)
-    if planned.tokens is None and planned.rows and settings.max_length:
-        planned.tokens = planned.rows * settings.max_length
-    if planned.tokens:
-        planned.disk_gb = planned.tokens * cache_bytes_a_token(settings) / GB
+    if planner.reads_files(settings.data):
+        kept = _count_read(planner, node, planned)
+    else:
+        planned.rows = planner.rows_of(node, settings.data)
+        kept = planned.tokens = upstream_tokens(planner, node)
+    if kept:
+        planned.disk_gb = kept * cache_bytes_a_token(settings) / GB
+    _check_mask(planner, node)
     if settings.from_traces:
         _check_alternatives(planner, node)
-    elif parameters := planner.parameters(node, settings.model):
-        planned.memory_gb = parameters * _STORED_BYTES / GB
+    elif needed := scoring_bytes(planner, node, settings.model):
+        planned.memory_gb = needed / GB
+
+
+def _count_read(planner: Planner, node: Node, planned: PlannedStep) -> int | None:
+    """Note a cache's rows and tokens where they come from outside the recipe, as far as they can be read.
+
+    Returns about how many of the tokens are supervised, and kept.
+    """
+    settings: Any = node.settings
+    rows = tokens = kept = 0
+    try:
+        if (records := read_beforehand(settings.data, planner.seed)) is None:
+            return _count_unread(planner, node, planned)
+        for record in records:
+            whole, supervised = _tokens_of(record, settings.max_length)
+            rows, tokens, kept = rows + 1, tokens + whole, kept + supervised
+    except PotstillError as error:
+        planner.problem(f"step {node.name}: {error}")
+        return None
+    planned.rows, planned.tokens = rows, tokens
+    planner.notes.append(
+        f"step {node.name}: its tokens are an estimate, {LETTERS_A_TOKEN:g} letters each; other scripts, "
+        "code and figures may take more"
+    )
+    return kept
+
+
+def _count_unread(planner: Planner, node: Node, planned: PlannedStep) -> int | None:
+    """The same of rows that are not read before a run: those of the hub, of an artifact, of a mixture."""
+    settings: Any = node.settings
+    data = settings.data
+    planned.rows = planner.rows_of(node, data)
+    if isinstance(data, DataRef) and (Path(data) / MANIFEST_FILE).is_file():
+        found = Artifact.open(Path(data))
+        planned.tokens = found.manifest.tokens if found.kind == GenerateSettings.kind else None
+    elif planned.rows and settings.max_length:
+        planned.tokens = planned.rows * settings.max_length
+        planner.notes.append(
+            f"step {node.name}: more tokens than these where texts are longer than max_length, which come in "
+            "windows of it"
+        )
+    if planned.tokens is None:
+        planner.notes.append(f"step {node.name}: its tokens and its disk show once its rows are read")
+    return planned.tokens
+
+
+def _tokens_of(record: Record, max_length: int | None) -> tuple[int, int]:
+    """About how many tokens a row that is to be scored has, and how many of them are supervised."""
+    written = math.ceil(len(record.response or "") / LETTERS_A_TOKEN) + 1
+    if not record.messages:  # each window of a long text begins with the last token of the one before
+        return written + (written // (max_length - 1) if max_length else 0), written
+    asked = sum(len(one["content"]) for one in record.messages) / LETTERS_A_TOKEN
+    whole = written + math.ceil(asked) + _MESSAGE_TOKENS * (len(record.messages) + 1)
+    if max_length is not None and whole > max_length:  # it may be left out
+        return max_length, min(written, max_length)
+    return whole, written
 
 
 def _check_alternatives(planner: Planner, node: Node) -> None:
@@ -258,14 +319,22 @@ def _check_student(planner: Planner, node: Node, *, adapter: bool) -> None:
             f"step {node.name}: {settings.data} holds a teacher's logits, which have their own mask; set "
             "mask_prefix in the cache step"
         )
-    elif settings.mask_prefix and not planner.reads_files(settings.data):
-        writers = planner.writers(node)
-        if writers and all(getattr(one.settings, "continue_", None) is None for one in writers):
-            names = ", ".join(one.name for one in writers)
-            planner.problem(
-                f"step {node.name}: mask_prefix leaves nothing out, as {names} continues no response; leave "
-                "it out, or set continue: there"
-            )
+    else:
+        _check_mask(planner, node)
+
+
+def _check_mask(planner: Planner, node: Node) -> None:
+    """A problem where a step is to leave out beginnings that no other model will have written."""
+    settings: Any = node.settings
+    if not settings.mask_prefix or planner.reads_files(settings.data):
+        return
+    writers = planner.writers(node)
+    if writers and all(getattr(one.settings, "continue_", None) is None for one in writers):
+        names = ", ".join(one.name for one in writers)
+        planner.problem(
+            f"step {node.name}: mask_prefix leaves nothing out, as {names} continues no response; leave it "
+            "out, or set continue: there"
+        )
 
 
 def _check_top_k(planner: Planner, node: Node) -> None:
@@ -290,7 +359,7 @@ def _check_temperature(planner: Planner, node: Node) -> None:
         return
     if data.is_path:
         found = Artifact.open(Path(data)) if (Path(data) / MANIFEST_FILE).is_file() else None
-        kept = {str(data): found.manifest.settings.get("temperatures")} if found is not None else {}
+        kept = {str(data): found.manifest.extra.get("temperatures")} if found is not None else {}
     else:
         makers: dict[str, Any] = {one.name: one.settings for one in planner.graph.steps_named(data, node)}
         kept = {name: getattr(maker, "temperatures", None) for name, maker in makers.items()}

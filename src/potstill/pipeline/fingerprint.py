@@ -1,17 +1,18 @@
 """Fingerprints: what a step means, with the content of its inputs in the place of their names."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from potstill.cache import CacheSettings
-from potstill.core.errors import RecipeError
+from potstill.core.errors import PotstillError, RecipeError
 from potstill.core.hashing import hash_json
-from potstill.core.settings import ModelRef, ModelsRef, Part, Reference, Settings, meaning
+from potstill.core.settings import ModelRef, ModelsRef, Part, Reference, Settings, meaning, references
 from potstill.core.store import MANIFEST_FILE, Artifact
 from potstill.data.parts import part_content
 from potstill.data.source_settings import StepPart, source_of_path
-from potstill.models import TransformersModel
+from potstill.models import TransformersModel, parameter_count
 from potstill.pipeline.graph import Graph, Node
 
 __all__ = ["Inputs", "MissingInput"]
@@ -122,6 +123,17 @@ class Inputs:
                 }
             elif isinstance(reference, ModelRef):
                 found[str(reference)] = meaning(self.model(reference))
+        return found
+
+    def parameters(self) -> dict[str, int]:
+        """How many parameters each model has that runs here, by its reference, for the manifest."""
+        found = {}
+        for _, reference in references(self.node.settings):
+            if isinstance(reference, ModelRef):
+                with suppress(PotstillError, OSError):  # what was made is made, wherever its model is by now
+                    model = self.model(reference)
+                    if isinstance(model, TransformersModel) and (count := parameter_count(model)):
+                        found[str(reference)] = count
         return found
 
     def fingerprint(self, seed: int) -> str:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from potstill.cache import MEMORY_SHARE, CacheSettings, most_batch_tokens
 from potstill.core.settings import ModelRef
 from potstill.models import (
     TransformersModel,
@@ -51,17 +52,29 @@ def loss_bytes(planner: Planner, node: Node, device: "torch.device") -> float:
 def scoring_bytes(planner: Planner, node: Node, reference: ModelRef) -> float | None:
     """What a model takes that scores rows: its weights, one block's activations, a chunk of logits."""
     from potstill.losses.head import CHUNK_TOKENS
-    from potstill.scoring import micro_batch_tokens
 
-    settings: Any = node.settings
-    weights = planner.frozen_bytes(node, reference, settings.device)
+    weights = planner.frozen_bytes(node, reference, getattr(node.settings, "device", None))
     parameters = planner.parameters(node, reference)
     if weights is None or parameters is None:
         return weights
-    tokens = settings.max_tokens or micro_batch_tokens(planner.device(node))
+    tokens = _tokens_at_once(planner, node, parameters)
     vocabulary = planner.of_model(node, reference, stored_vocabulary_size) or _WIDE_VOCABULARY
     activations = _BLOCK_TOKEN_BYTES * hidden_size(parameters) * tokens
     return weights + activations + _LOGITS_COPIES * 4 * CHUNK_TOKENS * vocabulary
+
+
+def _tokens_at_once(planner: Planner, node: Node, parameters: int) -> float:
+    """How many tokens go through a model that scores rows; of a cache as many as it finds room for."""
+    from potstill.scoring import micro_batch_tokens
+
+    settings: Any = node.settings
+    device = planner.device(node)
+    if node.kind != CacheSettings.kind:
+        return float(settings.max_tokens or micro_batch_tokens(device))
+    most, limit = float(most_batch_tokens(device.type)), memory_limit(str(device))
+    if limit is not None:
+        most = min(most, MEMORY_SHARE * limit[0] * GB / (_BLOCK_TOKEN_BYTES * hidden_size(parameters)))
+    return float(settings.batch_tokens or most)
 
 
 def decoding_bytes(planner: Planner, node: Node, reference: ModelRef, rows: int, tokens: int) -> float | None:

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, field
 from potstill.core.errors import PotstillError
 from potstill.core.events import format_seconds
 from potstill.core.settings import ModelRef, references
-from potstill.core.store import Store
+from potstill.core.shared import open_shared
+from potstill.core.store import Artifact, Store
 from potstill.pipeline.cluster import ClusterStep, on_cluster
 from potstill.pipeline.estimates import ESTIMATES
 from potstill.pipeline.fingerprint import Inputs, MissingInput
+from potstill.pipeline.graph import Node
 from potstill.pipeline.planner import GB, PlannedStep, Planner, memory_limit
 from potstill.pipeline.run import Runnable
 from potstill.pipeline.runner import check_scale
@@ -118,6 +120,36 @@ def _check_models(planner: Planner) -> None:
             planner.notes.append(f"model {name}: {note}")
 
 
+def _find(planner: Planner, node: Node) -> Artifact | None:
+    """What a step has made, here or, for all that reads files, in name alone, where it is shared."""
+    name = node.name
+    try:
+        fingerprint = Inputs(planner.graph, node, {**planner.made, **planner.shared}).fingerprint(
+            planner.seed
+        )
+    except MissingInput:
+        return None
+    except PotstillError as error:
+        if unread := planner.shared.keys() & planner.graph.needs[name]:
+            needed = ", ".join(sorted(unread))
+            planner.notes.append(f"step {name}: whether it is made is known once {needed} is fetched")
+        else:
+            planner.failed(f"step {name}", error)
+        return None
+    if (found := planner.store.find(node.kind, fingerprint)) is not None:
+        planner.made[name] = found
+    elif planner.place is not None:
+        try:
+            manifest = planner.place.find(node.kind, fingerprint)
+        except PotstillError as error:
+            planner.problem(str(error))
+            planner.place = None  # each further step would wait as long for the same
+            return None
+        if manifest is not None:
+            found = planner.shared[name] = Artifact(planner.store.folder(node.kind, fingerprint), manifest)
+    return found
+
+
 def _plan_step(planner: Planner, name: str) -> None:
     node = planner.graph.nodes[name]
     planned = PlannedStep(
@@ -128,21 +160,15 @@ def _plan_step(planner: Planner, name: str) -> None:
         node.settings.model_dump(mode="json", exclude_none=True, by_alias=True),
     )
     planner.steps[name] = planned
-    inputs = Inputs(planner.graph, node, planner.made)
-    try:
-        found = planner.store.find(node.kind, inputs.fingerprint(planner.seed))
-    except MissingInput:
-        found = None
-    except PotstillError as error:
-        planner.failed(f"step {name}", error)
-        found = None
-    if found is not None:
-        planner.made[name] = found
-        planned.status = "made"
+    if (found := _find(planner, node)) is not None:
         counts = found.manifest.counts
         planned.rows = counts.get("records", counts.get("rows"))
         planned.tokens = found.manifest.tokens
-        planned.seconds = 0.0
+        if name in planner.made:
+            planned.status, planned.seconds = "made", 0.0
+        else:
+            planned.status, planned.parameters = "shared", counts.get("parameters")
+            planned.disk_gb = sum(one.size_bytes for one in found.manifest.files.values()) / GB
         return
     ESTIMATES[node.kind](planner, node, planned)
     if planned.memory_gb:
@@ -167,7 +193,7 @@ def _plan_scale(planner: Planner, scale: Torchrun) -> None:
     """What train steps need in several processes, and whether they can start."""
     processes = scale.nnodes * scale.nproc_per_node
     for name, planned in planner.steps.items():
-        if planned.kind != "train" or planned.status == "made":
+        if planned.kind != "train" or planned.status != "to make":
             continue
         try:
             check_scale(scale, planner.graph, name, elsewhere=scale.nnodes > 1 or planner.elsewhere)
@@ -182,7 +208,7 @@ def _plan_scale(planner: Planner, scale: Torchrun) -> None:
             f"step {name}: in {processes:,} processes; memory is a machine's or each GPU's, time that of one"
         )
     at_once = sorted(
-        (one for one in planner.steps.values() if one.kind == "train" and one.status != "made"),
+        (one for one in planner.steps.values() if one.kind == "train" and one.status == "to make"),
         key=lambda one: -(one.memory_gb or 0.0) * (one.device == "cpu"),
     )[: scale.parallel_steps]
     needed_gb = sum(one.memory_gb or 0.0 for one in at_once if one.device == "cpu")
@@ -196,7 +222,7 @@ def _plan_replicas(planner: Planner, scale: Ray) -> None:
     asking = [
         one
         for one in planner.steps.values()
-        if isinstance(planner.graph.nodes[one.name].settings, ReplicatedSettings) and one.status != "made"
+        if isinstance(planner.graph.nodes[one.name].settings, ReplicatedSettings) and one.status == "to make"
     ]
     for one in asking:
         try:
@@ -214,12 +240,17 @@ def _plan_replicas(planner: Planner, scale: Ray) -> None:
 
 
 def make_plan(recipe: Runnable, store: Store, cluster: Cluster | None = None) -> Plan:
-    """Plan a recipe: what each step will do, reuse and need. Reads inputs, makes nothing, spends nothing.
+    """Plan a recipe: what each step will do, reuse, fetch and need. Reads inputs, makes and spends nothing.
 
     With a cluster it says besides what the steps would take there, and not whether this machine has room.
     """
     planner = Planner(recipe.graph, recipe.seed, store, elsewhere=cluster is not None)
     _check_models(planner)
+    if recipe.shared is not None:
+        try:
+            planner.place = open_shared(recipe.shared)
+        except PotstillError as error:
+            planner.problem(str(error))
     for name in recipe.graph.order:
         _plan_step(planner, name)
     if isinstance(recipe.scale, Ray):

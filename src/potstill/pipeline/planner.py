@@ -13,13 +13,14 @@ from potstill.core.errors import ModelError, PotstillError
 from potstill.core.hashing import hash_json
 from potstill.core.records import Record
 from potstill.core.settings import DataRef, ModelRef, meaning, references
-from potstill.core.store import MANIFEST_FILE, Artifact, Manifest, Store
+from potstill.core.store import ARTIFACTS_FOLDER, MANIFEST_FILE, Artifact, Manifest, Store
 from potstill.data.parts import matches, read_part
 from potstill.data.sources import StepPart, count_rows, first_prompts
 from potstill.generate import GenerateSettings
 from potstill.models import (
     TransformersModel,
     choose_device,
+    expert_share,
     find_source,
     frozen_weight_bytes,
     parameter_count,
@@ -30,12 +31,16 @@ from potstill.pipeline.graph import Graph, Node
 if TYPE_CHECKING:
     import torch
 
+    from potstill.core.shared import SharedArtifacts
+
 __all__ = [
     "GB",
+    "LETTERS_A_TOKEN",
     "READING",
     "WRITING",
     "PlannedStep",
     "Planner",
+    "Speed",
     "init_work",
     "is_adapter",
     "kept_ids",
@@ -53,9 +58,11 @@ GB = 1e9
 _SIZE_IN_NAME = re.compile(r"-(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z0-9])")
 READING, WRITING = "reading", "writing"
 _PROMPTS_LOOKED_AT = 200
-_LETTERS_A_TOKEN = 3.0
+LETTERS_A_TOKEN = 3.0
 # Of a quantised model about a tenth, the embedding, stays in 16 bits.
 _EMBEDDING_BYTES = 0.2
+# Up to this many times as large, and as small, a model's speed goes by its size.
+_LIKE_SIZE = 4
 
 
 @dataclass
@@ -82,6 +89,19 @@ class PlannedStep:
     parameters: int | None = None
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What an artifact in the store did a second, and when it was made.
+
+    `per_s` is of tokens, of init steps of rows, times the parameters of the model that did it; of one that is
+    known by itself these are None, and it is of tokens alone.
+    """
+
+    made_at: float
+    parameters: float | None
+    per_s: float
+
+
 class Planner:
     """The steps planned so far, what is already made, and what stands in the way.
 
@@ -91,6 +111,8 @@ class Planner:
     def __init__(self, graph: Graph, seed: int, store: Store, *, elsewhere: bool = False) -> None:
         self.graph, self.seed, self.store, self.elsewhere = graph, seed, store, elsewhere
         self.made: dict[str, Artifact] = {}
+        self.place: SharedArtifacts | None = None  # of what other machines made
+        self.shared: dict[str, Artifact] = {}  # whose files are at that place
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.steps: dict[str, PlannedStep] = {}
@@ -108,12 +130,30 @@ class Planner:
         elif (note := f"{where}: not on this machine ({error.what})") not in self.notes:
             self.notes.append(note)
 
+    def speed(self, work: str, parameters: float | None) -> Speed | None:
+        """The latest of the store at some work, by a model of about this size; None where there is none."""
+
+        def is_like(one: Speed) -> bool:
+            if one.parameters is None or parameters is None:
+                return one.parameters is parameters
+            return parameters / _LIKE_SIZE <= one.parameters <= parameters * _LIKE_SIZE
+
+        found = filter(is_like, self.speeds.get(work, ()))
+        return max(found, key=lambda one: one.made_at, default=None)
+
     def work(self, node: Node) -> str:
-        """What a step's speed depends on: its kind and, where a teacher writes, which one."""
-        if isinstance(node.settings, GenerateSettings):
+        """What a step's speed depends on, beside sizes: its kind and, of what is asked for answers, which."""
+        settings: Any = node.settings
+        if node.kind == GenerateSettings.kind or self.is_served(node):
             with suppress(PotstillError):  # of a model that is not here, which is a problem told elsewhere
-                return _work(node.kind, meaning(self.graph.models.get(node.settings.model.target)))
+                return _work(node.kind, meaning(self.graph.models.get(settings.model.target)))
         return node.kind
+
+    def is_served(self, node: Node) -> bool:
+        """Whether a step has one model, which another program runs."""
+        reference = getattr(node.settings, "model", None)
+        model = None if reference is None else self.graph.models.get(reference.target)
+        return model is not None and not isinstance(model, TransformersModel)
 
     def rows_of(self, node: Node, data: Any) -> int | None:
         """How many rows a step's data has, as far as that is known without making anything."""
@@ -173,12 +213,16 @@ class Planner:
 
     def frozen_bytes(self, node: Node, reference: ModelRef, device: str | None) -> float | None:
         """Bytes of all weights of a model that is not trained, on a device."""
+        parameters = self.parameters(node, reference)
 
         def of(model: TransformersModel) -> float | None:
-            parameters = parameters_of(model)
             each = frozen_weight_bytes(model.model_copy(update={"device": device or model.device}))
             if each < 1:  # in four bits, also where that is an adapter's base
                 each += _EMBEDDING_BYTES
+            if model.quantize and (experts := expert_share(model)):
+                note = f"step {node.name}: quantize packs linear layers, and {experts:.0%} of {reference} is "
+                note += "experts, which are none and stay in full"
+                self.notes += [note] * (note not in self.notes)
             return None if parameters is None else parameters * each
 
         return self.of_model(node, reference, of)
@@ -215,7 +259,7 @@ class Planner:
         except PotstillError:  # told of where the step's rows are counted
             return 0.0
         letters = sum(len(message["content"]) for prompt in prompts for message in prompt.messages)
-        return letters / len(prompts) / _LETTERS_A_TOKEN if prompts else 0.0
+        return letters / len(prompts) / LETTERS_A_TOKEN if prompts else 0.0
 
     def parameters(self, node: Node, reference: ModelRef) -> int | None:
         """Parameters of the model behind a reference; where it is not made yet, planned or its source's."""
@@ -282,44 +326,56 @@ def init_work(method: str, depth_by: Any) -> str:
     return f"init by {method}, {depth_by}"
 
 
-def _known_speeds(store: Store) -> dict[str, float]:
-    """What the latest artifacts in the store did a second, by the work it was.
-
-    That is tokens, by `Planner.work` and read or written in general; of init steps rows times parameters.
-    """
-    newest: dict[str, tuple[float, float]] = {}
-    for path in (store.root / "artifacts").glob("*/manifest.json"):
+def _known_speeds(store: Store) -> dict[str, list[Speed]]:
+    """What the artifacts that were made here did a second, by the work: `Planner.work`, reading, writing."""
+    found: dict[str, list[Speed]] = {}
+    for path in (store.root / ARTIFACTS_FOLDER).glob("*/manifest.json"):
         try:
-            manifest = Artifact.open(path.parent).manifest
+            artifact = Artifact.open(path.parent)
         except PotstillError:
             continue
-        for work, speed in _speeds_of(manifest):
-            entry = (path.stat().st_mtime, speed)
-            newest[work] = max(newest.get(work, entry), entry)
-    return {work: speed for work, (_, speed) in newest.items()}
+        manifest = artifact.manifest
+        if manifest.seconds and not artifact.was_fetched:
+            made_at = path.stat().st_mtime
+            for work, parameters, done in _done(manifest):
+                found.setdefault(work, []).append(Speed(made_at, parameters, done / manifest.seconds))
+    return found
 
 
-def _speeds_of(manifest: Manifest) -> Iterator[tuple[str, float]]:
-    if not manifest.seconds:
-        return
-    settings, kind = manifest.settings, manifest.kind
-    if manifest.tokens:
-        speed = manifest.tokens / manifest.seconds
-        writer = manifest.inputs.get(settings["model"]) if kind == GenerateSettings.kind else None
-        yield (kind if writer is None else _work(kind, writer)), speed
-        if kind in ("cache", "select") and not settings.get("from_traces"):
-            yield READING, speed
-    if kind == "init" and (parameters := manifest.metrics.get("parameters_before")):
-        done = manifest.counts.get("calibration_rows", 0) * parameters
-        if done and "method" in settings:
-            yield init_work(settings["method"], settings.get("depth_by")), done / manifest.seconds
+def _done(manifest: Manifest) -> Iterator[tuple[str, float | None, float]]:
+    """The work of an artifact, the size of the model that did it, and what it would have done in its seconds.
+
+    Of artifacts that an earlier version made sizes are not known, and they say nothing of speed.
+    """
+    settings, kind, tokens, sizes = manifest.settings, manifest.kind, manifest.tokens, manifest.parameters
+    if tokens and kind in (GenerateSettings.kind, "cache") and isinstance(settings.get("model"), str):
+        writer = manifest.inputs.get(settings["model"])
+        if kind == GenerateSettings.kind or settings["model"] not in sizes:
+            yield _work(kind, writer), None, tokens
+    if tokens and sizes and kind in ("cache", "select", "train") and not settings.get("from_traces"):
+        # A selection's models score as many tokens each.
+        ran = [sizes.get(str(settings.get("student")), 0)] if kind == "train" else [*sizes.values()]
+        parameters = sum(ran) / len(ran)
+        for work in (kind,) if kind == "train" else (kind, READING):
+            yield work, parameters, tokens * parameters
+    if kind == "init" and (before := manifest.metrics.get("parameters_before")):
+        rows = manifest.counts.get("calibration_rows", 0)
+        if rows and "method" in settings:
+            yield init_work(settings["method"], settings.get("depth_by")), before, rows * before
     if kind == "evaluate":
-        models = manifest.metrics.get("models", {}).values()
-        tasks = [task for model in models for task in model.get("tasks", {}).values()]
-        timed = [one for one in tasks if one.get("seconds_per_response") and "mean_response_tokens" in one]
-        if timed:
-            tokens = sum(one["mean_response_tokens"]["value"] for one in timed)
-            yield WRITING, tokens / sum(one["seconds_per_response"] for one in timed)
+        stated = settings.get("models") or ()
+        roles = stated if isinstance(stated, dict) else {name: name for name in stated}
+        for role, model in manifest.metrics.get("models", {}).items():
+            parameters = sizes.get(roles.get(role, ""), 0)
+            timed = [
+                one
+                for one in model.get("tasks", {}).values()
+                if one.get("seconds_per_response") and "mean_response_tokens" in one
+            ]
+            if parameters and timed:
+                written = sum(one["mean_response_tokens"]["value"] for one in timed)
+                seconds = sum(one["seconds_per_response"] for one in timed)
+                yield WRITING, parameters, written * parameters * manifest.seconds / seconds
 
 
 def kept_ids(planner: Planner, node: Node) -> dict[str, int | None]:
@@ -383,7 +439,7 @@ def upstream_tokens(planner: Planner, node: Node) -> int | None:
             tokens.append(planner.steps[maker.name].tokens)
         else:
             read = upstream_tokens(planner, maker)
-            made = planner.made.get(maker.name)
+            made = planner.made.get(maker.name) or planner.shared.get(maker.name)
             share = (
                 kept_share(planner, maker)
                 if made is None

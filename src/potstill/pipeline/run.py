@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from potstill.core.errors import Interrupted, StoreError
 from potstill.core.events import Display, Reporter
+from potstill.core.shared import open_shared
 from potstill.core.store import MODEL_CARD_FILE, Artifact, Store, write_atomically
 from potstill.pipeline.graph import Graph
 from potstill.pipeline.outputs import Output, write_outputs
@@ -49,6 +50,10 @@ class Runnable(Protocol):
         """How many processes train or answer, if it says so."""
 
     @property
+    def shared(self) -> str | None:
+        """Where its artifacts are shared, if it says so."""
+
+    @property
     def resolved(self) -> Mapping[str, Any]:
         """The resolved recipe."""
 
@@ -87,6 +92,7 @@ def run_recipe(
 
     try:
         reporter.event("run_started", recipe=recipe.name, seed=recipe.seed, steps=described)
+        shared = None if recipe.shared is None else open_shared(recipe.shared, options.stop)
         run_graph(
             recipe.graph,
             recipe.seed,
@@ -95,6 +101,7 @@ def run_recipe(
             options,
             on_made=on_made,
             scale=recipe.scale,
+            shared=shared,
         )
         outcome = "finished"
     except (Interrupted, KeyboardInterrupt):

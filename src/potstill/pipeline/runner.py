@@ -13,8 +13,10 @@ from potstill.core.errors import Interrupted, PotstillError, RecipeError
 from potstill.core.events import Reporter, format_seconds
 from potstill.core.memory import PeakMemory, is_out_of_memory
 from potstill.core.settings import ModelRef, meaning, references
+from potstill.core.shared import SharedArtifacts
 from potstill.core.step import StepContext
-from potstill.core.store import Artifact, Store
+from potstill.core.stopwatch import Stopwatch
+from potstill.core.store import Artifact, Manifest, Store
 from potstill.models import TransformersModel, stored_quantization
 from potstill.pipeline.fingerprint import Inputs, MissingInput
 from potstill.pipeline.graph import Graph, Node, nearest
@@ -36,6 +38,8 @@ from potstill.scale import (
 from potstill.train import TrainSettings
 
 __all__ = ["RunOptions", "StepFailed", "check_scale", "run_graph"]
+
+_MB = 1e6
 
 
 @dataclass(frozen=True)
@@ -125,11 +129,13 @@ def run_graph(
     options: RunOptions,
     on_made: Callable[[str, Artifact], None] = lambda step, artifact: None,
     scale: Scale | None = None,
+    shared: SharedArtifacts | None = None,
 ) -> dict[str, Artifact]:
     """Make every step of a graph in order and return the artifacts by step name.
 
     With `scale` train steps, or the models that others ask, have processes of their own; as many trainings as
-    it says run at once where none needs the other, every other step runs alone. Raises Interrupted when
+    it says run at once where none needs the other, every other step runs alone. What is `shared` is fetched
+    and not made, and what was made is put there; what could not be put there is said. Raises Interrupted when
     `options.stop` is set between or inside steps, HandedOver (one of these) where a train step is left to be
     started by hand, StepFailed when a step fails; steps that run beside it are made to their end before.
     """
@@ -143,7 +149,7 @@ def run_graph(
     if scale is not None:
         for name in wanted:
             check_scale(scale, graph, name, elsewhere=options.hand_over)
-    run = _Run(graph, seed, store, reporter, options, scale, wanted)
+    run = _Run(graph, seed, store, reporter, options, scale, shared, wanted)
     try:
         _run_to_the_end(run, on_made)
     finally:
@@ -173,6 +179,7 @@ def _run_to_the_end(run: "_Run", on_made: Callable[[str, Artifact], None]) -> No
         for step, artifact in made.items():
             run.made[step] = artifact
             on_made(step, artifact)
+            run.share(step, artifact)
     if ended_by is not None:
         raise ended_by
 
@@ -195,8 +202,8 @@ class _Making:
     context: StepContext
     place: int
     holding: ExitStack
+    watch: Stopwatch
     training: Training | None = None
-    started: float = field(default_factory=time.monotonic)
 
     def close(self) -> None:
         """End its processes, and let others make it."""
@@ -215,11 +222,14 @@ class _Run:
     reporter: Reporter
     options: RunOptions
     scale: Scale | None
+    shared: SharedArtifacts | None
     wanted: list[str]
     made: dict[str, Artifact] = field(default_factory=dict)
     under_way: list[_Making] = field(default_factory=list)
     intact: set[Path] = field(default_factory=set)  # artifacts that were sealed or read through by this run
+    fetched: set[Path] = field(default_factory=set)
     _fingerprints: dict[str, str] = field(default_factory=dict)
+    _elsewhere: dict[str, Manifest | None] = field(default_factory=dict)
 
     def next_of(self, waiting: Sequence[str]) -> str | None:
         """The step to begin now, if any: what trains as others end, all else while nothing trains."""
@@ -255,7 +265,8 @@ class _Run:
         label = f"[{self.wanted.index(name) + 1}/{len(self.wanted)}] {name}"
         is_forced, only = name in self.options.force, self.options.only
         found = None if is_forced else self.store.find(node.kind, fingerprint)
-        if found is None and only and name not in only:
+        elsewhere = None if is_forced or found is not None else self._shared(node, fingerprint)
+        if found is None and elsewhere is None and only and name not in only:
             needing = next(one for one in self.wanted if one in only and name in self.graph.ancestors(one))
             raise RecipeError(
                 f"{needing!r} needs {name!r}, which has not been made",
@@ -270,8 +281,11 @@ class _Run:
                 if not holding.enter_context(lock):
                     return None
                 found = None if is_forced else self.store.find(node.kind, fingerprint)
+                if found is None and elsewhere is not None:
+                    found = self._fetch(node, elsewhere, label)
                 if found is None:
                     making = self._prepare(node, fingerprint, label)
+                    holding.callback(making.watch.close)
                     with self._telling(node):
                         making.inputs.check_content(self.intact)
                         outcome = self._carry_out(making)
@@ -283,11 +297,74 @@ class _Run:
         _say_reused(found, name, label, self.reporter)
         return {name: found}
 
+    def _shared(self, node: Node, fingerprint: str) -> Manifest | None:
+        """The manifest of a step that is shared; asked once a run."""
+        if self.shared is None or fingerprint in self._elsewhere:
+            return self._elsewhere.get(fingerprint)
+
+        def say(damage: str) -> None:
+            self.reporter.say(f"{node.name}: what is shared is not whole ({damage}); it is put there again")
+
+        with self._telling(node):
+            found = self._elsewhere[fingerprint] = self.shared.find(node.kind, fingerprint, say)
+        return found
+
+    def _fetch(self, node: Node, manifest: Manifest, label: str) -> Artifact:
+        assert self.shared is not None
+        self._tell_damage(node, manifest.fingerprint, label, "it is fetched")
+        self.reporter.say(f"{label}: {node.kind} is shared in {self.shared.place}")
+        started = time.monotonic()
+        with self._telling(node), self._transfer("fetching", manifest) as advance:
+            found = self.shared.fetch(manifest, self.store, advance)
+        self.reporter.event(
+            "step_fetched", step=node.name, kind=node.kind, seconds=round(time.monotonic() - started, 3)
+        )
+        self.fetched.add(found.folder)
+        self.intact.add(found.folder)
+        return found
+
+    def share(self, name: str, artifact: Artifact) -> None:
+        """Put up what a step made, or was made before, unless it is there; a failure is told, and no more."""
+        if self.shared is None or artifact.folder in self.fetched:
+            return
+        manifest, told = artifact.manifest, {"step": name, "kind": artifact.kind}
+        try:
+            with self._transfer("sharing", manifest) as advance:
+                there = self.shared.put(
+                    artifact,
+                    replace=name in self.options.force,
+                    is_intact=artifact.folder in self.intact,
+                    advance=advance,
+                )
+        except (Interrupted, PotstillError, OSError) as error:
+            reason = "interrupted" if isinstance(error, Interrupted) else str(error)
+            self.reporter.say(
+                f"{name}: made, and not shared: {reason}\n  the same command puts up what is missing"
+            )
+            self.reporter.event("step_not_shared", **told, error=reason)
+            return
+        if there.content != manifest.content:
+            self.reporter.say(
+                f"{name}: another of it is shared already and stays; this run goes on with its own "
+                f"(--force {name} puts one there instead)"
+            )
+        self.reporter.event("step_shared", **told, content=there.content)
+
+    @contextmanager
+    def _transfer(self, what: str, manifest: Manifest) -> Iterator[Callable[[int], None]]:
+        size_mb = sum(entry.size_bytes for entry in manifest.files.values()) / _MB
+        with self.reporter.progress(what, round(size_mb, 3), "MB") as progress:
+            yield lambda size_bytes: progress.advance(size_bytes / _MB)
+
+    def _tell_damage(self, node: Node, fingerprint: str, label: str, then: str) -> None:
+        if (damage := self.store.damage(node.kind, fingerprint)) is not None:
+            self.reporter.say(f"{label}: what was made is damaged ({damage}); {then}")
+            self.reporter.event("step_damaged", step=node.name, kind=node.kind, damage=damage)
+
     def _prepare(self, node: Node, fingerprint: str, label: str) -> _Making:
         is_forced = node.name in self.options.force
-        if not is_forced and (damage := self.store.damage(node.kind, fingerprint)) is not None:
-            self.reporter.say(f"{label}: what was made is damaged ({damage}); it is made again")
-            self.reporter.event("step_damaged", step=node.name, kind=node.kind, damage=damage)
+        if not is_forced:
+            self._tell_damage(node, fingerprint, label, "it is made again")
         folder = self.store.prepare(node.kind, fingerprint, discard=is_forced)
         self.reporter.say(f"{label}: {node.kind}")
         self.reporter.event(
@@ -307,7 +384,8 @@ class _Run:
         )
         taken = {one.place for one in self.under_way}
         place = next(number for number in itertools.count() if number not in taken)
-        return _Making(node, inputs, fingerprint, label, context, place, ExitStack())
+        watch = Stopwatch(context.scratch)
+        return _Making(node, inputs, fingerprint, label, context, place, ExitStack(), watch)
 
     def _carry_out(self, making: _Making) -> Outcome | None:
         """What the step gave back; None where it was begun in processes of its own."""
@@ -376,13 +454,15 @@ class _Run:
 
     def _seal(self, making: _Making, outcome: Outcome) -> Artifact:
         node, folder = making.node, making.context.folder
-        seconds = max(outcome.seconds, time.monotonic() - making.started)
+        seconds = max(outcome.seconds, making.watch.seconds)
+        making.watch.close()
         artifact = self.store.seal(
             folder,
             kind=node.kind,
             fingerprint=making.fingerprint,
             settings=meaning(node.settings),
             inputs=making.inputs.described(),
+            parameters=making.inputs.parameters(),
             seed=self.seed,
             seconds=round(seconds, 3),
             **outcome.peaks,

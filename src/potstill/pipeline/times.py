@@ -1,16 +1,18 @@
 """How long steps may take: by what like ones took before, else by what this machine reaches."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from potstill.core.settings import ModelRef
-from potstill.models import TransformersModel, choose_device, supports_bf16
+from potstill.models import TransformersModel, choose_device, stored_configuration, supports_bf16
 from potstill.pipeline.graph import Node
 from potstill.pipeline.planner import (
     READING,
     WRITING,
     PlannedStep,
     Planner,
+    Speed,
     init_work,
     parameters_of,
     trains_adapter,
@@ -27,20 +29,38 @@ __all__ = ["evaluation_tokens", "planned_seconds"]
 _STREAM_TOKENS_PER_S = 40.0  # that an API writes a request, where nothing was measured
 # An init step measures importance, then model and student on as many rows again; drop_one once more a block.
 _INIT_PASSES, _USUAL_BLOCKS = 3, 30
+_GRADIENT_PASSES = 3  # forward, and twice as much back
+_FULL_BYTES = 4  # of a second moment, in fp32
 
 
 def planned_seconds(planner: Planner, node: Node, planned: PlannedStep) -> float | None:
-    """How long a step may take; a note says so where it is a guess, None where there is nothing to go by."""
+    """How long a step may take; a note says by what, None where there is nothing to go by."""
     if node.kind == "evaluate":
         return _evaluating(planner, node)
     if node.kind == "init":
         return _making_student(planner, node)
     if not planned.tokens:
         return None
-    if speed := planner.speeds.get(planner.work(node)):
-        return planned.tokens / speed
+    parameters = _parameters(planner, node)
+    if not _is_copied(node) and (speed := planner.speed(planner.work(node), parameters)):
+        _note_known(planner, node, speed)
+        return planned.tokens * (parameters or 1) / speed.per_s
     guess = {"train": _training, "select": _selecting, "generate": _asking, "cache": _caching}.get(node.kind)
     return None if guess is None else guess(planner, node, planned)
+
+
+def _is_copied(node: Node) -> bool:
+    """Whether no model runs: what traces hold is taken over."""
+    return bool(getattr(node.settings, "from_traces", False))
+
+
+def _parameters(planner: Planner, node: Node) -> float | None:
+    """Those of the model that a step's time goes by, of several on average; None of one known by itself."""
+    settings: Any = node.settings
+    models = {"train": ("student",), "cache": ("model",)}.get(node.kind, ())
+    named = settings.models.values() if node.kind == "select" else (getattr(settings, one) for one in models)
+    found = [planner.parameters(node, one) for one in named]
+    return sum(one or 0 for one in found) / len(found) if found and None not in found else None
 
 
 def _training(planner: Planner, node: Node, planned: PlannedStep) -> float | None:
@@ -65,7 +85,7 @@ def _selecting(planner: Planner, node: Node, planned: PlannedStep) -> float | No
 
 def _caching(planner: Planner, node: Node, planned: PlannedStep) -> float | None:
     settings: Any = node.settings
-    if settings.from_traces or not planned.rows:
+    if _is_copied(node) or not planned.rows:
         return None
     tokens = planned.tokens or 0
     return _reading(planner, node, settings.model, tokens, tokens / planned.rows)
@@ -141,17 +161,20 @@ def _evaluating(planner: Planner, node: Node) -> float | None:
             _note_guess(planner, node, f"a server that writes {_STREAM_TOKENS_PER_S:g} tokens/s a request")
             total += written / (model.concurrency * _STREAM_TOKENS_PER_S)
             continue
-        # A teacher reads with each model.
-        if speed := planner.speeds.get(WRITING):
-            total += written / speed
+        parameters = planner.parameters(node, reference)
+        if written and (speed := parameters and planner.speed(WRITING, parameters)):
+            _note_known(planner, node, speed)
+            total += written * parameters / speed.per_s
         elif written:
             longest = max(settings.decoding(task).max_new_tokens for task in settings.all_tasks.values())
             total += _writing(planner, node, reference, written, longest, settings.batch) or 0.0
-        read_twice = read * (1 + (settings.teacher is not None))
-        if speed := planner.speeds.get(READING):
-            total += read_twice / speed
-        elif read:
-            total += _reading(planner, node, reference, read_twice) or 0.0
+        for reader in filter(None, (reference, settings.teacher)):  # a teacher reads with each model
+            parameters = planner.parameters(node, reader)
+            if read and (speed := parameters and planner.speed(READING, parameters)):
+                _note_known(planner, node, speed)
+                total += read * parameters / speed.per_s
+            elif read:
+                total += _reading(planner, node, reader, read) or 0.0
     return total or None
 
 
@@ -162,8 +185,9 @@ def _making_student(planner: Planner, node: Node) -> float | None:
     if rows is None or not parameters:
         return None
     calibration = min(rows, settings.samples)
-    if speed := planner.speeds.get(init_work(settings.method, settings.depth_by)):
-        return float(calibration * parameters / speed)
+    if speed := planner.speed(init_work(settings.method, settings.depth_by), parameters):
+        _note_known(planner, node, speed)
+        return float(calibration * parameters / speed.per_s)
     traces = upstream_tokens(planner, node)
     if traces is None:
         return None
@@ -171,7 +195,23 @@ def _making_student(planner: Planner, node: Node) -> float | None:
         settings.max_length, traces / max(rows, 1) + planner.prompt_tokens(node, settings.data)
     )
     passes = _INIT_PASSES + (_USUAL_BLOCKS if settings.depth_by == "drop_one" else 0)
+    if settings.method == "share_experts":
+        passes += planner.of_model(node, settings.model, _moment_passes) or 0
+        passes += _GRADIENT_PASSES * (settings.core_by == "fisher")
     return _reading(planner, node, settings.model, passes * tokens, tokens / max(calibration, 1))
+
+
+def _moment_passes(model: TransformersModel) -> int | None:
+    """In how many passes the second moments of a mixture's layers are measured, by its configuration."""
+    from potstill.student.moe_sharing import layers_at_once
+
+    stated = stored_configuration(model)
+    layers, hidden = stated.get("num_hidden_layers"), stated.get("hidden_size")
+    experts = stated.get("num_experts") or stated.get("num_local_experts")
+    inner = stated.get("moe_intermediate_size") or stated.get("intermediate_size")
+    if not (layers and hidden and experts and inner):
+        return None
+    return math.ceil(int(layers) / layers_at_once(experts, hidden, inner, _FULL_BYTES))
 
 
 def _reading(
@@ -221,6 +261,14 @@ def _guessed(
 
 
 def _note_guess(planner: Planner, node: Node, what: str) -> None:
-    note = f"step {node.name}: its time is a guess, {what}"
+    _note(planner, f"step {node.name}: its time is a guess, {what}")
+
+
+def _note_known(planner: Planner, node: Node, speed: Speed) -> None:
+    by = "its model" if speed.parameters is None else f"a model of {speed.parameters:,.0f} parameters"
+    _note(planner, f"step {node.name}: its time is by what {by} last did of this")
+
+
+def _note(planner: Planner, note: str) -> None:
     if note not in planner.notes:
         planner.notes.append(note)

@@ -16,6 +16,8 @@ from potstill.models.source import TransformersModel
 from potstill.pipeline.plan import Plan, PlannedStep, make_plan
 from potstill.recipe import load_recipe, one_step_recipe
 
+from ..mixtures import NEW_MIXTURE
+
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
@@ -43,8 +45,89 @@ def test_the_bytes_of_a_cache_are_those_measured_for_its_codec(
     plan = make_plan(one_step_recipe("cache", arguments), Store(tmp_path / "store"))
     (step,) = plan.steps
     assert plan.problems == []
-    assert (step.rows, step.tokens) == (20, 2000)
-    assert step.disk_gb == pytest.approx(2000 * bytes_a_token / 1e9, rel=0.06)
+    # "This is text 9." and "This is text 10." in tokens of three letters, with what ends a text.
+    assert (step.rows, step.tokens) == (20, 10 * 6 + 10 * 7)
+    assert step.disk_gb == pytest.approx(130 * bytes_a_token / 1e9, rel=0.06)
+
+
+@pytest.mark.parametrize("limit", [[], ["max_length=100"]], ids=str)
+def test_the_tokens_of_long_texts_are_planned_about_as_the_run_finds_them(
+    tmp_path: Path, shared_model_folder: Path, tiny_tokenizer: Any, limit: list[str]
+) -> None:
+    text = " ".join(f"The answer to {number} and {number} is {2 * number}." for number in range(200))
+    (tmp_path / "texts.txt").write_text(text, encoding="utf-8")
+    arguments = [f"model={shared_model_folder}", f"data={tmp_path / 'texts.txt'}", "top_k=8", *limit]
+    plan = make_plan(one_step_recipe("cache", arguments), Store(tmp_path / "store"))
+    (step,) = plan.steps
+    tokens = len(tiny_tokenizer(text).input_ids)
+    assert tokens > 2000, "many windows"
+    assert step.tokens == pytest.approx(len(text) / 3, rel=0.02)
+    assert tokens / 3 < (step.tokens or 0) < 3 * tokens
+    assert step.disk_gb is not None
+    assert any("its tokens are an estimate" in note for note in plan.notes)
+
+
+def test_a_conversation_has_at_most_max_length_tokens_and_keeps_its_response(
+    tmp_path: Path, shared_model_folder: Path
+) -> None:
+    row = json.dumps({"prompt": "p" * 600, "response": "r" * 300}) + "\n"
+    (tmp_path / "rows.jsonl").write_text(row * 10, encoding="utf-8")
+
+    def planned(*limit: str) -> tuple[int, float]:
+        arguments = [f"model={shared_model_folder}", f"data={tmp_path / 'rows.jsonl'}", "top_k=8", *limit]
+        (step,) = make_plan(one_step_recipe("cache", arguments), Store(tmp_path / "store")).steps
+        assert step.tokens is not None
+        assert step.disk_gb is not None
+        return step.tokens, step.disk_gb
+
+    tokens, disk_gb = planned()
+    assert 10 * (200 + 100) < tokens < 10 * (200 + 100 + 30)
+    assert disk_gb == pytest.approx(10 * 101 * 22.8e-9, rel=0.01)
+    assert planned("max_length=50")[0] == 10 * 50
+
+
+def test_tokens_that_only_a_run_can_tell_are_said_to_be_missing(
+    tmp_path: Path, shared_model_folder: Path
+) -> None:
+    def planned(*settings: str) -> tuple[int | None, list[str]]:
+        arguments = [f"model={shared_model_folder}", "data.dataset=nobody/nothing", *settings]
+        plan = make_plan(one_step_recipe("cache", arguments), Store(tmp_path / "store"))
+        return plan.steps[0].tokens, plan.notes
+
+    assert planned() == (None, ["step cache: its tokens and its disk show once its rows are read"])
+    tokens, notes = planned("data.limit=7", "max_length=100")
+    assert tokens == 700
+    assert any("more tokens than these where texts are longer than max_length" in note for note in notes)
+
+
+def test_a_cache_takes_the_memory_of_its_model_as_it_is_loaded_and_of_its_batches(
+    tmp_path: Path, texts: Path
+) -> None:
+    def memory_gb(*settings: str) -> float:
+        arguments = [f"data={texts}", *settings]
+        (step,) = make_plan(one_step_recipe("cache", arguments), Store(tmp_path / "store")).steps
+        assert step.memory_gb is not None
+        return step.memory_gb
+
+    recipe = f"""
+name: packed
+models:
+  big: {{path: some/model-4B, device: cpu}}
+  packed: {{path: some/model-4B, device: cpu, quantize: nf4}}
+steps:
+  whole: {{do: cache, model: big, data: {texts}, batch_tokens: 1}}
+  small: {{do: cache, model: packed, data: {texts}, batch_tokens: 1}}
+"""
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    steps = make_plan(load_recipe(str(tmp_path / "recipe.yaml")), Store(tmp_path / "store")).steps
+    each = frozen_weight_bytes(TransformersModel(path="some/model-4B", device="cpu"))
+    # Beside the weights a chunk of logits over the widest vocabulary.
+    assert steps[0].memory_gb == pytest.approx(4 * each, abs=0.5)
+    assert steps[1].memory_gb == pytest.approx(4 * (0.516 + 0.2), abs=0.5)
+    one, two, three = (memory_gb("model=some/model-4B", f"batch_tokens={1000 * n}") for n in (1, 2, 3))
+    assert three - two == pytest.approx(two - one)
+    assert two > one
+    assert memory_gb("model=some/model-4B") > one
 
 
 @pytest.mark.parametrize(
@@ -217,20 +300,6 @@ def test_frozen_weights_count_in_the_type_that_they_are_loaded_in(
     assert whole.memory_gb - adapter.memory_gb == pytest.approx(
         parameters * (16 - bytes_a_weight - 0.16) / 1e9
     )
-
-
-NEW_MIXTURE = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-}
 
 
 def planned_and_made(
@@ -526,8 +595,8 @@ def test_the_time_of_models_that_run_here_is_guessed_and_called_a_guess(
     plan = make_plan(one_step_recipe("cache", arguments), Store(tmp_path / "store"))
     parameters = parameter_count(TransformersModel(path=str(shared_model_folder)))
     assert parameters is not None
-    # Half of the peak, and attention in rows of 100 tokens beside the weights.
-    alone_s = 2 * parameters * 2000 / (0.5 * 1e9)
+    # Half of the peak, and attention in rows of some tokens beside the weights.
+    alone_s = 2 * parameters * (plan.steps[0].tokens or 0) / (0.5 * 1e9)
     assert alone_s < (plan.steps[0].seconds or 0.0) < 3 * alone_s
     assert any("its time is a guess, from what this machine" in note for note in plan.notes)
 
@@ -601,6 +670,21 @@ def test_a_student_in_four_bits_needs_less_memory(
     saved = frozen_weight_bytes(model) - frozen_weight_bytes(model.model_copy(update={"quantize": "nf4"}))
     # The embedding stays in 16 bits: a fifth of a byte a weight more.
     assert whole - small == pytest.approx((parameter_count(model) or 0) * (saved - 0.2) / 1e9)
+
+
+def test_a_mixture_in_four_bits_is_planned_with_its_experts_in_full(tmp_path: Path, texts: Path) -> None:
+    recipe = f"""
+name: packed
+models:
+  large: {{path: some/Mixture-30B-A3B, device: cpu, quantize: nf4}}
+steps:
+  logits: {{do: cache, model: large, data: {texts}, batch_tokens: 1}}
+"""
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    plan = make_plan(load_recipe(str(tmp_path / "recipe.yaml")), Store(tmp_path / "store"))
+    each = frozen_weight_bytes(TransformersModel(path="some/Mixture-30B-A3B", device="cpu"))
+    assert plan.steps[0].memory_gb == pytest.approx(3 * 0.516 + 27 * each, abs=1.0)
+    assert any("90% of large is experts, which are none and stay in full" in note for note in plan.notes)
 
 
 def test_scoring_takes_activations_and_logits_beside_the_weights(
@@ -806,6 +890,26 @@ def test_a_temperature_that_a_cache_will_not_keep_is_a_problem(plan_of: PlanOf) 
     assert "step student: temperature is 1, and logits keeps 2" in problem
 
 
+def test_a_temperature_that_an_imported_cache_does_not_have_is_a_problem(
+    tmp_path: Path, shared_model_folder: Path
+) -> None:
+    store, folder = Store(tmp_path / "store"), tmp_path / "imported"
+    folder.mkdir()
+    store.seal(
+        folder,
+        kind="cache",
+        fingerprint="f" * 24,
+        settings={"imported": "logits.h5"},
+        seed=0,
+        seconds=0.0,
+        extra={"codec": "topk", "k": 8, "temperatures": [1.0]},
+    )
+    arguments = [f"student={shared_model_folder}", f"data={folder}"]
+    assert make_plan(one_step_recipe("train", [*arguments, "temperature=1.0"]), store).problems == []
+    (problem,) = make_plan(one_step_recipe("train", [*arguments, "temperature=2.0"]), store).problems
+    assert f"temperature is 2, and {folder} keeps 1" in problem
+
+
 @pytest.fixture
 def two_steps(tmp_path: Path, texts: Path, shared_model_folder: Path) -> Callable[[str], list[str]]:
     """`two_steps(second)`: the problems of a recipe with a train step `student` and another one behind it."""
@@ -836,6 +940,10 @@ def test_a_mask_for_beginnings_that_nobody_wrote_is_a_problem(two_steps: Any) ->
     (problem,) = two_steps("", ", mask_prefix: true")
     assert "step student: mask_prefix leaves nothing out, as traces continues no response" in problem
     assert two_steps("", ", mask_prefix: true", ", continue: {}") == []
+    cache = "logits: {do: cache, model: base, data: traces, mask_prefix: true}"
+    (problem,) = two_steps(cache)
+    assert "step logits: mask_prefix leaves nothing out, as traces continues no response" in problem
+    assert two_steps(cache, "", ", continue: {}") == []
 
 
 def test_merging_what_will_be_no_adapter_is_a_problem(two_steps: Any) -> None:

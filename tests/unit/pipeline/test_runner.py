@@ -1,14 +1,17 @@
-"""Whether a step can have its processes is told from the recipe, and only of steps that would have any."""
+"""What a runner knows of its steps before it begins them, and how long it says that they took."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from potstill.core.errors import RecipeError
+from potstill.core.errors import Interrupted, RecipeError
+from potstill.core.events import Reporter
+from potstill.core.store import Artifact, Store
 from potstill.pipeline.graph import Graph
-from potstill.pipeline.runner import check_scale
+from potstill.pipeline.runner import RunOptions, check_scale, run_graph
 from potstill.recipe import load_recipe
 from potstill.scale import Ray
 
@@ -65,3 +68,49 @@ def test_a_steps_device_counts_before_its_models(graph: Any) -> None:
     for selection in ({"device": "cuda:1"}, {"teacher": "teacher"}):
         with pytest.raises(RecipeError, match="cuda:1 is one GPU"):
             check_scale(COPIES, graph(**selection), "picked", elsewhere=False)
+
+
+class StopsWhatBegins(Reporter):
+    """Hears that a step has begun, and asks the run to stop."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        super().__init__("quiet")
+        self.stop = stop
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        if name == "step_started":
+            self.stop.set()
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Any:
+    """A graph of one step whose first attempt was interrupted, the store, and the file of its seconds."""
+    solver = {"engine": "solver", "function": "potstill.teachers.solvers:worked"}
+    data = {"task": "chain_sum", "size": 4}
+    steps = {"traces": {"do": "generate", "model": "solver", "data": data}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"name": "r", "models": {"solver": solver}, "steps": steps}))
+    graph, store, stop = load_recipe(str(path)).graph, Store(tmp_path / "store"), threading.Event()
+    with pytest.raises(Interrupted):
+        run_graph(graph, 7, store, StopsWhatBegins(stop), RunOptions(stop=stop))
+    [seconds] = store.root.glob("artifacts/generate-*/scratch/seconds")
+    return graph, store, seconds
+
+
+def _made(graph: Graph, store: Store, **options: Any) -> Artifact:
+    return run_graph(graph, 7, store, Reporter("quiet"), RunOptions(**options))["traces"]
+
+
+def test_a_step_took_as_long_as_all_attempts_at_it(interrupted: Any) -> None:
+    graph, store, seconds = interrupted
+    assert float(seconds.read_text()) > 0
+    seconds.write_text("3600")
+    made = _made(graph, store)
+    assert 3600 < made.manifest.seconds < 7200
+    assert not seconds.exists()
+
+
+def test_a_step_that_is_made_anew_took_as_long_as_that(interrupted: Any) -> None:
+    graph, store, seconds = interrupted
+    seconds.write_text("3600")
+    assert _made(graph, store, force=frozenset({"traces"})).manifest.seconds < 3600

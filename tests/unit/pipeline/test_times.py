@@ -57,13 +57,14 @@ def planned(recipe: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Plann
     return plan, {step.name: step for step in plan.steps}
 
 
-def earlier(folder: Path, kind: str, seconds: float, **manifest: Any) -> None:
-    """An artifact of other settings that a store holds."""
+def earlier(folder: Path, kind: str, seconds: float, **manifest: Any) -> Path:
+    """The folder of an artifact of other settings that a store holds."""
     store, fingerprint = Store(folder / "store"), kind.ljust(24, "0")
     made = store.prepare(kind, fingerprint)
     (made / "some.file").write_text("x", encoding="utf-8")
     given = {"settings": {}, "seed": 1, **manifest}
     store.seal(made, kind=kind, fingerprint=fingerprint, seconds=seconds, **given)
+    return made
 
 
 def test_where_nothing_was_made_a_time_follows_from_the_tokens_and_the_model_and_is_called_a_guess(
@@ -99,7 +100,8 @@ def test_what_like_steps_did_a_second_goes_before_a_guess(
     tmp_path: Path, recipe: dict[str, Any], shared_model_folder: Path
 ) -> None:
     parameters = parameter_count(TransformersModel(path=str(shared_model_folder))) or 0
-    earlier(tmp_path, "select", 10.0, tokens=500)
+    sizes = {"parameters": {"teacher": parameters}}
+    earlier(tmp_path, "select", 10.0, tokens=500, **sizes)
     earlier(
         tmp_path,
         "init",
@@ -109,22 +111,105 @@ def test_what_like_steps_did_a_second_goes_before_a_guess(
         settings={"method": "prune", "depth_by": "block_importance"},
     )
     figures = {"seconds_per_response": 0.5, "mean_response_tokens": {"value": 10.0}}
-    earlier(tmp_path, "evaluate", 99.0, metrics={"models": {"m": {"tasks": {"t": figures}}}})
+    measured = {"models": {"m": {"tasks": {"t": figures}}}}
+    earlier(tmp_path, "evaluate", 99.0, metrics=measured, settings={"models": {"m": "teacher"}}, **sizes)
     plan, steps = planned(recipe, tmp_path)
     assert steps["picked"].seconds == pytest.approx((steps["picked"].tokens or 0) / 50)
     assert steps["small"].seconds == pytest.approx(2 * 4.0)  # twice the rows
     exam = steps["exam"].seconds or 0
     recipe["steps"]["exam"]["max_new_tokens"] = 40
     longer = planned(recipe, tmp_path)[1]["exam"].seconds or 0
-    assert longer - exam == pytest.approx(2 * 100 / 20)  # 20 tokens/s
-    assert not [note for note in plan.notes if "picked: its time" in note or "exam: its time" in note]
+    smaller = (steps["small"].parameters or 0) / parameters
+    assert longer - exam == pytest.approx(100 / 20 * (1 + smaller))  # 20 tokens/s, of the student more
+    assert not [one for one in plan.notes if "is a guess" in one and not one.startswith("step traces")]
+    known = f"its time is by what a model of {parameters:,} parameters last did of this"
+    assert [note for note in plan.notes if note == f"step picked: {known}"]
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds"), [(1.0, 20.0), (0.3, 60.0), (4.0, 5.0), (0.2, None), (5.0, None)]
+)
+def test_a_speed_goes_by_the_models_size_and_is_not_that_of_a_model_of_quite_another(
+    tmp_path: Path, recipe: dict[str, Any], shared_model_folder: Path, size: float, seconds: float | None
+) -> None:
+    parameters = parameter_count(TransformersModel(path=str(shared_model_folder))) or 0
+    recipe["steps"] = {
+        "traces": recipe["steps"]["traces"],
+        "logits": {"do": "cache", "model": "teacher", "data": "traces"},
+        "student": {"do": "train", "student": "teacher", "data": "traces"},
+    }
+    guessed = planned(recipe, tmp_path)[1]
+    for kind, role in (("cache", "model"), ("train", "student")):
+        sizes = {"m": round(size * parameters)}
+        earlier(tmp_path, kind, 10.0, tokens=400, settings={role: "m"}, parameters=sizes)
+    plan, steps = planned(recipe, tmp_path)
+    for name in ("logits", "student"):
+        assert steps[name].tokens == 800
+        assert steps[name].seconds == pytest.approx(seconds or guessed[name].seconds, rel=0.2)
+        noted = [note for note in plan.notes if note.startswith(f"step {name}: its time")]
+        assert ["is a guess" in note for note in noted] == [seconds is None]
+
+
+def test_what_another_machine_made_or_whose_student_is_unknown_says_nothing_of_speed(
+    tmp_path: Path, recipe: dict[str, Any], shared_model_folder: Path
+) -> None:
+    parameters = parameter_count(TransformersModel(path=str(shared_model_folder))) or 0
+    recipe["steps"] = {
+        "traces": recipe["steps"]["traces"],
+        "student": {"do": "train", "student": "teacher", "data": "traces"},
+    }
+    guessed = planned(recipe, tmp_path)[1]["student"].seconds
+    sizes = {"teacher": parameters}
+    for student in ("gone", "teacher"):
+        made = earlier(tmp_path, "train", 9e5, tokens=400, settings={"student": student}, parameters=sizes)
+        if student == "teacher":
+            assert (planned(recipe, tmp_path)[1]["student"].seconds or 0) > 9e5
+            (made / "fetched").touch()
+        assert planned(recipe, tmp_path)[1]["student"].seconds == pytest.approx(guessed, rel=0.2)
+
+
+def test_a_cache_of_what_traces_hold_says_nothing_of_a_models_speed(
+    tmp_path: Path, recipe: dict[str, Any], shared_model_folder: Path
+) -> None:
+    parameters = parameter_count(TransformersModel(path=str(shared_model_folder))) or 0
+    guessed = planned(recipe, tmp_path)[1]["exam"].seconds
+    copied = {"from_traces": True, "model": "teacher"}
+    earlier(tmp_path, "cache", 0.1, tokens=5000, settings=copied, parameters={"teacher": parameters})
+    assert planned(recipe, tmp_path)[1]["exam"].seconds == guessed
+
+
+def test_a_shared_core_takes_a_pass_over_the_traces_for_as_many_layers_as_fit_into_memory(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    build_tiny_model: Any,
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    build_tiny_model("qwen3_moe", num_hidden_layers=6).save_pretrained(tmp_path / "mixture")
+    tiny_tokenizer.save_pretrained(tmp_path / "mixture")
+    recipe["models"]["teacher"]["path"] = str(tmp_path / "mixture")
+    del recipe["steps"]["exam"]
+    recipe["steps"]["small"] = {"do": "init", "model": "teacher", "data": "traces", "samples": 16}
+
+    def seconds(**fields: Any) -> float:
+        recipe["steps"]["small"] |= {"method": "share_experts", "rank": 2, **fields}
+        found = planned(recipe, tmp_path)[1]["small"].seconds
+        assert found is not None
+        return found
+
+    in_one_pass = seconds()  # routing, moments, model and student
+    layer_bytes = 8 * (32**2 + 24**2) * 4
+    monkeypatch.setattr("potstill.student.moe_sharing._MOMENT_BYTES", 2 * layer_bytes)
+    in_three_passes = seconds()
+    assert in_three_passes == pytest.approx(in_one_pass * 6 / 4)
+    assert seconds(core_by="fisher") == pytest.approx(in_one_pass * 9 / 4)
 
 
 def test_a_selection_that_found_all_scores_in_the_store_says_nothing_of_speed(
     tmp_path: Path, recipe: dict[str, Any]
 ) -> None:
     guessed = planned(recipe, tmp_path)[1]["picked"].seconds
-    earlier(tmp_path, "select", 0.1, tokens=0)
+    earlier(tmp_path, "select", 0.1, tokens=0, parameters={"teacher": 1000})
     assert planned(recipe, tmp_path)[1]["picked"].seconds == guessed
 
 
@@ -132,6 +217,8 @@ def test_artifacts_of_an_earlier_version_say_what_they_can(tmp_path: Path, recip
     guessed = planned(recipe, tmp_path)[1]
     earlier(tmp_path, "init", 4.0, metrics={"parameters_before": 1000})
     earlier(tmp_path, "evaluate", 4.0)
+    earlier(tmp_path, "cache", 4.0, tokens=1000, settings={"model": "teacher"})
+    earlier(tmp_path, "train", 4.0, tokens=1000, settings={"student": "small"})
     assert planned(recipe, tmp_path)[1] == guessed
 
 
