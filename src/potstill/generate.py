@@ -36,7 +36,7 @@ class GenerateSettings(Settings):
     """Settings of the generate step."""
 
     kind: ClassVar[str] = "generate"
-    schema_version: ClassVar[int] = 2
+    schema_version: ClassVar[int] = 3
 
     do: Literal["generate"] = "generate"
     model: ModelRef = Field(description="who answers")

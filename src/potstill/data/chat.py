@@ -91,6 +91,7 @@ class Renderer:
         self._decoder_start = decoder_start_token(tokenizer)
         self.end_of_turn_ids = self._derive_end_of_turn()
         self._stop_ids = {*self.end_of_turn_ids, tokenizer.eos_token_id}
+        self._latest_prompt: tuple[str, list[int]] | None = None
 
     def described(self) -> dict[str, Any]:
         """How conversations are rendered, for a manifest."""
@@ -284,12 +285,16 @@ class Renderer:
         return self._encode(response)
 
     def _encode_prompt(self, prompt: str) -> list[int]:
+        latest = self._latest_prompt
+        if latest is not None and latest[0] == prompt:
+            return [*latest[1]]  # samples of a prompt stand side by side
         ids, start = self._encode(prompt), self._decoder_start
         if start is not None and self.tokenizer.convert_tokens_to_ids(start) in ids[:-1]:
             raise DataError(
                 f"the prompt holds {start}, the token that the decoder starts with",
                 mend="take it out of the prompt; a chat template of your own need not write it",
             )
+        self._latest_prompt = prompt, [*ids]
         return ids
 
     def _encode(self, text: str) -> list[int]:

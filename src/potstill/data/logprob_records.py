@@ -30,17 +30,18 @@ class LogprobIndex:
         self._tokenizer = load_tokenizer(TransformersModel(path=settings.tokenizer))
         self._hash, self._bytes = tokenizer_hash(self._tokenizer), token_bytes(self._tokenizer)
         self._found = sqlite3.connect("", check_same_thread=False)  # a private file, removed when closed
-        self._found.execute("CREATE TABLE found (id TEXT PRIMARY KEY, ids BLOB, logprobs BLOB)")
+        self._found.execute("CREATE TABLE found (id TEXT PRIMARY KEY, ids BLOB, logprobs BLOB, place TEXT)")
         with self._found:
             for place, row in rows:
                 self._insert(place, _stored(place, row))
 
     def _insert(self, place: str, row: tuple[str, bytes, bytes]) -> None:
-        if self._found.execute("INSERT OR IGNORE INTO found VALUES (?, ?, ?)", row).rowcount:
+        if self._found.execute("INSERT OR IGNORE INTO found VALUES (?, ?, ?, ?)", (*row, place)).rowcount:
             return
-        if self._found.execute("SELECT * FROM found WHERE id = ?", row[:1]).fetchone() != row:
+        *first, first_place = self._found.execute("SELECT * FROM found WHERE id = ?", row[:1]).fetchone()
+        if tuple(first) != row:
             raise DataError(
-                f"sample_uuid {row[0]!r} has other log-probabilities than an earlier record of that name",
+                f"sample_uuid {row[0]!r} has other log-probabilities than in {first_place}",
                 where=place,
                 expected="one record a sample",
                 mend="take one of them out of the file",

@@ -11,6 +11,7 @@ from potstill.core.errors import DataError
 __all__ = [
     "LOOK_ALIKES",
     "answer_announcement",
+    "answer_column",
     "choice_columns",
     "choice_index",
     "choice_listing",
@@ -25,7 +26,9 @@ _CYRILLIC = re.compile("[А-Яа-яЁё]")
 LOOK_ALIKES = "АВСЕНКМОРТХ"
 _TO_LATIN = str.maketrans(LOOK_ALIKES, "ABCEHKMOPTX")
 _QUESTIONS = ("question", "inputs.text", "text")
-_ANSWERS = ("answer", "answerKey", "outputs")
+_ANSWERS = ("answer", "answerKey", "correct_answer", "correct", "outputs")
+# What is learnt, or compared with, where no column says which option is right.
+_RESPONSES = {"solution", "response", "completion", "output", "reference"}
 # A column an option: MERA's, those of flat tables, and MMLU's as CSV.
 _OPTION_COLUMNS = tuple(
     tuple(f"{prefix}{letter}" for letter in letters)
@@ -53,9 +56,26 @@ def question_column(columns: Collection[str]) -> str | None:
 
 
 def has_choices(columns: Collection[str]) -> bool:
-    """Whether a row of these columns is multiple choice: a question, options and a right answer."""
+    """Whether a row of these columns is multiple choice: a question and options, perhaps an answer.
+
+    Without an answer it is none where `text`, which may be anything, would be its question, or where there is
+    a response or a reference, which is the answer in full.
+    """
+    question = question_column(columns)
     options = {"choices", "options"} & set(columns) or _option_columns(columns)
-    return bool(question_column(columns) and options and any(one in columns for one in _ANSWERS))
+    is_answered = any(one in columns for one in _ANSWERS)
+    return bool(
+        question and options and (is_answered or (question != "text" and not _RESPONSES & set(columns)))
+    )
+
+
+def answer_column(row: Mapping[str, Any]) -> str | None:
+    """The column of a row that says which option is right."""
+
+    def says(column: str) -> bool:
+        return column in row and not (column == "correct" and isinstance(row[column], bool))  # of an answer
+
+    return next(filter(says, _ANSWERS), None)
 
 
 def _option_columns(columns: Collection[str]) -> list[str]:
@@ -86,7 +106,8 @@ def choice_columns(row: Mapping[str, Any]) -> tuple[list[str], list[str], Any]:
         labels, given = [str(label) for label in given.get("label") or []], given.get("text")
     if not isinstance(given, list) or not 2 <= len(given) <= len(string.ascii_uppercase):
         return [], [], None
-    answer = next((row[one] for one in _ANSWERS if one in row), None)
+    column = answer_column(row)
+    answer = None if column is None else row[column]
     if answer is not None and all(isinstance(value, str) for value in row.values()):
         answer = _untyped_index(answer, [str(choice) for choice in given])
     return [str(choice) for choice in given], labels, answer

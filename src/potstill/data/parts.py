@@ -14,7 +14,7 @@ from potstill.core.settings import DataRef
 from potstill.core.store import Artifact
 from potstill.data.source_settings import StepPart, Where, described_where
 
-__all__ = ["matches", "part_content", "prompts", "read_artifacts", "read_part"]
+__all__ = ["continued", "matches", "part_content", "prompts", "read_artifacts", "read_part"]
 
 Views = Sequence[tuple[Artifact, str | None]]
 _SHOWN_VALUES = 12
@@ -29,6 +29,20 @@ def matches(where: Where, columns: Mapping[str, Any]) -> bool:
         if column not in columns or str(columns[column]) not in values:
             return False
     return True
+
+
+def continued(records: Iterable[Record]) -> Iterator[Record]:
+    """The records, and at their end a DataError where none has a beginning for `mask_prefix` to leave out."""
+    found = False
+    for record in records:
+        found = found or record.prefix_characters > 0 or record.prefix_tokens > 0
+        yield record
+    if not found:
+        raise DataError(
+            "mask_prefix leaves nothing out: no response has a beginning that another model wrote",
+            expected="traces of a generate step with continue:",
+            mend="leave mask_prefix out, or name the continued traces as data",
+        )
 
 
 def prompts(records: Iterable[Record]) -> Iterator[Record]:

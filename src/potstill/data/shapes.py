@@ -13,6 +13,7 @@ from potstill.data.answers import last_boxed, parse_number
 from potstill.data.chat import THINK_CLOSE, THINK_OPEN, tag_reasoning
 from potstill.data.multiple_choice import (
     answer_announcement,
+    answer_column,
     choice_columns,
     choice_index,
     choice_listing,
@@ -63,7 +64,10 @@ class BadRow(Exception):
 
 @dataclass(slots=True)
 class Example:
-    """A row understood. `question` is what makes the prompt's identity; plain text has no messages."""
+    """A row understood, and from which of its columns.
+
+    `question` is what makes the prompt's identity; plain text has no messages.
+    """
 
     question: Any
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -71,6 +75,24 @@ class Example:
     reference: str | None = None
     task: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    read_columns: frozenset[str] = field(default=frozenset(), compare=False)
+
+
+class _NotedRow(dict[str, Any]):
+    """A row that notes which of its columns were read."""
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        super().__init__(row)
+        self.read_columns: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read_columns.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The column, or the default."""
+        self.read_columns.add(name)
+        return super().get(name, default)
 
 
 Row = Mapping[str, Any]
@@ -80,6 +102,8 @@ Turns = list[tuple[str, str]]
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 # OpenThoughts' system prompt asks for the very marks that are replaced in its responses.
 _ASKS_FOR_MARKS = OPEN_THOUGHTS.open
+_QUESTION_COLUMNS = frozenset({"prompt", "question", "problem"})
+_RESPONSE_COLUMNS = ("response", "completion", "output")
 # Where servers and data sets put what an assistant thought; the first is also a column beside a response.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # GSM8K's <<48/2=24>>, and no kernel<<<grid, block>>> or shift.
@@ -125,20 +149,23 @@ def _gold(worked: str) -> tuple[str | None, str | None]:
 def _question_answer(row: Row) -> Example:
     question = _text(row, "question", "problem")
     worked = _optional_text(row, "solution", "answer")
-    if worked is None:
-        return Example(question, _user(question))
+    # Beside an answer such a column may hold anything.
+    said = [one for one in _RESPONSE_COLUMNS if worked is None or isinstance(row.get(one), str)]
+    response = _optional_text(row, *said)
     if (stated := _reference(row)) is not None:
         judge = _optional_text(row, "task") or ("math" if parse_number(stated) is not None else None)
-        return Example(question, _user(question), worked, stated, judge)
+        return Example(question, _user(question), response or worked, stated, judge)
+    if worked is None:
+        return Example(question, _user(question), response)
     reference, task = _gold(_optional_text(row, "answer") or worked)
     if reference is None:
         reference, task = _gold(worked)
-    return Example(question, _user(question), _CALCULATOR_MARK.sub("", worked), reference, task)
+    return Example(question, _user(question), response or _CALCULATOR_MARK.sub("", worked), reference, task)
 
 
 def _prompt_response(row: Row) -> Example:
     prompt = _text(row, "prompt" if "prompt" in row else "input")
-    response = _optional_text(row, "response", "completion", "output")
+    response = _optional_text(row, *_RESPONSE_COLUMNS)
     return Example(prompt, _user(prompt), response, _reference(row), _optional_text(row, "task"))
 
 
@@ -150,14 +177,14 @@ def _reference(row: Row) -> str | None:
 
 
 def _alpaca(row: Row) -> Example:
-    extra = _optional_text(row, "input")
+    extra = _optional_text(row, "input" if "input" in row else "context")
     prompt = _text(row, "instruction") + (f"\n\n{extra}" if extra else "")
     turns: list[dict[str, str]] = []
     for pair in row.get("history") or ():
         if not isinstance(pair, list | tuple) or list(map(type, pair)) != [str, str]:
             raise BadRow("history is not a list of pairs of a question and its answer")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    turns += [*_user(prompt), {"role": "assistant", "content": _text(row, "output")}]
+    turns += [*_user(prompt), {"role": "assistant", "content": _text(row, "output", "response")}]
     return _conversation(turns, "role", "content", system=_optional_text(row, "system"))
 
 
@@ -249,7 +276,8 @@ def _multiple_choice(row: Row) -> Example:
     for name, column in _MERA_LABELS.items():
         if column in row:
             meta[name] = row[column]
-    if answer == "" and "outputs" in row:  # MERA keeps the answers of its test sets to itself
+    is_kept_apart = answer == "" and "outputs" in row  # by MERA, of its test sets
+    if is_kept_apart or answer_column(row) is None:
         return Example([question, choices], messages, meta=meta)
     letter = string.ascii_uppercase[choice_index(answer, choices, labels)]
     response = f"{answer_announcement(russian=russian)}{letter}"
@@ -333,8 +361,9 @@ _SHAPES: dict[Shape, _ShapeSpec] = {
         _openthoughts,
     ),
     "multiple_choice": _ShapeSpec(
-        "question; choices, options, or columns option_a, option_b ... or A, B ...; answer or answerKey "
-        "(index from 0, letter or text); or MERA's inputs (text, option_a ...) and outputs",
+        "question; choices, options, or columns option_a, option_b ... or A, B ...; perhaps answer, "
+        "answerKey, correct_answer or correct (index from 0, letter or text); or MERA's inputs (text, "
+        "option_a ...) and outputs",
         has_choices,
         _multiple_choice,
     ),
@@ -348,10 +377,18 @@ _SHAPES: dict[Shape, _ShapeSpec] = {
         _code,
     ),
     "alpaca": _ShapeSpec(
-        "instruction, output, perhaps input, system, history", _has("instruction", "output"), _alpaca
+        "instruction, output or response, perhaps input or context, system, history",
+        lambda columns: (
+            "instruction" in columns
+            and ("output" in columns or ("response" in columns and not _QUESTION_COLUMNS & set(columns)))
+        ),
+        _alpaca,
     ),
     "question_answer": _ShapeSpec(
-        "question or problem, perhaps answer or solution", _has("question|problem"), _question_answer
+        "question or problem, perhaps answer or solution, which is the gold one beside response, completion "
+        "or output",
+        _has("question|problem"),
+        _question_answer,
     ),
     "prompt_response": _ShapeSpec(
         "prompt or input, perhaps response, completion or output, reference, task",
@@ -376,7 +413,9 @@ def describe_shapes() -> str:
 
 def parse_row(row: Row, shape: Shape) -> Example:
     """What a row of a known shape holds. BadRow when it cannot be used, DataError for a wrong answer."""
-    example = _SHAPES[shape].parse(row)
+    noted = _NotedRow(row)
+    example = _SHAPES[shape].parse(noted)
+    example.read_columns = frozenset(noted.read_columns)
     if example.response is not None:
         example.response = _with_reasoning(row, example.response, _REASONING_KEYS[:1])
     return example

@@ -31,6 +31,9 @@ __all__ = [
     "source_of_path",
 ]
 
+# Of how a row of a file becomes a record: another reading is another input of the steps that read.
+_READING = 2
+
 Scalar = str | int | float | bool
 Where = dict[str, Scalar | list[Scalar]]
 
@@ -112,8 +115,10 @@ class _SourceSettings(Settings):
     )
 
     def content(self) -> Any:
-        """The hash of the template's text."""
-        return {"template": hash_bytes(template_text(self.template).encode())} if self.template else None
+        """How rows are read, and the hash of the template's text."""
+        if not self.template:
+            return {"reading": _READING}
+        return {"reading": _READING, "template": hash_bytes(template_text(self.template).encode())}
 
     @property
     def label(self) -> str:
@@ -164,7 +169,7 @@ class FileSource(_SourceSettings):
         """Hashes of the file and the template; the ending decides how the file is read."""
         path = Path(self.path)
         read_rows(path)
-        return {**(super().content() or {}), "file": hash_file(path), "suffix": path.suffix.lower()}
+        return {**super().content(), "file": hash_file(path), "suffix": path.suffix.lower()}
 
     @property
     def label(self) -> str:
@@ -206,7 +211,7 @@ class TaskSource(_SourceSettings):
         from importlib import metadata
 
         check_task(self.task, self.parameters, self.size)
-        return {**(super().content() or {}), "reasoning_gym": metadata.version("reasoning-gym")}
+        return {**super().content(), "reasoning_gym": metadata.version("reasoning-gym")}
 
     @property
     def label(self) -> str:

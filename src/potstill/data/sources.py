@@ -1,10 +1,8 @@
 """Where rows come from: `read` makes records of references, sources and mixtures."""
 
 import functools
-import heapq
 import importlib
 import itertools
-import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +29,7 @@ from potstill.data.shapes import (
     recognise,
     scalar_columns,
 )
+from potstill.data.shuffling import shuffled
 from potstill.data.source_settings import (
     Data,
     FileSource,
@@ -57,6 +56,7 @@ __all__ = [
     "label_names",
     "prompts",
     "read",
+    "read_beforehand",
     "read_file",
     "source_of_path",
 ]
@@ -66,7 +66,7 @@ _HUB_SHUFFLE_ROWS = 10_000
 
 
 def read(data: Data, context: StepContext) -> Iterator[Record]:
-    """The records of a reference, a source or a mixture, in order and in constant memory (shuffling apart).
+    """The records of a reference, a source or a mixture, in order and in constant memory.
 
     Says and records as an event how many rows each gave and left out. DataError when there is none, when a
     column, file, task or shape is missing, and at a malformed row where the source is `strict`.
@@ -113,6 +113,11 @@ def count_rows(data: Data, seed: int) -> int | None:
     if _only_a_run_can_tell(data):
         return None
     return sum(1 for _ in read(data, _outside_a_run(seed)))
+
+
+def read_beforehand(data: Data, seed: int) -> Iterator[Record] | None:
+    """The records that `read` gives under a recipe's seed; None where only a run can tell."""
+    return None if _only_a_run_can_tell(data) else read(data, _outside_a_run(seed))
 
 
 def first_prompts(data: Data, seed: int, count: int | None) -> list[Record]:
@@ -210,10 +215,9 @@ def _read_source(source: Source, context: StepContext) -> Iterator[Record]:
     reading = _Reading(source, context)
     records = reading.records()
     if source.shuffle and not reading.shuffled_at_source:
-        chance = random.Random(derive_seed(context.seed, "shuffle", source.label))
-        keyed = ((chance.random(), number, record) for number, record in enumerate(records))
-        order = sorted(keyed) if source.limit is None else heapq.nsmallest(source.limit, keyed)
-        records = (record for _, _, record in order)
+        folder = None if context.folder == Path() else context.scratch
+        seed = derive_seed(context.seed, "shuffle", source.label)
+        records = shuffled(records, seed, source.limit, folder)
     count = held_out = 0
     for record in itertools.islice(records, source.limit):
         count, held_out = count + 1, held_out + record.held_out
@@ -343,12 +347,19 @@ class _Reading:
         return record if self.logprobs is None else self.logprobs.join(record, row)
 
     def _kept(self, example: Example, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The short columns that are worth keeping with a record and are not spoken in it."""
+        """The short columns that are worth keeping with a record, without those that it is made of.
+
+        A label stays where its word is an option or the answer as well.
+        """
         if isinstance(self.source, TaskSource):
             return {}
         spoken = {example.response, example.reference, *(one["content"] for one in example.messages)}
         spoken |= {*example.meta.get("choices", ())}
-        return {name: value for name, value in scalar_columns(row).items() if value not in spoken}
+        return {
+            name: value
+            for name, value in scalar_columns(row).items()
+            if name not in example.read_columns or value not in spoken
+        }
 
     def _own(self, labels: Mapping[str, Any], example: Example) -> Mapping[str, Any]:
         """The labels, once none is known to stand in the way of what a task's scorer reads."""

@@ -25,6 +25,8 @@ __all__ = ["VECTORS_FILE", "Dense", "Embedder", "check_qdrant", "write_vectors"]
 
 VECTORS_FILE = "vectors.npy"
 _BATCH_TEXTS, _BLOCK_TEXTS = 32, 1024
+# Some 10 MB of JSON; a server refuses requests of more than 32, unless told otherwise.
+_REQUEST_VALUES = 2**19
 _MAX_TOKENS = 256
 _TIMEOUT_S = 60
 
@@ -143,8 +145,9 @@ class Dense:
             self._client.delete_collection(self._name)
         parameters = models.VectorParams(size=vectors_NH.shape[1], distance=models.Distance.COSINE)
         self._client.create_collection(self._name, vectors_config=parameters)
-        for start in range(0, len(vectors_NH), _BLOCK_TEXTS):
-            block_NH = vectors_NH[start : start + _BLOCK_TEXTS]
+        rows = max(1, _REQUEST_VALUES // vectors_NH.shape[1])
+        for start in range(0, len(vectors_NH), rows):
+            block_NH = vectors_NH[start : start + rows]
             points = models.Batch(ids=list(range(start, start + len(block_NH))), vectors=block_NH.tolist())
             self._client.upsert(self._name, points, wait=True)
 

@@ -11,7 +11,7 @@ from potstill.core.settings import DataRef, Part, Reference, meaning
 from potstill.core.step import StepContext
 from potstill.core.store import Artifact, Store
 from potstill.data.parts import part_content
-from potstill.data.sources import StepPart, read, source_of_path
+from potstill.data.sources import Data, FileSource, HubSource, StepPart, TaskSource, read, source_of_path
 from potstill.models import encoder_identity, tokenizer_hash
 from potstill.retrieval.bm25 import Bm25, build_bm25
 from potstill.retrieval.dense import VECTORS_FILE, Dense, Embedder, check_qdrant, write_vectors
@@ -20,7 +20,7 @@ from potstill.retrieval.settings import RetrieveSettings
 
 __all__ = ["Retriever", "Search", "fused", "open_retriever"]
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _FUSION_RANKS = 60  # Cormack, Clarke and Buettcher 2009
 _DEPTH = 100  # of each ranking that is fused
 _FAR = 1000  # ranks that a passage's score is looked for in
@@ -78,7 +78,8 @@ def open_retriever(settings: RetrieveSettings, context: StepContext, tokenizer: 
         return {"articles": articles, "passages": count}
 
     tokens = settings.passage_tokens
-    key = [_corpus(settings, context), context.seed, tokens, tokenizer_hash(tokenizer)]
+    seed = context.seed if _is_drawn(settings.corpus) else None
+    key = [_corpus(settings, context), seed, tokens, tokenizer_hash(tokenizer)]
     cut = _sealed(store, context, "passages", key, write)
     passages = Passages(cut.folder / PASSAGES_FILE)
     described, searches = {"passages": cut.manifest.fingerprint}, list[Search]()
@@ -115,6 +116,15 @@ def _articles(settings: RetrieveSettings, context: StepContext) -> Any:
 
     with context.progress("cutting articles", unit="articles") as progress:
         yield from map(told, read(settings.corpus, context))
+
+
+def _is_drawn(corpus: Data) -> bool:
+    """Whether the recipe's seed may decide which articles a corpus has."""
+    return any(
+        isinstance(one, TaskSource)
+        or (isinstance(one, FileSource | HubSource) and bool(one.shuffle or one.labels))
+        for one in (corpus if isinstance(corpus, list) else [corpus])
+    )
 
 
 def _corpus(settings: RetrieveSettings, context: StepContext) -> Any:

@@ -12,6 +12,7 @@ __all__ = ["PASSAGES_FILE", "Passage", "Passages", "first_tokens", "joined_withi
 PASSAGES_FILE = "passages.arrow"
 _SEPARATOR = "\n\n"
 _BATCH_ROWS = 1024
+_PARTS_A_TITLE = 4
 _LETTERS_A_TOKEN = 8  # more than most; a window that turns out too short is doubled
 
 
@@ -55,13 +56,22 @@ def first_tokens(text: str, tokenizer: Any, most: int) -> str:
     return text[: max(end, 1)]
 
 
-def split(text: str, tokenizer: Any, most: int) -> Iterator[str]:
-    """A text's passages in order: whole words, at most so many tokens each, without space around them."""
-    rest = text.strip()
+def split(text: str, tokenizer: Any, most: int, title: str = "") -> Iterator[str]:
+    """A text's passages in order: whole words, at most so many tokens each, without space around them.
+
+    Of a text of several passages each begins with a line of the title, since what it is about may be named in
+    none of them; from a word on for which that leaves no room, none does. A title takes at most a quarter of
+    the tokens.
+    """
+    rest, heading = text.strip(), ""
+    if title.strip() and len(first_tokens(rest, tokenizer, most)) < len(rest):
+        heading = f"{first_tokens(title.strip(), tokenizer, most // _PARTS_A_TITLE).rstrip()}\n"
     while rest:
-        part = first_tokens(rest, tokenizer, most)
+        part = first_tokens(f"{heading}{rest}", tokenizer, most)
+        if len(part) <= len(heading):  # a word for which the title leaves no room
+            heading, part = "", first_tokens(rest, tokenizer, most)
         yield part.rstrip()
-        rest = rest[len(part) :].lstrip()
+        rest = rest[len(part) - len(heading) :].lstrip()
 
 
 def joined_within(texts: Iterable[str], tokenizer: Any, budget: int) -> tuple[str, int]:
@@ -91,9 +101,9 @@ def write_passages(path: Path, articles: Iterable[Record], tokenizer: Any, most:
         batch: list[dict[str, str]] = []
         for article in articles:
             read += 1
-            label = str(article.meta.get("title") or article.prompt_id)
-            for text in split(article.response or "", tokenizer, most):
-                batch.append({"text": text, "article": label})
+            title = str(article.meta.get("title") or "")
+            for text in split(article.response or "", tokenizer, most, title):
+                batch.append({"text": text, "article": title or article.prompt_id})
                 if len(batch) == _BATCH_ROWS:
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
                     written, batch = written + len(batch), []

@@ -54,7 +54,7 @@ class RetrieveSettings(Settings):
     """
 
     kind: ClassVar[str] = "retrieve"
-    schema_version: ClassVar[int] = 1
+    schema_version: ClassVar[int] = 2
 
     do: Literal["retrieve"]
     data: Data = Field(description="the prompts or traces")

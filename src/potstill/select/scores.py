@@ -1,6 +1,8 @@
 """How likely a response and its sentences are to a model, from the log-probabilities of its tokens."""
 
 from abc import ABC, abstractmethod
+from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -13,6 +15,7 @@ from potstill.core.records import Record
 from potstill.core.replicas import OpenReplicas, Replicas
 from potstill.core.step import StepContext
 from potstill.data.chat import Rendered, Renderer
+from potstill.data.packed_rows import PackedRows
 from potstill.data.prefixes import batches_by_prefix, shared_prefix
 from potstill.data.responses import bytes_of_tokens
 from potstill.logits.shards import row_key
@@ -29,9 +32,10 @@ from potstill.models.prefixes import Prefix
 from potstill.scoring import micro_batch_tokens, run_prefix, run_shared_prefix, token_logprobs
 from potstill.select.score_store import open_score_store
 from potstill.select.sentences import tokens_of_spans
-from potstill.teachers import GivenTokens, OpenAIModel
+from potstill.teachers import GivenTokens, OpenAIModel, VllmModel
 from potstill.teachers.failures import Failures
 from potstill.teachers.given_tokens import KEPT
+from potstill.teachers.kept_tokens import tokenizer_of
 from potstill.teachers.replicated import identity_of_copy, open_copies
 from potstill.teachers.transformers import context_tokens
 
@@ -153,14 +157,16 @@ class _Window(NamedTuple):
 class ModelScores(ABC):
     """What one model gives to the tokens of responses: scored once, kept in the store from then on.
 
-    Scores are known by `known_as` (JSON-able) and the token ids of prompt and response. `called` is the model
-    in errors and reasons.
+    A row is rendered when its scores are filled in, and lies on disk from then on; in memory it costs 20
+    bytes. Scores are known by `known_as` (JSON-able) and the token ids of prompt and response. `called` is
+    the model in errors and reasons.
     """
 
     def __init__(self, called: str, renderer: Renderer, known_as: Any, context: StepContext) -> None:
         self.called, self.renderer, self.context = called, renderer, context
         self._store = open_score_store(context.cache_folder, known_as)
         self._refused: dict[bytes, str] = {}
+        self._numbers, self._rendered = array("q"), PackedRows(context.scratch)
 
     def close(self) -> None:
         """Close the store."""
@@ -199,6 +205,8 @@ class ModelScores(ABC):
             if isinstance(rendered, str):
                 skipped += 1
                 continue
+            self._numbers.append(number)
+            self._rendered.append(rendered)
             window.names.append(f"row {number} (record {record.id})")
             window.rows.append(rendered)
             window.keys.append(row_key(rendered.ids, rendered.mask))
@@ -213,9 +221,12 @@ class ModelScores(ABC):
 
         What another model wrote before the response goes on has no known log p, as in the trace's own.
         """
-        rendered = self._render(number, record)
-        if isinstance(rendered, str):
-            return rendered
+        place = bisect_left(self._numbers, number)
+        if number not in self._numbers[place : place + 1]:
+            unrendered = self._render(number, record)
+            assert isinstance(unrendered, str)
+            return unrendered
+        rendered = self._rendered[place]
         key = row_key(rendered.ids, rendered.mask)
         if (reason := self._refused.get(key)) is not None:
             return f"{self.called} gave no answer: {reason}"
@@ -370,18 +381,27 @@ class ReplicatedScores(LocalScores):
 
 
 class ServedScores(ModelScores):
-    """What a server's model gives. A row is asked once, and kept as its answer arrives.
+    """What a server's model gives, or vLLM here. A row is asked once, and kept as its answer arrives.
 
-    One that the server refuses has no scores; its reason is a row of a file of the step's folder, by `role`.
+    One that is refused has no scores; its reason is a row of a file of the step's folder, by `role`.
     """
 
     def __init__(
-        self, settings: OpenAIModel, context: StepContext, role: str, max_failed_share: float
+        self,
+        settings: OpenAIModel | VllmModel,
+        context: StepContext,
+        role: str,
+        max_failed_share: float,
     ) -> None:
-        assert settings.tokenizer is not None
-        renderer = Renderer(load_tokenizer(TransformersModel(path=settings.tokenizer), say=context.say))
+        tokenizer = tokenizer_of(settings)
+        assert tokenizer is not None
+        renderer = Renderer(load_tokenizer(tokenizer, say=context.say))
         called = settings.known_as()
-        super().__init__(called, renderer, [settings.engine, called], context)
+        known_as: list[Any] = [settings.engine, called]
+        if isinstance(settings, VllmModel):
+            called = settings.path
+            known_as += [settings.dtype, settings.engine_arguments]
+        super().__init__(called, renderer, known_as, context)
         self._settings, self._max_failed_share = settings, max_failed_share
         self._failures = Failures(context.folder / f"failures-{role}.jsonl", where=f"the {role} {called}")
         self._server: GivenTokens | None = None

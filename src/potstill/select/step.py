@@ -30,7 +30,7 @@ from potstill.select.scores import (
 )
 from potstill.select.sentences import sentences
 from potstill.select.settings import SelectSettings
-from potstill.teachers import OpenAIModel, check_gives_logprobs
+from potstill.teachers import OpenAIModel, VllmModel, check_gives_logprobs
 
 __all__ = ["select"]
 
@@ -62,7 +62,7 @@ def select(settings: SelectSettings, context: StepContext) -> StepResult:
 def _open(role: str, reference: ModelRef, settings: SelectSettings, context: StepContext) -> ModelScores:
     model = context.model(reference)
     check_gives_logprobs(model, f"the {role} {reference}")
-    if isinstance(model, OpenAIModel):
+    if isinstance(model, OpenAIModel | VllmModel):
         return ServedScores(model, context, role, settings.max_failed_share)
     model = transformers_model(context, reference, device=settings.device)
     if context.replicas is not None:

@@ -152,7 +152,7 @@ def test_a_sample_has_one_record(
     same = lines(tmp_path / "same.jsonl", [record, record])
     assert len(read_with(step_context, samples, same, tiny_model_folder)) == 1
     other = {**record, "logprobs": [-2.0] * len(ids)}
-    with pytest.raises(DataError, match=r"l\.jsonl, line 2: .*'u0' has other log-probabilities"):
+    with pytest.raises(DataError, match=r"l\.jsonl, line 2: .*'u0' has other .* in l\.jsonl, line 1"):
         read_with(step_context, samples, lines(tmp_path / "l.jsonl", [record, other]), tiny_model_folder)
 
 

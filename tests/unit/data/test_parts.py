@@ -11,7 +11,7 @@ from potstill.core.alternatives import Alternatives
 from potstill.core.errors import DataError
 from potstill.core.records import RECORDS_FILE, Record, write_records
 from potstill.core.store import Artifact
-from potstill.data.parts import part_content
+from potstill.data.parts import continued, part_content
 from potstill.data.sources import Data, StepPart, count_rows, read
 
 DATA = TypeAdapter(Data)
@@ -47,6 +47,19 @@ def reading(step_context: Any, sealed: Seal) -> Callable[[Any], list[str]]:
         return [record.prompt_id for record in read(DATA.validate_python(data), context)]
 
     return make
+
+
+class TestContinued:
+    @pytest.mark.parametrize("begun", [{"prefix_characters": 3}, {"prefix_tokens": 1}])
+    def test_one_beginning_that_another_model_wrote_is_enough(self, begun: dict[str, int]) -> None:
+        records = [*TRACES, trace(4, None, **begun)]
+        assert [*continued(records)] == records
+
+    def test_without_any_it_is_an_error_behind_the_last_record(self) -> None:
+        found = continued(TRACES)
+        assert [next(found) for _ in TRACES] == TRACES
+        with pytest.raises(DataError, match=r"mask_prefix leaves nothing out(.|\n)*continue:"):
+            next(found)
 
 
 class TestRows:

@@ -48,6 +48,8 @@ class TestRecognition:
             (("messages", "source"), "messages"),
             (("system", "conversations"), "conversations"),
             (("instruction", "input", "output"), "alpaca"),
+            (("instruction", "context", "response", "category"), "alpaca"),
+            (("prompt", "instruction", "response"), "prompt_response"),
             (("problem", "deepseek_reasoning", "deepseek_solution"), "openthoughts"),
             (("question", "choices", "answer", "subject"), "multiple_choice"),
             (("question", "options", "answerKey"), "multiple_choice"),
@@ -86,6 +88,21 @@ class TestQuestionAnswer:
 
     def test_a_question_alone_is_a_prompt(self) -> None:
         assert parsed({"question": "Who?"}) == Example("Who?", [user("Who?")])
+        asked = parsed({"question": "How many?", "reference": 12})
+        assert (asked.response, asked.reference, asked.task) == (None, "12", "math")
+
+    @pytest.mark.parametrize("column", ["response", "completion", "output"])
+    def test_a_response_is_what_is_learnt_and_an_answer_beside_it_the_gold_one(self, column: str) -> None:
+        said = r"It is \boxed{5}, or so I think <<2+3=5>>."
+        alone = parsed({"question": "2 + 3?", column: said})
+        assert (alone.response, alone.reference, alone.task) == (said, None, None)
+        for gold in ({"answer": 6}, {"solution": r"So \boxed{6}."}, {"reference": "6"}):
+            found = parsed({"question": "2 + 3?", column: said, **gold})
+            assert (found.response, found.reference, found.task) == (said, "6", "math")
+        for other in (None, "", ["5"]):
+            assert parsed({"question": "2 + 3?", column: other, "answer": "5"}).response == "5"
+        with pytest.raises(BadRow, match=f"no text in {column}"):
+            parsed({"question": "2 + 3?", column: ["5"]})
 
 
 class TestMultipleChoice:
@@ -160,6 +177,40 @@ class TestOtherLayoutsOfMultipleChoice:
         example = parsed(with_nested({**MERA, "outputs": ""}))
         assert (example.reference, example.task, example.response) == (None, None, None)
         assert len(example.messages) == 1
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"choices": CHOICES},
+            {"option_a": "red", "option_b": "green", "option_c": "blue"},
+            {"A": "red", "B": "green", "C": "blue", "right_one": "B"},
+        ],
+    )
+    def test_options_without_a_known_answer_are_asked_and_not_judged(self, row: dict[str, Any]) -> None:
+        example = parsed({"question": "Which?", **row})
+        judged = parsed({"question": "Which?", "choices": CHOICES, "answer": "B"})
+        assert (example.question, example.messages) == (judged.question, judged.messages)
+        assert (example.reference, example.task, example.response) == (None, None, None)
+        assert example.meta == {"choices": CHOICES}
+
+    @pytest.mark.parametrize("name", ["answer", "answerKey", "correct_answer", "correct"])
+    def test_the_right_option_is_read_of_any_column_that_data_sets_call_so(self, name: str) -> None:
+        assert parsed({"question": "Which?", "choices": CHOICES, name: "B"}).reference == "B"
+
+    @pytest.mark.parametrize("name", ["solution", "response", "completion", "output"])
+    def test_a_response_in_full_beside_options_is_learnt(self, name: str) -> None:
+        assert (
+            parsed({"question": "Which?", "choices": CHOICES, name: "green, for ..."}).response
+            == "green, for ..."
+        )
+
+    def test_whether_an_earlier_answer_was_right_does_not_say_which_option_is(self) -> None:
+        example = parsed({"question": "Which?", "choices": CHOICES, "correct": True})
+        assert (example.reference, example.task) == (None, None)
+
+    def test_a_text_is_no_question_because_there_are_options(self) -> None:
+        assert recognise(["text", "options"]) == "text"
+        assert recognise(["text", "options", "answer"]) == "multiple_choice"
 
     @pytest.mark.parametrize("names", [("option_a", "option_b", "option_c"), ("A", "B", "C")])
     @pytest.mark.parametrize("answer", ["1", "B", "В", "green"])
@@ -374,6 +425,12 @@ class TestOthers:
         with pytest.raises(BadRow, match="history is not a list of pairs"):
             parse_row({**row, "history": [["3?"]]}, "alpaca")
         assert parse_row({**row, "history": [], "system": ""}, "alpaca").question == "And 5?"
+
+    def test_an_instruction_may_have_a_context_and_a_response(self) -> None:
+        found = parsed({"instruction": "Who wrote it?", "context": "A sonnet.", "response": "A poet."})
+        assert (found.messages, found.response) == ([user("Who wrote it?\n\nA sonnet.")], "A poet.")
+        row = {"instruction": "Who?", "input": "", "context": "not for the prompt", "output": "A poet."}
+        assert parsed(row).messages == [user("Who?")]
 
     def test_alpaca_joins_instruction_and_input(self) -> None:
         row = {"instruction": "Add.", "input": "1, 2", "output": "3"}

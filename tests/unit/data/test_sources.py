@@ -181,6 +181,36 @@ class TestFiles:
         assert record.finish_reason is None
         assert record.meta == {"level": 3}
 
+    @pytest.mark.parametrize(
+        ("row", "kept"),
+        [
+            (
+                {"question": "Which?", "choices": ["Math & CS", "Other"], "answer": 1, "category": "Other"},
+                "Other",
+            ),
+            ({"question": "Which?", "A": "bones", "B": "cells", "answer": "A", "category": "bones"}, "bones"),
+            (
+                {"question": "Which science is of cells?", "answer": "biology", "category": "biology"},
+                "biology",
+            ),
+            ({"question": "2 + 2?", "answer": "#### 4", "category": "4"}, "4"),
+            ({"question": "2 + 2?", "answer": "It is 4.", "reference": "4", "category": "4"}, "4"),
+            ({"prompt": "geography", "response": "What is far off.", "category": "geography"}, "geography"),
+        ],
+    )
+    def test_a_label_stays_where_its_word_is_spoken_in_the_row(
+        self, reading: Reading, write: Write, row: dict[str, Any], kept: str
+    ) -> None:
+        write("a.jsonl", lines(row))
+        [record] = reading({"path": "a.jsonl", "where": {"category": kept}})
+        assert record.meta["category"] == kept
+
+    def test_what_a_record_was_made_of_is_not_kept_twice(self, reading: Reading, write: Write) -> None:
+        row = {"question": "Which?", "option_a": "red", "option_b": "blue", "answer": "B", "level": 3}
+        write("a.jsonl", lines(row))
+        [record] = reading({"path": "a.jsonl"})
+        assert record.meta == {"question": "Which?", "choices": ["red", "blue"], "level": 3}
+
     def test_limit_where_and_system(self, reading: Reading, write: Write) -> None:
         write("a.jsonl", numbered(12))
         records = reading({"path": "a.jsonl", "limit": 3, "where": {"level": 1}, "system": "Be brief."})

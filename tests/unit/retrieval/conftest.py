@@ -72,8 +72,8 @@ class Bench:
         plain = {"do": "retrieve", "data": "traces", "corpus": {"path": self.corpus}, "student": "student"}
         return RetrieveSettings.model_validate({**plain, **settings})
 
-    def run(self, folder: str = "artifact", **settings: Any) -> list[Record]:
-        self.context = self.build("retrieve", folder=folder, models=self.models, data=self.data)
+    def run(self, folder: str = "artifact", seed: int = 1, **settings: Any) -> list[Record]:
+        self.context = self.build("retrieve", folder=folder, seed=seed, models=self.models, data=self.data)
         self.result = run(self.settings(**settings), self.context)
         return list(read_records(self.context.folder / RECORDS_FILE))
 

@@ -1,6 +1,7 @@
 """Dense and hybrid retrieval: vectors, resuming, Qdrant against plain cosines, and fused rankings."""
 
 import socket
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from potstill.retrieval.index import fused
 from potstill.retrieval.passages import Passages, write_passages
 
 from .conftest import Bench, articles
+from .qdrant_server import QdrantStandIn, running_qdrant
 
 qdrant = pytest.importorskip("qdrant_client")
 
@@ -99,6 +101,86 @@ def test_qdrant_finds_what_plain_cosines_find(
         assert [cosines_N[number] for number, _ in found] == pytest.approx(
             [score for _, score in found], abs=1e-5
         )
+
+
+@pytest.fixture
+def server() -> Iterator[QdrantStandIn]:
+    with running_qdrant() as running:
+        yield running
+
+
+@pytest.fixture
+def vectors(passages: Passages, embed: Embedder, bench: Bench, tmp_path: Path) -> Path:
+    """The file of the passages' vectors."""
+    write_vectors(passages, embed, tmp_path, bench.build("retrieve"))
+    return tmp_path / VECTORS_FILE
+
+
+def test_a_server_finds_exactly_what_this_process_finds(
+    vectors: Path, embed: Embedder, server: QdrantStandIn
+) -> None:
+    here = Dense(vectors, embed, "f" * 64, None)
+    there = Dense(vectors, embed, "f" * 64, QdrantServer(url=server.url))
+    for query in ("A florp costs 12 coins.", "grey since", "?"):
+        found = there.search(query, 5)
+        assert [number for number, _ in found] == [number for number, _ in here.search(query, 5)]
+        assert server.requests[-1].body["params"] == {"exact": True}
+
+
+def test_a_server_is_filled_once_and_keeps_its_collection(
+    vectors: Path, embed: Embedder, server: QdrantStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potstill.retrieval.dense._REQUEST_VALUES", 5 * 32)
+    first = Dense(vectors, embed, "f" * 64, QdrantServer(url=server.url)).search("grey", 3)
+    count = len(np.load(vectors))
+    assert server.filled == [[*range(start, min(start + 5, count))] for start in range(0, count, 5)]
+    asked = len(server.requests)
+    assert Dense(vectors, embed, "f" * 64, QdrantServer(url=server.url)).search("grey", 3) == first
+    again = [(one.method, one.path.rpartition("/")[2]) for one in server.requests[asked:]]
+    assert again == [("GET", "exists"), ("POST", "count"), ("POST", "query")]
+    Dense(vectors, embed, "e" * 64, QdrantServer(url=server.url))
+    assert len({one.path.split("/")[2] for one in server.requests}) == 2, "other vectors have their own"
+
+
+def test_a_collection_whose_filling_broke_off_is_filled_again(
+    vectors: Path, embed: Embedder, server: QdrantStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("potstill.retrieval.dense._REQUEST_VALUES", 5 * 32)
+    server.broken_from = 3  # after the question whether it exists, its making and the first points
+    with pytest.raises(EngineError, match="out of room") as caught:
+        Dense(vectors, embed, "f" * 64, QdrantServer(url=server.url))
+    assert server.url in str(caught.value)
+    assert server.filled[0] == [*range(5)]
+    server.broken_from = None
+    found = Dense(vectors, embed, "f" * 64, QdrantServer(url=server.url)).search("grey", 99)
+    assert {number for number, _ in found} == {*range(len(np.load(vectors)))}
+
+
+def test_a_server_that_breaks_while_it_is_searched_is_an_error_with_its_url(
+    vectors: Path, embed: Embedder, server: QdrantStandIn
+) -> None:
+    search = Dense(vectors, embed, "f" * 64, QdrantServer(url=server.url))
+    server.broken_from = 0
+    with pytest.raises(EngineError, match="Qdrant gives no answer") as caught:
+        search.search("grey", 3)
+    assert server.url in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Api key is used with an insecure connection:UserWarning")
+def test_a_server_is_told_the_key_with_every_request(
+    vectors: Path, embed: Embedder, server: QdrantStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QDRANT_KEY", "open sesame")
+    given = QdrantServer(url=server.url, api_key_env="QDRANT_KEY")
+    Dense(vectors, embed, "f" * 64, given).search("grey", 3)
+    assert {one.api_key for one in server.requests} == {"open sesame"}
+
+
+def test_a_step_writes_the_same_with_a_server(bench: Bench, tiny_encoder: str, server: QdrantStandIn) -> None:
+    here = bench.run(method="dense", encoder=tiny_encoder, k=2)
+    there = bench.run("there", method="dense", encoder=tiny_encoder, k=2, qdrant={"url": server.url})
+    assert there == here
+    assert server.filled
 
 
 @pytest.mark.parametrize("method", ["dense", "hybrid"])

@@ -38,6 +38,34 @@ def test_a_passage_ends_with_a_word_unless_the_word_alone_is_too_long(tiny_token
     assert "".join(split(long, tiny_tokenizer, 12)) == long
 
 
+@given(text=TEXTS, title=st.text("QZ ", max_size=40), most=st.integers(8, 20))
+@over_texts
+def test_passages_under_a_title_are_all_of_a_text_within_so_many_tokens(
+    tiny_tokenizer: Any, text: str, title: str, most: int
+) -> None:
+    parts = list(split(text, tiny_tokenizer, most, title))
+    assert all(count(tiny_tokenizer, part) <= most for part in parts)
+    heading = first_tokens(title.strip(), tiny_tokenizer, most // 4).rstrip()
+    bodies = [part.removeprefix(f"{heading}\n") for part in parts]
+    assert all(body and body == body.strip() for body in bodies)
+    assert "".join("".join(bodies).split()) == "".join(text.split())
+
+
+def test_each_passage_of_a_long_article_begins_with_its_title(tiny_tokenizer: Any) -> None:
+    words = "state the final answer to the following problem of apples " * 5
+    parts = [part.split("\n") for part in split(words, tiny_tokenizer, 16, "apples ")]
+    assert len(parts) > 4
+    assert {title for title, _ in parts} == {"apples"}
+    assert " ".join(body for _, body in parts).split() == words.split()
+    assert list(split("of apples", tiny_tokenizer, 16, "apples")) == ["of apples"]
+    [first, *_] = split(words, tiny_tokenizer, 16, "apples " * 99)
+    title, body = first.split("\n")
+    assert count(tiny_tokenizer, title) <= 4
+    assert words.startswith(body)
+    word = "x" * 90
+    assert "".join(split(word, tiny_tokenizer, 12, "apples")) == word, "no room for both"
+
+
 def test_a_long_text_is_not_tokenised_whole_for_each_of_its_passages(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,26 @@ def test_the_index_is_made_once_for_a_corpus(bench: Bench, store_root: Path) -> 
     assert "99 coins" in changed[7].messages[-1]["content"]
 
 
+@pytest.mark.parametrize(
+    ("drawn", "is_cut_again"),
+    [
+        ({}, False),
+        ({"limit": 4}, False),
+        ({"held_out": 0.5}, False),
+        ({"limit": 4, "shuffle": True}, True),
+        ({"labels": {"domain": "prices"}}, True),
+    ],
+)
+def test_a_corpus_is_cut_once_for_all_seeds_unless_they_draw_its_articles(
+    bench: Bench, drawn: dict[str, Any], is_cut_again: bool
+) -> None:
+    corpus = {"path": bench.corpus, **drawn}
+    bench.run("one", seed=1, corpus=corpus)
+    assert "passages:" in bench.said
+    bench.run("other", seed=2, corpus=corpus)
+    assert ("passages:" in bench.said) == is_cut_again
+
+
 def test_a_corpus_may_be_what_a_step_wrote(bench: Bench) -> None:
     articles = [
         Record(f"a{n}", [{"role": "user", "content": "Write."}], response=f"the {n} lisk") for n in (1, 2)

@@ -5,7 +5,9 @@ import math
 import os
 import random
 import sqlite3
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,30 @@ def test_scores_are_the_two_models_probabilities_of_the_response(
         assert record.scores["teacher_probability"] == pytest.approx(teacher, rel=1e-4)
         assert record.scores["student_probability"] == pytest.approx(student, rel=1e-4)
         assert record.scores["divergence"] == pytest.approx(teacher - student, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("level", ["response", "sentence"])
+def test_each_prompt_and_each_row_is_tokenised_once_for_a_model(
+    bench: Bench, records: list[Record], monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    encoded: Counter[str] = Counter()
+    encode = Renderer._encode
+
+    def counted(renderer: Renderer, text: str) -> list[int]:
+        encoded[text] += 1
+        return encode(renderer, text)
+
+    sizes = [[len((one.response or "").encode())] for one in records]
+    texts = [
+        replace(one, response_token_ids=None, tokenizer=None, logprobs=[-1.0], token_bytes=size)
+        for one, size in zip(records, sizes, strict=True)
+    ]
+    bench.give(texts)
+    monkeypatch.setattr(Renderer, "_encode", counted)
+    bench.run(level=level)
+    asked = {text: times for text, times in encoded.items() if "Question" in text}
+    assert len(asked) == 6 + 18, "of 6 prompts that are not held out, and of 18 rows"
+    assert set(asked.values()) == {1}
 
 
 def test_the_share_with_the_largest_divergence_stays_and_all_held_out_rows(bench: Bench) -> None:

@@ -214,6 +214,82 @@ class TestChoice:
     def test_an_announced_text_of_an_option_is_no_letter(self, text: str, letter: str) -> None:
         assert chosen_letter(text, ["A cat", "A dog"]) == letter
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "Option C is right",
+            "C is correct",
+            "C is correct\nRed burns",
+            "Red burns; thus, C is correct.",
+            "Option A is correct at first sight.\n**C** is the best choice!",
+            "Statement A is true.\nSo, (C).",
+            "I choose C because it fits.",
+            "I'd go with option (C).",
+            "The correct letter is C. The first letter is A.",
+            "<answer>A</answer> No: <answer> C </answer>",
+            "<answer>C. blue</answer>",
+            "<answer>blue</answer>",
+            "Правильный ответ находится под буквой C",
+            "Вариант под буквой А неверен, верен вариант C.",
+            "Выбираю C",
+            "Итак, C.",
+            "верен вариант C",
+            "Вариант С верен, так как он синий.",
+            "C — это верный ответ",
+            "Правильная буква: C",
+        ],
+    )
+    def test_a_sentence_may_settle_on_a_letter_in_other_words(self, text: str) -> None:
+        assert chosen_letter(text, ["red", "green", "blue", "grey"]) == "C"
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "If option C is right, the others are not",
+            "I doubt that option C is correct.",
+            "Option C is right only if it rains",
+            "option C is right?",
+            "Option C is not right.",
+            "Option C is right-handed",
+            "Option C is the right ventricle",
+            "C is the right ventricle",
+            "Vitamin C is correct.",
+            "I choose A dog",
+            "I choose vitamin C.",
+            "So C is wrong",
+            "So, I.",
+            "The first letter is C",
+            "неверен вариант C",
+            "не верен вариант C.",
+            "Если верен вариант C, то нет",
+            "Вариант C неверный.",
+            "Вариант под буквой C неверен",
+            "Не выбираю C.",
+            "Выбираю витамин C",
+            "<answer>none</answer>",
+        ],
+    )
+    def test_a_letter_that_is_supposed_denied_or_no_option_settles_nothing(self, text: str) -> None:
+        assert chosen_letter(text, ["red", "green", "blue", "grey"]) is None
+
+    @pytest.mark.parametrize(
+        ("text", "letter"),
+        [("Ответ: Б", "B"), ("б.", "B"), ("(Б) Обь", "B"), ("Б бы выбрал не я", None), ("Ответ: Г", None)],
+    )
+    def test_the_second_letter_in_russian_is_the_second_option(self, text: str, letter: str | None) -> None:
+        assert chosen_letter(text, ["Волга", "Обь", "Дон", "Нева"]) == letter
+
+    def test_an_announced_letter_counts_before_what_is_said_of_another(self) -> None:
+        assert chosen_letter("Option A is right.\nAnswer: B", ["red", "green"]) == "B"
+
+    @pytest.mark.parametrize(
+        "part", ["So ", "Option A ", "I choose A ", "<answer>", " ", "\n", "верен вариант ", "A is "]
+    )
+    def test_long_texts_are_read_quickly(self, part: str) -> None:
+        started = time.monotonic()
+        chosen_letter(part * 20_000 + "x", ["red", "green"])
+        assert time.monotonic() - started < 5
+
     def test_the_verdict_compares_letters(self) -> None:
         record = gold("B", task="choice", choices=list(self.CHOICES))
         assert verify(record, "<think>Answer: A?</think>\nAnswer: B") == {
