@@ -23,6 +23,7 @@ __all__ = [
     "SCORES_FILE",
     "AnswerRow",
     "TraceRow",
+    "answer_row",
     "read_traces",
     "write_answers",
     "write_forgetting",
@@ -131,6 +132,13 @@ def read_traces(path: Path, model: str) -> list[TraceRow]:
     names = [one.name for one in dataclasses.fields(TraceRow)]
     table = pq.read_table(path, columns=names, filters=[("model", "=", model)])
     return [TraceRow(**row) for row in table.to_pylist()]
+
+
+def answer_row(columns: Mapping[str, Any]) -> AnswerRow:
+    """An answer by the columns of its row in the table that `write_answers` makes."""
+    names = [one.name for one in dataclasses.fields(AnswerRow)]
+    parsed = {name: json.loads(columns[name]) for name in _JSON_COLUMNS}
+    return AnswerRow(**{name: columns[name] for name in names} | parsed)
 
 
 def write_answers(path: Path, rows: Mapping[str, Mapping[str, Sequence[AnswerRow]]]) -> None:

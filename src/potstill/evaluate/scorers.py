@@ -53,7 +53,9 @@ class Scorers:
             judge = context.model(settings.judge.model)
             if isinstance(judge, OpenAIModel):
                 judge.api_key()  # told now, and not when all answers are there
-            self._judge = open_subject("judge", settings.judge.model, settings, context)
+            self._judge = open_subject(
+                "judge", settings.judge.model, settings, context, failures="judge-failures"
+            )
         if settings.bertscore is not None:
             model = context.model(settings.bertscore.model)
             if not isinstance(model, TransformersModel):

@@ -86,7 +86,7 @@ class EvaluateSettings(Settings):
     """
 
     kind: ClassVar[str] = "evaluate"
-    schema_version: ClassVar[int] = 3
+    schema_version: ClassVar[int] = 4
 
     do: Literal["evaluate"]
     models: dict[str, ModelRef] | list[ModelRef] = Field(

@@ -65,10 +65,10 @@ class _Evaluation:
 
     @property
     def answered(self) -> dict[str, list[str]]:
-        """The prompt ids of each task whose answers are decoded as those are that are only shown."""
+        """The record ids of each task whose answers are decoded as those are that are only shown."""
         shown = self.decoding(None)
         return {
-            name: [record.prompt_id for record in task.prompts]
+            name: [record.id for record in task.prompts]
             for name, task in self.tasks.items()
             if task.settings.generates and dataclasses.replace(self.decoding(task), samples=1) == shown
         }
@@ -295,17 +295,20 @@ def _answers(
 
 
 def _shown(subject: Subject, work: _Evaluation, rows: ModelRows) -> list[AnswerRow]:
-    """Answers to the held-out prompts that are shown: a task's where it has them, the others decoded."""
+    """Answers to the held-out prompts that are shown: a task's where it has them, the others decoded.
+
+    By the record and not by the prompt's identity, which rows with and without passages share.
+    """
     tasks = {**rows.tasks, **rows.forgetting}
     known = {
-        row.prompt_id: row
+        row.record_id: row
         for name in work.answered
         for row in (tasks[name].answers if name in tasks else ())
         if row.sample == 0
     }
-    missing = [record for record in work.samples if record.prompt_id not in known]
-    known |= {row.prompt_id: row for row in _answers(subject, work, None, missing)[0]}
-    return [known[record.prompt_id] for record in work.samples]
+    missing = [record for record in work.samples if record.id not in known]
+    known |= {row.record_id: row for row in _answers(subject, work, None, missing)[0]}
+    return [known[record.id] for record in work.samples]
 
 
 def _choices(subject: LocalSubject, work: _Evaluation, task: TaskData) -> list[AnswerRow]:
@@ -391,8 +394,8 @@ def _write(
     rating_items = scorers.write_rating_sheet(answers)
     scorers.add_figures(described, gaps)
     decoded = [answer for tasks in answers.values() for given in tasks.values() for answer in given]
-    known = {prompt for prompts_ids in work.answered.values() for prompt in prompts_ids}
-    decoded += [answer for given in shown.values() for answer in given if answer.prompt_id not in known]
+    known = {record_id for record_ids in work.answered.values() for record_id in record_ids}
+    decoded += [answer for given in shown.values() for answer in given if answer.record_id not in known]
     return StepResult(
         counts={
             "models": len(subjects),
@@ -432,9 +435,9 @@ def _samples(
     parts = [(_HELD_OUT, work.samples, shown)]
     for name, task in work.tasks.items():
         of_task = {role: tasks[name] for role, tasks in answers.items() if tasks.get(name)}
-        there = {one.prompt_id for one in work.samples} if name in work.answered else set()
+        there = {one.id for one in work.samples} if name in work.answered else set()
         first = task.prompts[: work.settings.samples_shown]
-        parts.append((name, [one for one in first if one.prompt_id not in there], of_task))
+        parts.append((name, [one for one in first if one.id not in there], of_task))
     samples = []
     for number_of_part, (source, records, given) in enumerate(parts):
         answered = {

@@ -153,7 +153,8 @@ def _seed(record: Record, sample: int, context: StepContext) -> int:
 class ServedSubject:
     """A model of another engine: a server, llama.cpp, a function. It is opened when it has to be asked.
 
-    Its answers are kept in the request store like those of a generate step, and asked for once.
+    Its answers are kept in the request store like those of a generate step, and asked for once. Each time
+    that it is asked has a file of its own for failures, whose name begins with `failures`.
     """
 
     tokenizer_hash = None
@@ -165,8 +166,9 @@ class ServedSubject:
         model: Settings,
         settings: EvaluateSettings,
         context: StepContext,
+        failures: str,
     ) -> None:
-        self.name, self.reference = name, reference
+        self.name, self.reference, self._failures = name, reference, failures
         self.engine = str(getattr(model, "engine", type(model).__name__))
         content = model.content() or {}
         self.identity = str(content.get("identity") or hash_json(content))
@@ -214,7 +216,7 @@ class ServedSubject:
                 max_tokens=None,
             )
             self._asked += 1
-            failures_path = context.folder / f"failures-{self.reference}-{self._asked}.jsonl"
+            failures_path = context.folder / f"{self._failures}-{self._asked}.jsonl"
             asking = Asking(
                 plan, teacher, store, budget, context, model=self.name, failures_path=failures_path
             )
@@ -253,11 +255,17 @@ def open_subject(
     settings: EvaluateSettings,
     context: StepContext,
     shared: SharedWeights | None = None,
+    *,
+    failures: str | None = None,
 ) -> Subject:
-    """The model that a reference names, ready to be measured; nothing is loaded or asked yet."""
+    """The model that a reference names, ready to be measured; nothing is loaded or asked yet.
+
+    `failures` is for a model that is asked in a second part beside that of a subject: a name for the files of
+    what fails in it.
+    """
     model = context.model(reference)
     if not isinstance(model, TransformersModel):
-        return ServedSubject(name, reference, model, settings, context)
+        return ServedSubject(name, reference, model, settings, context, failures or f"failures-{reference}")
     if settings.device is not None:
         model = model.model_copy(update={"device": settings.device})
     return LocalSubject(name, reference, model, settings, context, shared)

@@ -19,7 +19,7 @@ from potstill.evaluate.intervals import (
 )
 from potstill.evaluate.rows import SCORED, AnswerRow, TraceRow
 
-__all__ = ["ModelRows", "TaskRows", "differences", "figures"]
+__all__ = ["ModelRows", "TaskRows", "differences", "figures", "verdict_differences"]
 
 
 @dataclass
@@ -298,12 +298,7 @@ def _task_differences(
     if not base.answers or not model.answers:
         return found
     samples = model.samples
-    firsts, seconds = _verdicts(base), _verdicts(model)
-    found["verdicts"] = {
-        name: _share_difference(first, seconds[name], samples)
-        for name, first in firsts.items()
-        if first.keys() & seconds.get(name, {}).keys()
-    }
+    found["verdicts"] = verdict_differences(base, model)
     groups, others_groups = base.by_group, model.by_group
     if both := [value for value in groups if value in others_groups]:
         found["groups"] = {
@@ -335,6 +330,16 @@ def _task_differences(
         if name in other_counts:
             found[f"mean_{name}"] = _mean_difference(values, other_counts[name], clusters, seed)
     return found
+
+
+def verdict_differences(base: TaskRows, model: TaskRows) -> dict[str, dict[str, float]]:
+    """By a verdict's name the second's share less the first's, paired on the prompts that both have it of."""
+    firsts, seconds = _verdicts(base), _verdicts(model)
+    return {
+        name: _share_difference(first, seconds[name], model.samples)
+        for name, first in firsts.items()
+        if first.keys() & seconds.get(name, {}).keys()
+    }
 
 
 def _common(first: _ByPrompt, second: _ByPrompt) -> tuple[list[float], list[float]]:

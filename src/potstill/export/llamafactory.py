@@ -61,8 +61,9 @@ def export_llamafactory(place: Path, output: Path, *, template: str | None = Non
 
     `place` is a run's folder (all its train steps), a step in it (a train step with the stages before it, or
     a step of traces alone), or an artifact with records. `template` names a template of LLaMA-Factory; by
-    default it takes the tokenizer's own. Raises StoreError for another place or a folder in use, DataError
-    where training was not on the text of conversations, ModelError where the base is no model for it.
+    default it takes the tokenizer's own. Raises StoreError for another place, a folder in use and two steps
+    that would write one file, DataError where training was not on the text of conversations, ModelError
+    where the base is no model for it.
     """
     with new_folder(output) as folder:
         writer = _Writer(folder, template)
@@ -217,6 +218,7 @@ class _Writer:
         self.folder, self.template = folder, template
         self.exported = Exported()
         self._info: dict[str, Any] = {}
+        self._written_for: dict[str, str] = {}
 
     def data(self, name: str, records: Iterator[Record] | list[Record]) -> tuple[str, str | None]:
         """A data set of the rows to train on and one of those held out, if any; their names."""
@@ -236,6 +238,12 @@ class _Writer:
             raise DataError(f"no row can be exported ({reasons or 'there are none'})", where=name)
         for one, lines in found.items():
             if lines:
+                if (other := self._written_for.setdefault(one, name)) != name:
+                    raise StoreError(
+                        f"steps {other} and {name} would both write {one}.jsonl",
+                        expected="names of steps that are distinct as names of data sets, without signs",
+                        mend="give one of them another name, or name the step to export",
+                    )
                 path = self.folder / f"{one}.jsonl"
                 write_atomically(path, "\n".join(lines) + "\n")
                 self.exported.rows[path.name] = len(lines)
@@ -358,10 +366,7 @@ def _lost(settings: TrainSettings, base: TransformersModel) -> list[str]:
 
 
 def _plain(name: str) -> str:
-    """A name without the comma and brackets of `each`, since data sets are listed with commas there.
-
-    A plus takes their place, which no step's name has: two steps are never one file.
-    """
+    """A name without the comma and brackets of `each`, since data sets are listed with commas there."""
     return re.sub(r"[^\w.-]+", "+", name).strip("+")
 
 

@@ -1,13 +1,13 @@
 """What the models of an evaluation cost to train, with all that they were trained from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from potstill.core.events import format_seconds
 from potstill.report.results import Results
 from potstill.report.view import RunView, StepView
 
-__all__ = ["arm_costs"]
+__all__ = ["arm_costs", "cost_of"]
 
 _HEAD = (
     "arm",
@@ -23,46 +23,61 @@ _HEAD = (
 
 
 def arm_costs(run: RunView, results: Results) -> dict[str, Any] | None:
-    """For each model that a train step made its costs and those of every step behind it; None without any."""
+    """For each model that a train step made its costs and those of every step behind it; None without any.
+
+    The cost in dollars stands there where any of these steps has one.
+    """
     made = {step.name: step for step in run.steps if step.manifest is not None}
     rows = []
     for role in results.roles:
-        maker = _maker(str(results.models[role].get("reference", "")), made, results, run)
-        if maker is not None and (row := _row(role, maker, made, run)) is not None:
+        makers = _makers(str(results.models[role].get("reference", "")), made, results, run)
+        if (row := _row(role, makers, made, run)) is not None:
             rows.append(row)
-    return {"head": _HEAD, "rows": rows} if rows else None
+    if not rows:
+        return None
+    if any(row[-1] for row in rows):
+        return {"head": (*_HEAD, "cost"), "rows": [[*row[:-1], row[-1] or "–"] for row in rows]}
+    return {"head": _HEAD, "rows": [row[:-1] for row in rows]}
 
 
-def _maker(reference: str, made: dict[str, StepView], results: Results, run: RunView) -> StepView | None:
-    """The step that made a model: of several `each` values, the one that the evaluation itself needs."""
+def cost_of(steps: Iterable[StepView]) -> str:
+    """What the answers that steps bought cost, in dollars; empty where none has a known price."""
+    bought = [step.manifest.metrics.get("bought", {}) for step in steps if step.manifest is not None]
+    costs = [one["cost_usd"] for one in bought if "cost_usd" in one]
+    return f"${sum(costs):,.2f}" if costs else ""
+
+
+def _makers(reference: str, made: dict[str, StepView], results: Results, run: RunView) -> list[StepView]:
+    """The steps that made a role's model: of several `each` values, those that the evaluation needs."""
     name = reference.partition(":")[0]
     if name in made:
-        return made[name]
-    evaluation = next(step for step in run.steps if step.name == results.step)
-    return next(
-        (made[need] for need in evaluation.needs if need in made and need.startswith(f"{name}[")), None
-    )
+        return [made[name]]
+    parts = results.parts or [results.step]
+    needs = dict.fromkeys(need for step in run.steps if step.name in parts for need in step.needs)
+    found = [made[need] for need in needs if need in made and need.startswith(f"{name}[")]
+    return found if results.parts else found[:1]
 
 
-def _row(role: str, maker: StepView, made: dict[str, StepView], run: RunView) -> list[str] | None:
-    behind = _behind(maker, made)
+def _row(role: str, makers: Sequence[StepView], made: dict[str, StepView], run: RunView) -> list[str] | None:
+    behind = _behind(makers, made)
     trained = [step for step in behind if step.kind == "train"]
     if not trained:
         return None
     written = [step for step in behind if step.kind == "generate"]
     tokens = [step.manifest.tokens for step in trained if step.manifest is not None]
     flops = sum(step.manifest.metrics.get("flops", 0.0) for step in trained if step.manifest is not None)
-    assert maker.manifest is not None
+    own = sum(maker.manifest.tokens for maker in makers if maker.manifest is not None)
     return [
         role,
         f"{len(trained)}",
-        f"{maker.manifest.tokens:,}",
+        f"{own:,}",
         f"{sum(tokens):,}",
         f"{flops:.2e}" if flops else "–",
         format_seconds(_sum(trained)),
-        _in_parallel(run, trained, _longest(maker, made, lambda step: step.kind == "train")),
+        _in_parallel(run, trained, _longest(makers, made, lambda step: step.kind == "train")),
         format_seconds(_sum(written)),
-        _in_parallel(run, behind, _longest(maker, made, lambda step: True)),
+        _in_parallel(run, behind, _longest(makers, made, lambda step: True)),
+        cost_of(behind),
     ]
 
 
@@ -72,10 +87,10 @@ def _in_parallel(run: RunView, steps: Sequence[StepView], estimate: float) -> st
     return format_seconds(estimate) if measured is None else f"{format_seconds(measured[0])}, measured"
 
 
-def _behind(step: StepView, made: dict[str, StepView]) -> list[StepView]:
-    """A step and every one that it needs, each once."""
+def _behind(steps: Sequence[StepView], made: dict[str, StepView]) -> list[StepView]:
+    """Steps and every one that they need, each once."""
     found: dict[str, StepView] = {}
-    open_steps = [step]
+    open_steps = [*steps]
     while open_steps:
         one = open_steps.pop()
         if one.name not in found:
@@ -88,8 +103,10 @@ def _sum(steps: Sequence[StepView]) -> float:
     return sum(step.seconds or 0.0 for step in steps)
 
 
-def _longest(step: StepView, made: dict[str, StepView], counts: Callable[[StepView], bool]) -> float:
-    """Seconds of the longest way to a step's end, over the steps that count."""
+def _longest(
+    steps: Sequence[StepView], made: dict[str, StepView], counts: Callable[[StepView], bool]
+) -> float:
+    """Seconds of the longest way to the end of the last of some steps, over the steps that count."""
     ends: dict[str, float] = {}
 
     def end(one: StepView) -> float:
@@ -98,4 +115,4 @@ def _longest(step: StepView, made: dict[str, StepView], counts: Callable[[StepVi
             ends[one.name] = before + (one.seconds or 0.0) * counts(one)
         return ends[one.name]
 
-    return end(step)
+    return max(map(end, steps))

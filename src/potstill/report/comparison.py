@@ -13,14 +13,16 @@ import yaml
 from potstill.core.events import format_seconds
 from potstill.core.store import write_atomically
 from potstill.evaluate.intervals import Estimate
+from potstill.report.arms import cost_of
 from potstill.report.charts import interval_chart
 from potstill.report.html import render
 from potstill.report.page import flatten
-from potstill.report.paired import Arms, Pairing, arms_of, pair
+from potstill.report.paired import Arms, Pairing, Standing, arms_of, pair
 from potstill.report.results import (
     Better,
     Figure,
     Measure,
+    Results,
     clear_among,
     format_figure,
     format_interval,
@@ -80,8 +82,26 @@ class _Compared:
     """A measure of each run's student, and the differences to the best one where the rows are known."""
 
     measure: Measure
+    standing: list[Standing | None]
     figures: list[Figure | None]
     pairing: Pairing | None
+
+    @property
+    def header(self) -> str:
+        """Label and unit; where there are several students, the one that the figures are of."""
+        unit = f", {self.measure.unit}" if self.measure.unit in ("nats", "tokens", "tokens/s") else ""
+        several = any(one is not None and len(one.results.judged) > 1 for one in self.standing)
+        role = f" ({next(iter(self.roles))})" if several and len(self.roles) == 1 else ""
+        return f"{self.measure.label}{unit}{role}"
+
+    @property
+    def roles(self) -> dict[str, list[str]]:
+        """The models that the figures are of, each with the names of its runs."""
+        found: dict[str, list[str]] = {}
+        for one in self.standing:
+            if one is not None:
+                found.setdefault(one.role, []).append(one.run.name)
+        return found
 
     @property
     def best(self) -> int | None:
@@ -139,7 +159,7 @@ def comparison_table(runs: Sequence[RunView]) -> str:
     text = aligned(rows) + (f"\n\n* best: {_rule(compared)}" if marked else "")
     if notes:
         text += "\n\n" + "\n".join(notes)
-    for arms in arms_of(runs, [one.measure for one in compared]):
+    for arms in arms_of(runs, [(one.measure, one.standing) for one in compared]):
         text += "\n\n" + aligned([_arms_head(arms), *_arms_cells(arms)])
     return text
 
@@ -160,7 +180,7 @@ def write_comparison(runs: Sequence[RunView], path: Path) -> None:
         table=table,
         arms=[
             {"head": _arms_head(one), "rows": _arms_cells(one), "label": one.measure.label}
-            for one in arms_of(runs, [one.measure for one in compared])
+            for one in arms_of(runs, [(one.measure, one.standing) for one in compared])
         ],
         rule=_rule(compared),
         notes=_notes(compared),
@@ -228,6 +248,10 @@ def _clearly_best(compared: Sequence[_Compared]) -> list[_Compared]:
 def _notes(compared: Sequence[_Compared]) -> list[str]:
     """What a reader must know of the marks."""
     notes = [one.note for one in compared if one.note is not None]
+    for one in compared:
+        if len(one.roles) > 1:
+            each = "; ".join(f"{role} ({', '.join(names)})" for role, names in one.roles.items())
+            notes.append(f"{one.measure.label} is of other models in each run: {each}.")
     lasting = [one.measure.label for one in _clearly_best(compared)]
     marked = [one.measure.label for one in compared if one.best is not None]
     if alone := [label for label in marked if label not in lasting]:
@@ -363,8 +387,7 @@ def _settings_of(run: RunView, step: StepView) -> dict[str, Any]:
 def _table(runs: Sequence[RunView], compared: Sequence[_Compared], *, ascii_only: bool) -> _Table:
     header, columns = ["run"], [[_Cell(run.name) for run in runs]]
     for one in compared:
-        unit = f", {one.measure.unit}" if one.measure.unit in ("nats", "tokens", "tokens/s") else ""
-        header.append(one.measure.label + unit)
+        header.append(one.header)
         columns.append(_figure_cells(one, ascii_only=ascii_only))
         if any(one.differences) and one.measure.unit == "nats":
             header.append("above the lowest")
@@ -380,6 +403,10 @@ def _table(runs: Sequence[RunView], compared: Sequence[_Compared], *, ascii_only
         columns.append([_Cell(f"{one:,}" if one else "", is_figure=True) for one in tokens])
     header.append("time")
     columns.append([_Cell(format_seconds(sum(step.seconds or 0 for step in run.steps))) for run in runs])
+    costs = [cost_of(run.steps) for run in runs]
+    if any(costs):
+        header.append("cost")
+        columns.append([_Cell(one, is_figure=True) for one in costs])
     peaks = [peak_memory([step.manifest for step in run.steps_of("train") if step.manifest]) for run in runs]
     if any(peaks):
         header.append("memory of training")
@@ -399,27 +426,47 @@ def _last_value(run: RunView, name: str) -> float | None:
 
 
 def _compared(runs: Sequence[RunView]) -> list[_Compared]:
-    """Every measure that says which run is better."""
-    measured = [_student_measures(run) for run in runs]
+    """Every measure that says which run is better, of a student that all runs have, if there is one."""
+    measured = [_last_measures(run) for run in runs]
     found = []
     for label in dict.fromkeys(label for measures in measured for label in measures):
-        pairs = [measures.get(label) for measures in measured]
-        measure = next(one for one in pairs if one is not None)[0]
-        figures = [None if one is None else one[1] for one in pairs]
-        pairing = pair(runs, measure, [figure is not None for figure in figures])
-        found.append(_Compared(measure, figures, pairing))
+        tables = [measures.get(label) for measures in measured]
+        judged = [results.judged for results, _ in filter(None, tables)]
+        shared = [role for role in judged[0] if all(role in roles for roles in judged)]
+        standing: list[Standing | None] = []
+        figures: list[Figure | None] = []
+        for run, table in zip(runs, tables, strict=True):
+            role = "" if table is None else (shared or table[0].judged)[0]
+            figures.append(None if table is None else table[1].values.get(role))
+            known = table is not None and role in table[1].values
+            standing.append(Standing(run, table[0], role) if table is not None and known else None)
+        measure = next(measure for _, measure in filter(None, tables))
+        if any(standing):
+            found.append(_Compared(measure, standing, figures, pair(measure, standing)))
     return found
 
 
-def _student_measures(run: RunView) -> dict[str, tuple[Measure, Figure]]:
-    """The student's figure of each measure; of several evaluations the last one that has it."""
+def _last_measures(run: RunView) -> dict[str, tuple[Results, Measure]]:
+    """Every measure by its label; of several evaluations that have it, in the last one.
+
+    Of the steps of one `each` stands together what can be pooled, the rest under their own names.
+    """
+    tables = results_of(run)
+    pooled = {part: {one.label for one in results.measures} for results in tables for part in results.parts}
     found = {}
-    for results in results_of(run):
+    for results in tables:
+        if results.step.endswith("]"):
+            together = pooled.get(results.step, ())
+            measures = [
+                replace(one, label=f"{results.step}: {one.label}")
+                for one in results.measures
+                if one.label not in together
+            ]
+            results = replace(results, measures=measures)
         for measure in results.measures:
-            if measure.aspect == "reasoning":
-                continue  # each run's own report has them
-            if results.judged in measure.values and measure.better != "neither":
-                found[measure.label] = (measure, measure.values[results.judged])
+            # Each run's own report has those of reasoning.
+            if measure.aspect != "reasoning" and measure.better != "neither":
+                found[measure.label] = (results, measure)
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from potstill.report.arms import arm_costs
 from potstill.report.conclusion import conclusion
 from potstill.report.graph import draw_graph
 from potstill.report.html import render
-from potstill.report.results import Results, results_of
+from potstill.report.results import Figure, Results, results_of
 from potstill.report.selection import save_score_histograms, selection_sections
 from potstill.report.stages import stage_sections
 from potstill.report.students import student_sections
+from potstill.report.tables import across_tasks
 from potstill.report.training import peak_memory, training_sections, training_table
 from potstill.report.view import RunView, StepView
 
@@ -33,6 +35,7 @@ def write_report(run: RunView, path: Path) -> None:
     """
     results = results_of(run)
     main = results[-1] if results else None
+    pooled = {part for one in results for part in one.parts}
     text = render(
         "report.html.j2",
         run=run,
@@ -49,11 +52,13 @@ def write_report(run: RunView, path: Path) -> None:
         results=[
             {
                 **vars(one),
+                "title": one.title,
                 "main": one.main,
                 "reasoning": one.of("reasoning"),
                 "forgetting": one.of("forgetting"),
                 "groups": one.of("group"),
-                "arms": arm_costs(run, one),
+                "across": _across(run, one),
+                "arms": None if one.step in pooled else arm_costs(run, one),
                 "compared": one.compared,
                 "endings": _endings(one),
             }
@@ -61,6 +66,7 @@ def write_report(run: RunView, path: Path) -> None:
         ],
         samples=[sample for one in results for sample in _samples(run, one)],
         generation=_generation(run),
+        labels=_labels(run),
         selection=selection_sections(run),
         students=student_sections(run),
         steps=[_provenance(run, step) for step in run.steps],
@@ -119,11 +125,62 @@ def _endings(results: Results) -> dict[str, dict[str, str]]:
     return endings
 
 
+def _across(run: RunView, results: Results) -> list[dict[str, Any]]:
+    """Right answers of each model to tasks that ask the same questions, against the baseline on the first."""
+    step = next((step for step in run.steps if step.name == results.step), None)
+    if step is None or results.baseline is None or len(results.prompts) < 2:
+        return []
+    right = {one.task: one for one in results.of("task") if one.task is not None}
+    found = []
+    for tasks, gaps in across_tasks(step, results.baseline):
+        differences = {
+            task: {
+                role: Figure(gap["value"], gap["low"], gap["high"])
+                for (role, of_task), gap in gaps.items()
+                if of_task == task
+            }
+            for task in tasks
+        }
+        found.append(
+            {
+                "tasks": tasks,
+                "roles": results.roles,
+                "measures": [replace(right[task], differences=differences[task]) for task in tasks],
+                "first": f"{results.baseline} on {tasks[0]}",
+            }
+        )
+    return found
+
+
+def _labels(run: RunView) -> list[str]:
+    """What labels were predicted and how sure it is, and how often the classifier was right on others."""
+    learnt, predicted = {}, {}
+    for event in run.events:
+        if event.get("event") == "labels_learnt":
+            learnt[event["label"]] = (
+                f"{event['label']}: right for {event['accuracy'] * 100:.0f} % of {event['rows']:,} labelled "
+                f"rows that were left out, at a mean confidence of {event['confidence']:.2f}."
+            )
+        elif event.get("event") == "labels_predicted":
+            parts = [
+                f"{value} {count:,} (confidence {event['confidence'][value]:.2f})"
+                for value, count in event["rows"].items()
+            ]
+            parts += [f"too unsure {event['unsure']:,}"] if event["unsure"] else []
+            said = ", ".join(parts) or "none"
+            predicted[event["label"], event["source"]] = (
+                f"{event['label']}, predicted in {event['source']}: {said}."
+            )
+    return [*learnt.values(), *predicted.values()]
+
+
 def _samples(run: RunView, results: Results) -> list[dict[str, Any]]:
     """The samples that an evaluate step kept, ready to show; none where the file is gone."""
-    folder = next(step.folder for step in run.steps if step.name == results.step)
+    folder = next((step.folder for step in run.steps if step.name == results.step), None)
+    if folder is None:
+        return []
     try:
-        kept = json.loads(((folder or Path()) / "samples.json").read_text(encoding="utf-8"))
+        kept = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     samples = []

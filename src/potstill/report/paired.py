@@ -6,32 +6,39 @@ An interval of each student alone is mostly about which prompts happened to be m
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
-from potstill.core.errors import StoreError
 from potstill.core.settings import ModelRef
 from potstill.evaluate.intervals import Estimate, bootstrap_ratio_difference, paired_share_difference
 from potstill.evaluate.paired import MeasuredRows, PairedArm, paired_arms
 from potstill.evaluate.rows import FORGETTING_FILE, HELD_OUT_FILE, SCORES_FILE
-from potstill.report.results import Measure, results_of
+from potstill.report.results import Measure, Results
+from potstill.report.tables import read_table
 from potstill.report.view import RunView, StepView
 
-__all__ = ["Arms", "Pairing", "arms_of", "pair"]
+__all__ = ["Arms", "Pairing", "Standing", "arms_of", "pair"]
 
-# The sums in a trace's row that a measure is the mean of, by the measure's label.
+# The sums in a trace's row that a measure is the mean of.
 _SUMS = {
-    "KL to the teacher": "kl_nats",
-    "Top-1 agreement": "agreed_tokens",
-    "Perplexity": "cross_entropy_nats",
+    "kl_nats_per_token": "kl_nats",
+    "top1_agreement": "agreed_tokens",
+    "perplexity": "cross_entropy_nats",
 }
 _OF_ANSWERS = ("verdicts", "scores")
 _SHARES, _ANY = (0.0, 1.0), (-math.inf, math.inf)
-_TO_THE_TEACHER = ("KL to the teacher", "Top-1 agreement")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The model that stands for its run by a measure: its role in a table of the run."""
+
+    run: RunView
+    results: Results
+    role: str
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,10 @@ class Pairing:
     refusal: str | None = None
 
 
-def pair(runs: Sequence[RunView], measure: Measure, measured: Sequence[bool]) -> Pairing | None:
-    """The runs that have a measure (`measured`), paired; None where their rows were not kept."""
-    chosen = [number for number, has in enumerate(measured) if has]
-    found = [_measured_rows(runs[number], measure) for number in chosen]
+def pair(measure: Measure, standing: Sequence[Standing | None]) -> Pairing | None:
+    """The runs' models by a measure, None for a run without it, paired; None where rows were not kept."""
+    chosen = [number for number, one in enumerate(standing) if one is not None]
+    found = [_measured_rows(one, measure) for one in standing if one is not None]
     known = [one for one in found if one is not None]
     if len(known) < max(2, len(found)):
         return None
@@ -71,7 +78,7 @@ def pair(runs: Sequence[RunView], measure: Measure, measured: Sequence[bool]) ->
     }
     return Pairing(
         best=chosen[best],
-        differences=tuple(gaps.get(number) for number in range(len(runs))),
+        differences=tuple(gaps.get(number) for number in range(len(standing))),
         shared=len(common),
         largest=max(map(len, tables)),
     )
@@ -79,7 +86,7 @@ def pair(runs: Sequence[RunView], measure: Measure, measured: Sequence[bool]) ->
 
 def _refusal(measure: Measure, known: Sequence["_Measured"], *, any_common: bool) -> str | None:
     """Why runs cannot be compared by a measure, or None where they can."""
-    if measure.label in _TO_THE_TEACHER and any(teacher != known[0][1] for _, teacher in known):
+    if measure.aspect == "closeness" and any(teacher != known[0][1] for _, teacher in known):
         return "another teacher in each run"
     if not any_common:
         return "other prompts in each run"
@@ -111,27 +118,25 @@ def _bounds(measure: Measure) -> tuple[tuple[float, float], float | None]:
     return (_SHARES if measure.unit == "share" else _ANY), 1.0
 
 
-def _measured_rows(run: RunView, measure: Measure) -> _Measured | None:
-    """A student's rows behind a measure and the teacher it was measured to, from the last evaluation."""
-    steps = {step.name: step for step in run.steps_of("evaluate")}
-    for results in reversed(results_of(run)):
-        step = steps[results.step]
-        if not any(one.label == measure.label and results.judged in one.values for one in results.measures):
-            continue
-        if rows := _rows(step, results.judged, measure):
-            assert step.manifest is not None
-            teacher = ModelRef(step.manifest.metrics.get("teacher"))
-            return rows, (step.manifest.inputs.get(teacher), teacher.view)
-    return None
+def _measured_rows(standing: Standing, measure: Measure) -> _Measured | None:
+    """A model's rows behind a measure and the teacher it was measured to; None where they were not kept."""
+    parts = standing.results.parts or [standing.results.step]
+    steps = [step for step in standing.run.steps_of("evaluate") if step.name in parts]
+    rows = {key: row for step in steps for key, row in _rows(step, standing.role, measure).items()}
+    manifest = steps[0].manifest
+    if not rows or manifest is None:
+        return None
+    teacher = ModelRef(manifest.metrics.get("teacher"))
+    return rows, (manifest.inputs.get(teacher), teacher.view)
 
 
 def _rows(step: StepView, model: str, measure: Measure) -> MeasuredRows:
-    if measure.label in _SUMS:
-        return _trace_rows(_table(step, HELD_OUT_FILE, model), _SUMS[measure.label])
     column, name = measure.row_value or ("", "")
+    if column == "held_out":
+        return _trace_rows(read_table(step, HELD_OUT_FILE, model), _SUMS[name])
     table = [
         row
-        for row in _table(step, FORGETTING_FILE if column == "given" else SCORES_FILE, model)
+        for row in read_table(step, FORGETTING_FILE if column == "given" else SCORES_FILE, model)
         if row["task"] == measure.task
     ]
     if column == "given":
@@ -159,25 +164,6 @@ def _answer_rows(table: list[dict[str, Any]], column: str, name: str) -> Measure
     return rows
 
 
-def _table(step: StepView, file: str, model: str) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path = (step.folder or Path()) / file
-    if not path.is_file():
-        return []
-    try:
-        found: list[dict[str, Any]] = pq.read_table(path, filters=[("model", "=", model)]).to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise StoreError(
-            f"cannot be read ({error})",
-            where=str(path),
-            expected=f"the table as the step {step.name!r} has written it",
-            mend=f"make the step again: --force {step.name}",
-        ) from error
-    return found
-
-
 @dataclass(frozen=True)
 class Arms:
     """A measure of each arm over several seeds, the first of them the one that others are compared with.
@@ -189,24 +175,37 @@ class Arms:
     arms: list[PairedArm]
 
 
-def arms_of(runs: Sequence[RunView], measures: Sequence[Measure]) -> Iterator[Arms]:
+def arms_of(
+    runs: Sequence[RunView], measured: Iterable[tuple[Measure, Sequence[Standing | None]]]
+) -> Iterator[Arms]:
     """What the arms of a comparison over several seeds came to: on held-out traces, and on every task.
 
-    An arm is a run's name without its seed: `rule,seed=1` and `rule,seed=2` are two runs of one arm. A second
-    run of the same arm and seed is an arm of its own. Of the measures on held-out traces
-    the first one stands for all. Empty for fewer than two arms, where each has one seed only, and by a
-    measure that the runs cannot be compared by.
+    `measured` are measures with the models that stand for the runs. An arm is a run's name without its seed:
+    `rule,seed=1` and `rule,seed=2` are two runs of one arm. A second run of the same arm and seed is an arm
+    of its own. Where runs differ in nothing but the seed, the models of their evaluation are the arms, its
+    baseline first. Of the measures on held-out traces the first one stands for all. Empty for fewer than two
+    arms, where each has one seed only, and by a measure that the runs cannot be compared by.
     """
-    chosen = [one for one in measures if one.aspect in ("task", "forgetting")]
     names = _arms(runs)
-    for measure in [*[one for one in measures if one.label in _SUMS][:1], *chosen]:
-        found = [_measured_rows(run, measure) for run in runs]
-        known = [one for one in found if one is not None]
-        if _refusal(measure, known, any_common=True) is not None:
+    any_of_traces = False
+    for measure, standing in measured:
+        of_traces = (measure.row_value or ("",))[0] == "held_out"
+        if (of_traces and any_of_traces) or not (of_traces or measure.aspect in ("task", "forgetting")):
+            continue
+        any_of_traces = any_of_traces or of_traces
+        placed = [(*name, one) for name, one in zip(names, standing, strict=True) if one is not None]
+        if len({arm for arm, _ in names}) == 1:
+            placed = [
+                (role, seed, replace(one, role=role))
+                for role in _shared_roles([one for *_, one in placed], measure)
+                for _, seed, one in placed
+            ]
+        found = [(arm, seed, _measured_rows(one, measure)) for arm, seed, one in placed]
+        if _refusal(measure, [rows for *_, rows in found if rows is not None], any_common=True) is not None:
             continue
         within, pseudo = _bounds(measure)
         arms = paired_arms(
-            ((*name, one[0]) for name, one in zip(names, found, strict=True) if one is not None),
+            ((arm, seed, rows[0]) for arm, seed, rows in found if rows is not None),
             within=within,
             pseudo=pseudo,
         )
@@ -214,12 +213,24 @@ def arms_of(runs: Sequence[RunView], measures: Sequence[Measure]) -> Iterator[Ar
             yield Arms(measure, arms)
 
 
+def _shared_roles(standing: Sequence[Standing], measure: Measure) -> list[str]:
+    """The models of an evaluation, but for teachers, that all runs have by a measure; the baseline first."""
+    measured = [
+        {role for own in one.results.measures if own.label == measure.label for role in own.values}
+        - {*one.results.teachers}
+        for one in standing
+    ]
+    shared = [role for role in standing[0].results.roles if all(role in roles for roles in measured)]
+    return sorted(shared, key=lambda role: role != standing[0].results.baseline)
+
+
 def _arms(runs: Sequence[RunView]) -> list[tuple[str, int]]:
     """The arm and the seed of each run; a second run of both is an arm of its own, numbered."""
     runs_of: Counter[tuple[str, int]] = Counter()
     found: list[tuple[str, int]] = []
-    for run in runs:
-        arm, seed = _arm(run.name), _seed(run)
+    names = [_arm(run.name) for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        arm, seed = name or ("as it is" if any(names) else ""), _seed(run)
         runs_of[arm, seed] += 1
         number = runs_of[arm, seed]
         found.append((arm if number == 1 else f"{arm} ({number})", seed))
@@ -227,7 +238,7 @@ def _arms(runs: Sequence[RunView]) -> list[tuple[str, int]]:
 
 
 def _arm(name: str) -> str:
-    return ",".join(part for part in name.split(",") if not part.startswith("seed=")) or name
+    return ",".join(part for part in name.split(",") if not part.startswith("seed="))
 
 
 def _seed(run: RunView) -> int:

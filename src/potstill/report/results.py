@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from potstill.core.store import Manifest
+from potstill.report.tables import pooled_metrics
 from potstill.report.view import RunView, StepView
 
 __all__ = [
@@ -48,7 +49,8 @@ class Measure:
     """One row of the table: a figure a model, and each model's paired difference to the baseline.
 
     The difference of a perplexity is the ratio of the two; all others are subtracted. `row_value` says where
-    an answer's row has its part in the figure: among its verdicts or scores, and under which name.
+    a row has its part in the figure: among an answer's verdicts or scores, or as a held-out trace, and under
+    which name. `prompts` is how many the figure is of, where it is of a task's.
     """
 
     label: str
@@ -60,6 +62,7 @@ class Measure:
     task: str | None = None
     explanation: str = ""
     row_value: tuple[str, str] | None = None
+    prompts: int | None = None
 
     @property
     def unit_of_label(self) -> str:
@@ -100,22 +103,33 @@ class Measure:
 
 @dataclass(frozen=True)
 class Results:
-    """One evaluate step's table; `student` is the model that the conclusion speaks of, if any."""
+    """One evaluate step's table; `student` is the model that the conclusion speaks of, if any.
+
+    `parts` are the steps that a table is of which pools those of one `each`.
+    """
 
     step: str
     roles: list[str]
     baseline: str | None
+    students: list[str]
     student: str | None
     teachers: list[str]
     measures: list[Measure]
     models: dict[str, dict[str, Any]]
     prompts: dict[str, int]
     notes: list[str]
+    parts: list[str] = field(default_factory=list)
 
     @property
-    def judged(self) -> str:
-        """The model that stands for its run beside other runs: the student, else the last one."""
-        return self.student or self.roles[-1]
+    def title(self) -> str:
+        """What heads the table, where a run has several."""
+        return f"{self.step}, all together" if self.parts else self.step
+
+    @property
+    def judged(self) -> list[str]:
+        """The models that may stand for their run beside other runs, the likeliest one first."""
+        last_first = self.students[::-1] or self.roles[::-1]
+        return sorted(last_first, key=lambda role: role != self.student)
 
     def of(self, *aspects: Aspect) -> list[Measure]:
         """The measures of some aspects, in order."""
@@ -171,8 +185,32 @@ def clear_among(findings: Sequence[tuple[bool, float]]) -> list[bool]:
 
 
 def results_of(run: RunView) -> list[Results]:
-    """The table of each finished evaluate step, in order."""
-    return [_results(step, step.manifest) for step in run.steps_of("evaluate") if step.manifest is not None]
+    """The table of each finished evaluate step, in order; behind those of one `each` that of all together."""
+    steps = run.steps_of("evaluate")
+    whole = {base: pooled for base in {_base(step) for step in steps} if (pooled := _pooled(run, base))}
+    found = []
+    for number, step in enumerate(steps):
+        assert step.manifest is not None
+        found.append(_results(step, step.manifest))
+        if _base(step) in whole and _base(step) not in map(_base, steps[number + 1 :]):
+            found.append(whole[_base(step)])
+    return found
+
+
+def _base(step: StepView) -> str:
+    """The name under which the recipe has a step, without a value of `each`."""
+    return step.name.partition("[")[0]
+
+
+def _pooled(run: RunView, base: str) -> Results | None:
+    """The table of all steps of one `each` together; None for one step, and where they are not all made."""
+    parts = [step for step in run.steps if step.kind == "evaluate" and _base(step) == base]
+    manifests = [part.manifest for part in parts if part.manifest is not None]
+    if len(parts) < 2 or len(manifests) < len(parts) or (metrics := pooled_metrics(parts)) is None:
+        return None
+    whole = replace(parts[0], name=base)
+    results = _results(whole, manifests[0].model_copy(update={"metrics": metrics}))
+    return replace(results, parts=[part.name for part in parts])
 
 
 def _figure(value: Any) -> Figure | None:
@@ -396,7 +434,7 @@ def _results(step: StepView, manifest: Manifest) -> Results:
             )
             if not any(_shows_reasoning(_dig(model, kind, task)) for model in models.values()):
                 silent.add(task)
-    measures = [_measure(row, models, metrics.get("differences", {})) for row in [*rows, _SPEED]]
+    measures = [_measure(row, models, metrics.get("differences", {}), prompts) for row in [*rows, _SPEED]]
     notes = [
         f"{role}: {refusal}"
         for role, model in models.items()
@@ -417,6 +455,7 @@ def _results(step: StepView, manifest: Manifest) -> Results:
         step=step.name,
         roles=roles,
         baseline=baseline,
+        students=students,
         student="student" if "student" in students else (students[-1] if students else None),
         teachers=teachers,
         measures=[
@@ -448,7 +487,9 @@ def _shows_reasoning(task: Any) -> bool:
     return any(_dig(task, "verdicts", name, "value") for name in ("tagged", "well_formed"))
 
 
-def _measure(row: _Row, models: dict[str, Any], differences: dict[str, Any]) -> Measure:
+def _measure(
+    row: _Row, models: dict[str, Any], differences: dict[str, Any], prompts: dict[str, int]
+) -> Measure:
     def figures(of: dict[str, Any]) -> dict[str, Figure]:
         found = {role: _figure(_dig(of.get(role), *row.path)) for role in models}
         return {role: figure for role, figure in found.items() if figure is not None}
@@ -462,8 +503,17 @@ def _measure(row: _Row, models: dict[str, Any], differences: dict[str, Any]) -> 
         aspect=row.aspect,
         task=row.task,
         explanation=row.explanation,
-        row_value=(row.path[2], row.path[3]) if len(row.path) == 4 else None,
+        row_value=_row_value(row.path),
+        prompts=max(_dig(model, *row.path[:-1], "prompts") or 0 for model in models.values())
+        if row.aspect == "group"
+        else prompts.get(row.task or ""),
     )
+
+
+def _row_value(path: tuple[str, ...]) -> tuple[str, str] | None:
+    if path[0] == "held_out":
+        return path[0], path[1]
+    return (path[2], path[3]) if len(path) == 4 else None
 
 
 def format_figure(value: float, unit: str, *, difference: bool = False, ascii_only: bool = False) -> str:

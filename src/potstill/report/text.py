@@ -33,9 +33,10 @@ def aligned(rows: Sequence[Sequence[str]], *, header: bool = True) -> str:
 def terminal_table(run: RunView) -> str:
     """Each evaluate step's figures with 95 % intervals, and what follows; empty without an evaluation."""
     parts = []
-    for results in results_of(run):
+    tables = results_of(run)
+    for results in tables:
         for title, measures in (
-            ("", results.main),
+            (results.title if len(tables) > 1 else "", results.main),
             ("Reasoning", results.of("reasoning")),
             ("What training did not touch", results.of("forgetting")),
         ):

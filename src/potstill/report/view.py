@@ -18,7 +18,7 @@ Status = Literal["made", "reused", "failed", "interrupted", "not run"]
 class StepView:
     """One step of a run; `manifest` and `folder` are None where no artifact was sealed.
 
-    `seconds` is the time that making the artifact took, in whichever run made it.
+    `seconds` is the time that making the artifact took, over all attempts, in whichever runs made them.
     """
 
     name: str

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import gc
 import json
 import re
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from potstill.core.errors import BudgetError, DataError, EngineError, Interrupted, ModelError
-from potstill.core.records import RECORDS_FILE, Record, write_records
+from potstill.core.records import RECORDS_FILE, Record, read_records, write_records
 from potstill.core.settings import Settings
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact
@@ -203,6 +204,48 @@ def test_held_out_prompts_that_a_task_asks_as_well_are_decoded_once(
         assert row["response"] == sample["answers"]["base"]["response"]
     tokens = sum(row["response_tokens"] for row in rows.values())
     assert (result.tokens == tokens) is not twice
+
+
+def test_a_sample_shows_the_answer_to_its_own_prompt_and_not_to_one_of_the_same_identity(
+    step_context: Callable[..., StepContext],
+    traces: Callable[..., Artifact],
+    seal: Callable[..., Artifact],
+    models: dict[str, Settings],
+    settings: EvaluateSettings,
+    tmp_path: Path,
+) -> None:
+    """As rows with passages and without have it."""
+    alone = traces(10)
+    found = [
+        dataclasses.replace(
+            one,
+            id="",
+            messages=[{"role": "user", "content": f"A sum is a number. {one.messages[0]['content']}"}],
+        )
+        for one in read_records(alone.folder / RECORDS_FILE)
+    ]
+    (tmp_path / "found").mkdir()
+    write_records(tmp_path / "found" / RECORDS_FILE, found)
+    context = step_context(
+        "evaluate",
+        models=models,
+        data={"traces": [alone], "found": [seal(tmp_path / "found", "retrieve")]},
+    )
+    changes = {
+        "models": {"base": "base"},
+        "teacher": None,
+        "data": "found:held_out",
+        "tasks": {"passages": "found:held_out", "alone": "traces:held_out"},
+    }
+    result = run(EvaluateSettings.model_validate({**settings.model_dump(), **changes}), context)
+    rows = {row["prompt"]: row for row in _rows(context.folder / "scores.parquet")}
+    samples = json.loads((context.folder / "samples.json").read_text(encoding="utf-8"))
+    assert [one["source"] for one in samples] == ["held_out"] * 2 + ["alone"] * 2
+    for sample in samples:
+        row = rows[json.dumps(sample["messages"])]
+        assert sample["answers"]["base"]["response"] == row["response"]
+    assert len({row["response"] for row in rows.values()}) > 1, "else nothing tells the answers apart"
+    assert result.tokens == sum(row["response_tokens"] for row in rows.values())
 
 
 def test_the_same_evaluation_gives_the_same_files_whatever_the_batch(evaluate: Evaluate) -> None:

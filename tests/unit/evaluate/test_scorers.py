@@ -204,6 +204,30 @@ class TestJudge:
         with pytest.raises(EngineError, match="8 of 8 requests failed"):
             evaluate(judge={"model": "judge"})
 
+    def test_a_model_under_evaluation_that_is_the_judge_too_has_its_failures_in_two_files(
+        self, evaluate: Evaluate, server: ScriptedServer
+    ) -> None:
+        usual = server.always
+
+        def answer(body: dict[str, Any]) -> Reply:
+            asked = body["messages"][-1]["content"]
+            if "Verdict" in asked:
+                unjudged = "Give 1 " in asked
+                return Reply(400, error("no verdict")) if unjudged else Reply(body=completion("Verdict: A"))
+            unanswered = body["model"] == "student" and "Give 3 " in asked
+            return Reply(400, error("no answer")) if unanswered else usual(body)
+
+        server.always = answer
+        context, _ = evaluate(judge={"model": "student"}, max_failed_share=0.5)
+        found = {
+            path.name: {json.loads(line)["reason"] for line in path.read_text(encoding="utf-8").splitlines()}
+            for path in context.folder.glob("*failures*.jsonl")
+        }
+        assert found == {
+            "failures-student-1.jsonl": {"HTTP 400: no answer"},
+            "judge-failures-1.jsonl": {"HTTP 400: no verdict"},
+        }
+
     def test_its_cost_is_bounded_before_anything_is_asked(
         self, evaluate: Evaluate, server: ScriptedServer
     ) -> None:

@@ -1,6 +1,7 @@
 """What LLaMA-Factory is given: rows by its documented rules, and settings by its names."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,23 @@ def test_names_with_each_values_have_no_comma_and_are_no_other_steps_names(
     exported: Exported = export_llamafactory(run(recipe), tmp_path / "out")
     assert sorted(exported.stages) == ["stage1+a.yaml", "stage1+b.yaml", "stage2+a.yaml", "stage2+b.yaml"]
     assert config_of(tmp_path / "out", "stage2+b")["adapter_name_or_path"] == "saves/stage1+b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "file"),
+    [
+        ({"stage1": {"each": {"part": ["x y", "x+y"]}}}, r"stage1\[x y\] and stage1\[x\+y\]", "stage1+x+y"),
+        ({"stage1_held_out": {}}, "stage1 and stage1_held_out", "stage1_held_out"),
+    ],
+)
+def test_two_steps_are_never_one_file(
+    recipe: dict[str, Any], run: Runner, tmp_path: Path, changes: dict[str, Any], names: str, file: str
+) -> None:
+    first = recipe["steps"]["stage1"]
+    recipe["steps"] = {"stage1": first} | {name: {**first, **one} for name, one in changes.items()}
+    with pytest.raises(StoreError, match=f"steps {names} would both write {re.escape(file)}"):
+        export_llamafactory(run(recipe), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_llamafactorys_own_parser_reads_it(recipe: dict[str, Any], run: Runner, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from potstill.core.store import Manifest
-from potstill.report import RunView, StepView
+from potstill.report import RunView, StepView, write_report
 from potstill.report.arms import arm_costs
 from potstill.report.results import results_of
+
+from .evaluations import with_metrics
 
 STEPS: dict[str, tuple[str, list[str], float]] = {
     "traces": ("generate", [], 10.0),
@@ -111,6 +113,61 @@ def test_what_ran_one_after_the_other_or_in_another_run_stays_an_estimate() -> N
     a, b = (step for step in in_turn.steps if step.name.startswith("specialist"))
     assert in_turn.side_by_side([a, b]) is None
     assert in_turn.side_by_side(in_turn.steps) is None, "others were made before"
+
+
+def priced(**costs: float) -> RunView:
+    """The run with what answers of some steps cost, in dollars."""
+    steps = [
+        with_metrics(one, bought={"answers": 4, "cost_usd": costs[one.name]}) if one.name in costs else one
+        for one in run().steps
+    ]
+    return RunView("cascade", "", steps)
+
+
+def test_what_was_bought_is_a_cost_of_every_arm_behind_which_it_stands() -> None:
+    bought = priced(traces=1.5, **{"retold[a]": 0.25})
+    [results] = results_of(bought)
+    table = arm_costs(bought, results)
+    assert table is not None
+    assert {row[0]: row[-1] for row in table["rows"]} == {
+        "direct": "$1.50",
+        "cascade": "$1.75",
+        "specialist": "$1.50",
+    }
+    assert table["head"][-1] == "cost"
+    later = priced(**{"retold[a]": 0.25})
+    dearer = arm_costs(later, *results_of(later))
+    assert dearer is not None
+    assert [row[-1] for row in dearer["rows"]] == ["–", "$0.25", "–"]
+    free = arm_costs(run(), results)
+    assert free is not None
+    assert "cost" not in free["head"]
+
+
+def domains(one: RunView) -> dict[str, Any]:
+    """The figures of the task, which all models have in common."""
+    manifest = one.steps[-1].manifest
+    assert manifest is not None
+    found: dict[str, Any] = manifest.metrics["models"]["direct"]["tasks"]["domains"]
+    return found
+
+
+def test_arms_have_their_costs_without_groups_too(tmp_path: Path) -> None:
+    plain = run()
+    domains(plain).pop("groups")
+    write_report(plain, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "By group" not in page
+    assert "What each arm cost" in page
+
+
+def test_a_group_has_as_many_prompts_as_are_of_it(tmp_path: Path) -> None:
+    cascade = run()
+    domains(cascade)["prompts"] = 9
+    write_report(cascade, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    row = page.partition("By group")[2].partition("domains, math, right answers")[2].partition("</th>")[0]
+    assert "4 prompts" in row
 
 
 def test_groups_are_measures_of_their_own_with_paired_differences() -> None:

@@ -353,3 +353,28 @@ def test_traces_and_right_answers_are_shown_by_label_and_what_each_makes_in_one_
     assert "answers 1,200, 75.0 % right 50" in shown
     assert "retold 40, 75.0 % right 10" in shown
     assert "groups: category" not in shown
+
+
+def test_predicted_labels_are_shown_with_how_sure_they_are(build_run: RunBuilder, tmp_path: Path) -> None:
+    run = build_run()
+    events: list[dict[str, Any]] = [
+        {"event": "labels_learnt", "label": "subject", "accuracy": 0.912, "rows": 200, "confidence": 0.84},
+        {
+            "event": "labels_predicted",
+            "source": "questions.jsonl",
+            "label": "subject",
+            "rows": {PAYLOAD: 12, "physics": 30},
+            "confidence": {PAYLOAD: 0.5, "physics": 0.92},
+            "unsure": 3,
+        },
+    ]
+    assert "Labels that were predicted" not in _written(run, tmp_path)
+    # A step that reads the same source again says the same again.
+    text = _written(replace(run, events=[*run.events, *events, *events]), tmp_path)
+    _assert_inert(text)
+    shown = _Page(text).text.partition("Labels that were predicted")[2]
+    assert (
+        shown.count("right for 91 % of 200 labelled rows that were left out, at a mean confidence of 0.84")
+        == 1
+    )
+    assert shown.count("physics 30 (confidence 0.92), too unsure 3") == 1
