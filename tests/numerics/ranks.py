@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from potstill.core.errors import TrainingError
-from potstill.logits.shards import LogitCache
+from potstill.logits.logit_cache import LogitCache
 from potstill.losses.types import Dense
 from potstill.models import LoadedModel, TransformersModel, load, output_head
 from potstill.train.arguments import DistillationArguments

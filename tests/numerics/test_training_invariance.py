@@ -15,7 +15,8 @@ from torch.nn import functional
 from potstill.core.errors import ModelError, TrainingError
 from potstill.data.chat import Rendered
 from potstill.logits.codecs import TopK
-from potstill.logits.shards import CachedRow, LogitCache, ShardWriter, write_index
+from potstill.logits.logit_cache import LogitCache
+from potstill.logits.shards import CachedRow, ShardWriter, write_index
 from potstill.losses.types import Dense, Live, Sparse, TeacherSignal
 from potstill.models import LoadedModel, hidden_states, isolates_packed_rows, output_head
 from potstill.train.arguments import DistillationArguments

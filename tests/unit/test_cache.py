@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,10 @@ from potstill.core.store import Artifact, Store
 from potstill.data.batches import collate
 from potstill.data.chat import Rendered, Renderer
 from potstill.logits import shards
+from potstill.logits.checked_files import read_arrays
 from potstill.logits.hdf5 import export_hdf5
-from potstill.logits.shards import LogitCache, ShardWriter
+from potstill.logits.logit_cache import LogitCache
+from potstill.logits.shards import ShardWriter
 from potstill.losses.types import Sampled, Sparse
 from potstill.models import (
     LoadedModel,
@@ -250,7 +253,7 @@ def test_pitfall_15_an_interrupted_capture_ends_with_the_same_bytes(
     with pytest.raises(Interrupted):
         run(_settings(batch_tokens=70, **codec), context)
     assert len(forward_passes) == passes_before
-    sealed = sum(len(shards._load(path)["keys"]) for path in context.folder.glob("shard-*"))
+    sealed = sum(len(read_arrays(path)["keys"]) for path in context.folder.glob("shard-*"))
     assert 0 < sealed < 16
     assert sealed not in itertools.accumulate(whole_passes), "no shard ends inside a batch"
     assert not (context.folder / "index.safetensors").exists()
@@ -267,6 +270,14 @@ def test_a_finished_capture_is_not_scored_again(bench: Bench, forward_passes: li
     bench.run()
     forward_passes.clear()
     bench.run()
+    assert forward_passes == []
+
+
+def test_a_mask_that_leaves_nothing_out_is_an_error_before_anything_is_scored(
+    bench: Bench, forward_passes: list[int]
+) -> None:
+    with pytest.raises(DataError, match="mask_prefix leaves nothing out"):
+        bench.run(mask_prefix=True)
     assert forward_passes == []
 
 
@@ -574,6 +585,43 @@ def test_above_the_share_a_capture_fails_and_the_next_one_asks_what_is_missing(
     _, cache = bench.run("refused")
     assert [one["prompt"] for one in rows_scored(server)] == [refused.token_ids]
     assert [cache.row(one) for one in range(7)] == [everything.row(one) for one in range(7)]
+
+
+@pytest.mark.parametrize("end", ["error", "stop"])
+def test_answers_that_were_paid_for_stay_where_a_batch_ends_in_its_middle(
+    bench: Bench, server: ScriptedServer, tiny_teacher: LoadedModel, end: str
+) -> None:
+    bench.model = bench.model.model_copy(update={"concurrency": 1})
+    context, over = bench.context("ended"), threading.Event()
+    healthy = server.always
+
+    def answer(body: dict[str, Any]) -> Reply:
+        if len(rows_scored(server)) > 3:
+            if end == "error":
+                return Reply(401, error("no more of this key"))
+            context.stop.set()
+            over.wait(30)
+        return Reply(body=prompt_logprobs(tiny_teacher, body))
+
+    server.always = vllm(answer)
+    with pytest.raises(EngineError if end == "error" else Interrupted):
+        run(_settings(), context)
+    over.set()
+    paid_for = [one["prompt"] for one in rows_scored(server)][:3]
+    server.always = healthy
+    server.requests.clear()
+    _, cache = bench.run("ended")
+    asked = [one["prompt"] for one in rows_scored(server)]
+    assert len(asked) == 3
+    assert not [prompt for prompt in asked if prompt in paid_for]
+    assert len(cache) == 7
+    signals = [cache.signal(number) for number in range(7)]
+    _, whole = bench.run("whole")
+    for number, signal in enumerate(signals):
+        wanted = whole.signal(number)
+        assert isinstance(signal, Sparse)
+        assert isinstance(wanted, Sparse)
+        assert torch.equal(signal.log_probs_NK, wanted.log_probs_NK)
 
 
 def test_a_server_that_refuses_every_row_is_given_up_after_a_few(

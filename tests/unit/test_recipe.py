@@ -142,6 +142,19 @@ def test_how_many_processes_train_is_said_apart_from_the_steps(base: str, tmp_pa
         load_recipe(write(tmp_path / "base.yaml", {"scale": 2, **BASE}))
 
 
+def test_where_artifacts_are_shared_is_said_apart_from_the_steps(base: str, tmp_path: Path) -> None:
+    over = write(tmp_path / "over.yaml", {"extends": "base.yaml", "shared": "s3://bucket/distil"})
+    recipe = load_recipe(over)
+    assert recipe.shared == recipe.resolved["shared"] == "s3://bucket/distil"
+    assert load_recipe(over, ["shared=/mnt/team"]).shared == "/mnt/team"
+    assert load_recipe(over, ["shared=null"]).shared is None
+    assert load_recipe(base).shared is None
+    assert one_step_recipe("train", ["student=./a", "data=./b", "shared=/mnt/team"]).shared == "/mnt/team"
+    with pytest.raises(RecipeError, match=r"command line: shared: holds a user name") as caught:
+        load_recipe(over, ["shared=s3://key:canary@bucket"])
+    assert "canary" not in str(caught.value)
+
+
 # --- stages
 
 
@@ -232,6 +245,18 @@ def test_an_override_reaches_an_item_of_any_list(tmp_path: Path) -> None:
     )
     groups = settings(load_recipe(path, ["student.groups.1.lr=0.1"]), "student").groups
     assert [one.lr for one in groups] == [0, 0.1]
+
+
+def test_a_key_of_the_hub_beside_a_path_is_told_what_it_belongs_to_and_each_known_key_once() -> None:
+    with pytest.raises(RecipeError) as told:
+        one_step_recipe("cache", ["model=some/model", "data.path=wikitext", "data.config=wikitext-2-raw-v1"])
+    assert "command line: unknown key steps.cache.data.config" in str(told.value)
+    assert "config belongs to a data set of the hub: name that by `dataset`, not `path`" in str(told.value)
+    with pytest.raises(RecipeError) as told:
+        one_step_recipe("cache", ["model=some/model", "data.path=./x.jsonl", "data.qqq=1"])
+    known = str(told.value).partition("known: ")[2].split(", ")
+    assert sorted(set(known)) == known, "each once"
+    assert {"path", "limit", "held_out"} <= set(known)
 
 
 def test_an_override_of_what_no_stage_sets_reaches_every_stage(tmp_path: Path) -> None:

@@ -98,11 +98,15 @@ def _in_out(module: Any) -> tuple[int, int]:
 
 
 def _cannot(model: Any, why: str) -> ModelError:
+    is_mixture = any(".experts" in name for name, _ in model.named_modules())
     return ModelError(
         f"the width of a {model.config.model_type} model cannot be cut: {why}",
         expected="a decoder of attention and dense feed-forward layers, with norms over whole hidden states "
         "or over single heads",
-        mend="cut its depth alone (layers), or use a model of another family",
+        mend="make a mixture of experts smaller by its experts (method share_experts, prune_experts or "
+        "to_dense), or cut its depth alone (layers)"
+        if is_mixture
+        else "cut its depth alone (layers), or use a model of another family",
     )
 
 

@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens, V vocabulary.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from potstill.models import LoadedModel, forward_inputs
 from potstill.scoring import compare_on_traces, micro_batch_tokens
 from potstill.student import InitSettings
 
-__all__ = ["PROBE_TOKENS", "Made", "Original", "check_same", "with_shared_weights"]
+__all__ = ["PROBE_TOKENS", "Made", "Original", "check_same"]
 
 PROBE_TOKENS = 64
 _MICRO_BATCH_TOKENS = 4096
@@ -116,9 +115,3 @@ def check_same(found_BTV: Tensor, expected_BTV: Tensor, family: str, where: str)
             expected="blocks, heads and channels that work alike wherever they stand",
             mend="use a model of another family",
         )
-
-
-def with_shared_weights(model: Any) -> Any:
-    """A model of its own whose parameters and buffers are those of another one."""
-    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

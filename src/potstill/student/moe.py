@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from potstill.models import share_weights
 from potstill.models.shared_experts import SharedExperts, expert_blocks, shared_model
-from potstill.student.making import Made, Original, with_shared_weights
+from potstill.student.making import Made, Original
 from potstill.student.moe_dense import dense_model, empty_dense_model
 from potstill.student.moe_pruning import choose_experts, drop_experts
 from potstill.student.moe_routing import Routing, measure_fisher, measure_routing, require_experts
@@ -22,7 +23,7 @@ def prune_experts(original: Original) -> Made:
     routing, where = _routing(original), str(original.settings.model)
     assert original.settings.experts is not None
     kept = choose_experts(routing, original.settings.experts)
-    student = with_shared_weights(original.model)
+    student = share_weights(original.model)
     drop_experts(student, kept, where)
     return Made(
         student,
@@ -73,7 +74,7 @@ def shared_experts(original: Original) -> Made:
     ):
         original.context.check_stop()
         layers[number], errors[number] = shared, asdict(error)
-    student = shared_model(with_shared_weights(model), layers, rank)
+    student = shared_model(share_weights(model), layers, rank)
     worst = max(max(one.values()) for one in errors.values())
     return Made(
         student,

@@ -20,6 +20,7 @@ __all__ = [
     "SharingError",
     "check_rank",
     "empty_shared_experts",
+    "layers_at_once",
     "low_rank_delta",
     "rank_for",
     "share_experts",
@@ -108,7 +109,10 @@ def share_experts(
     check_rank(model, rank, where)
     blocks = expert_blocks(model)
     numbers = list(blocks)
-    at_once = max(1, _MOMENT_BYTES // _moment_bytes(next(iter(blocks.values())).experts))
+    down_EHF = next(iter(blocks.values())).experts.down_proj
+    experts, hidden, inner = down_EHF.shape
+    wide = torch.promote_types(down_EHF.dtype, torch.float32)
+    at_once = layers_at_once(experts, hidden, inner, wide.itemsize)
     for first in range(0, len(numbers), at_once):
         moments = measure_moments(model, batches(), numbers[first : first + at_once])
         for number in list(moments):
@@ -118,11 +122,9 @@ def share_experts(
             yield number, shared, error
 
 
-def _moment_bytes(experts: Any) -> int:
-    count, hidden, inner = experts.down_proj.shape
-    return int(
-        count * (hidden**2 + inner**2) * torch.promote_types(experts.down_proj.dtype, torch.float32).itemsize
-    )
+def layers_at_once(experts: int, hidden: int, inner: int, number_bytes: int) -> int:
+    """Of how many layers the second moments of the experts' inputs are in memory, for each pass of traces."""
+    return max(1, _MOMENT_BYTES // (experts * (hidden**2 + inner**2) * number_bytes))
 
 
 @torch.no_grad()

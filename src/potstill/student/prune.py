@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from potstill.core.errors import ModelError
+from potstill.models import share_weights
 from potstill.student import InitSettings
 from potstill.student.anatomy import Anatomy, dissect
 from potstill.student.depth import block_importance, bypass, choose_blocks, decoder_blocks, drop_blocks
-from potstill.student.making import Made, Original, check_same, with_shared_weights
+from potstill.student.making import Made, Original, check_same
 from potstill.student.search import candidates
 from potstill.student.sizes import Sizes, asked_layers, asked_sizes, stated_blocks
 from potstill.student.width import Importance, Kept, cut, masked, measure, most_important
@@ -102,7 +103,7 @@ def _with_blocks(original: Original, kept: Sequence[int]) -> Made:
     dropped = [index for index in range(count) if index not in kept]
     with bypass(original.model, dropped):
         expected_BTV = original.logits(original.model)
-    student = with_shared_weights(original.model)
+    student = share_weights(original.model)
     drop_blocks(student, kept)
     return Made(
         student,
@@ -206,7 +207,16 @@ def _width_metrics(importance: Importance, kept: Kept) -> dict[str, Any]:
 
 def _search(original: Original) -> Made:
     """Try combinations of depth and width within the target, and keep the one with the lowest loss."""
-    settings, anatomy = original.settings, dissect(original.model)
+    settings = original.settings
+    try:
+        anatomy = dissect(original.model)
+    except ModelError as error:
+        raise ModelError(
+            f"a target is searched for over depth and width, and {error.what}",
+            where=str(settings.model),
+            expected=error.expected,
+            mend=error.mend,
+        ) from error
     whole = anatomy.parameters(anatomy.sizes)
     budget = settings.target_params or int(whole * (settings.target_ratio or 0.0))
     head_size = anatomy.head_size if anatomy.heads_fix_width else None

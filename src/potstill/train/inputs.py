@@ -16,7 +16,7 @@ from potstill.data.chat import Rendered, Renderer
 from potstill.data.files import DATA_SUFFIXES
 from potstill.data.shapes import BadRow, describe_shapes, parse_row, recognise
 from potstill.data.sources import read_file
-from potstill.logits.shards import LogitCache
+from potstill.logits.logit_cache import LogitCache
 from potstill.models import (
     LoadedModel,
     TransformersModel,

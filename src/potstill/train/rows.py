@@ -16,7 +16,7 @@ from potstill.core.store import Artifact
 from potstill.data.chat import Rendered, Renderer, fit
 from potstill.data.packed_rows import PackedRows
 from potstill.data.sources import Data
-from potstill.logits.shards import LogitCache
+from potstill.logits.logit_cache import LogitCache
 from potstill.losses.types import Sampled, Sparse, TeacherSignal, concatenate
 
 __all__ = [

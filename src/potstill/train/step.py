@@ -13,8 +13,9 @@ from potstill.core.errors import RecipeError, TrainingError
 from potstill.core.records import Record
 from potstill.core.step import StepContext, StepResult
 from potstill.data.chat import THINK_OPEN, Renderer
+from potstill.data.parts import continued
 from potstill.data.sources import read
-from potstill.logits.shards import LogitCache
+from potstill.logits.logit_cache import LogitCache
 from potstill.models import (
     LoadedModel,
     TransformersModel,
@@ -251,7 +252,7 @@ def _read_data(
     else:
         records = _saying_what_tags_are(read(settings.data, context), renderer, context)
         if settings.mask_prefix:
-            records = _with_a_prefix(records, settings)
+            records = continued(records)
         if settings.label_weight is None:
             data = rows_of_records(
                 records, renderer, max_length, mask_prefix=settings.mask_prefix, folder=context.scratch
@@ -281,21 +282,6 @@ def _saying_what_tags_are(
                     "(add_tokens of the model gives it one of its own)"
                 )
         yield record
-
-
-def _with_a_prefix(records: Iterator[Record], settings: TrainSettings) -> Iterator[Record]:
-    """The records, and at their end an error where mask_prefix had nothing to leave out."""
-    found = False
-    for record in records:
-        found = found or record.prefix_characters > 0 or record.prefix_tokens > 0
-        yield record
-    if not found:
-        raise TrainingError(
-            f"mask_prefix leaves nothing out: no response of {settings.data} has a beginning that another "
-            "model wrote",
-            expected="traces of a generate step with continue:",
-            mend="leave mask_prefix out, or name the continued traces as data",
-        )
 
 
 def _say_what_is_trained(

@@ -177,7 +177,10 @@ class DistillationTrainer(Trainer):
             longest = max(itertools.chain(self.rows.lengths, self.held_out.lengths))
             for one in (model, reference):
                 if one is not None:
-                    cpu.choose_attention(one, arguments.max_tokens if arguments.packing else longest)
+                    packed = bool(arguments.packing)
+                    cpu.choose_attention(
+                        one, arguments.max_tokens if packed else longest, packed=packed, bf16=bf16
+                    )
         self.base = (
             Base(model, self.loaded.vocabulary_size, arguments.base_kl, reference)
             if arguments.base_kl

@@ -11,19 +11,9 @@ from potstill.core.errors import ModelError
 from potstill.models import TransformersModel, tokenizer_hash
 from potstill.student import InitSettings, run
 
-SMALL = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "max_position_embeddings": 512,
-}
+from ..mixtures import NEW_MIXTURE
+
+SMALL = {**NEW_MIXTURE, "max_position_embeddings": 512}
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,10 +7,13 @@ import pytest
 import torch
 
 from potstill.core.errors import DataError, ModelError
+from potstill.core.records import RECORDS_FILE, read_records
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact
-from potstill.models import TransformersModel, identity
+from potstill.data.chat import Renderer
+from potstill.models import TransformersModel, identity, load_tokenizer
 from potstill.student import InitSettings, run
+from potstill.student.depth import drop_blocks
 
 Pruning = Callable[..., tuple[StepResult, StepContext]]
 
@@ -252,15 +256,48 @@ def test_without_held_out_traces_it_is_measured_on_those_of_the_calibration_and_
 
 
 @pytest.mark.parametrize("choice", ["ranked", "greedy", "contiguous"])
-@pytest.mark.parametrize("by", ["block_importance", "drop_one"])
-def test_the_block_that_does_nothing_goes_whatever_blocks_are_chosen_by(
-    prune: Pruning, by: str, choice: str
+def test_the_block_that_does_nothing_goes_however_blocks_are_chosen(prune: Pruning, choice: str) -> None:
+    result, _ = prune(layers=5, depth_by="block_importance", depth_choice=choice)
+    assert result.metrics["kept_blocks"] == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("choice", ["ranked", "greedy", "contiguous"])
+def test_by_drop_one_a_block_is_worth_the_loss_of_a_model_that_was_saved_without_it(
+    prune: Pruning, deep_folder: Path, traces: Any, choice: str
 ) -> None:
-    result, _ = prune(layers=5, depth_by=by, depth_choice=choice)
-    # Of a random model's blocks another one may even do harm; then the loss is lower without it.
-    if by == "block_importance":
-        assert result.metrics["kept_blocks"] == [0, 1, 3, 4, 5]
-    assert len(result.metrics["kept_blocks"]) == 5
+    from transformers import AutoModelForCausalLM
+
+    source = traces(name="dropped")
+    model = TransformersModel(path=str(deep_folder), dtype="float32")
+    result, _ = prune(data=source, model=model, layers=4, depth_by="drop_one", depth_choice=choice)
+    renderer = Renderer(load_tokenizer(model))
+    rows = [renderer.render(one) for one in read_records(source.folder / RECORDS_FILE) if not one.held_out]
+
+    def loss_without(*dropped: int) -> float:
+        student = AutoModelForCausalLM.from_pretrained(deep_folder, dtype=torch.float64)
+        drop_blocks(student, [block for block in range(6) if block not in dropped])
+        losses = []
+        for row in rows:
+            log_probs_TV = (
+                student(torch.tensor([row.ids]), use_cache=False).logits[0, :, :300].log_softmax(-1)
+            )
+            targets_T = torch.tensor(row.ids[1:])
+            supervised_T = torch.tensor(row.mask[1:]).bool()
+            losses.append(-log_probs_TV[:-1].gather(-1, targets_T[:, None])[supervised_T, 0])
+        return float(torch.cat(losses).mean())
+
+    with torch.no_grad():
+        single = [loss_without(block) for block in range(6)]
+        pairs = {pair: loss_without(*pair) for pair in itertools.combinations(range(6), 2)}
+    if choice != "contiguous":
+        assert result.metrics["block_importance"] == pytest.approx(single, rel=1e-4)
+    first = min(range(6), key=single.__getitem__)
+    best = {
+        "ranked": tuple(sorted(sorted(range(6), key=single.__getitem__)[:2])),
+        "greedy": min((pair for pair in pairs if first in pair), key=pairs.__getitem__),
+        "contiguous": min(((block, block + 1) for block in range(5)), key=pairs.__getitem__),
+    }
+    assert result.metrics["kept_blocks"] == [block for block in range(6) if block not in best[choice]]
 
 
 def test_listed_blocks_are_kept(prune: Pruning) -> None:
@@ -362,4 +399,9 @@ def test_a_family_with_experts_is_refused_by_name(
     model = TransformersModel(path=str(tmp_path / "experts"))
     with pytest.raises(ModelError, match="width of a qwen3_moe model cannot be cut"):
         prune(model=model, layers=None, hidden_size=16)
+    with pytest.raises(
+        ModelError, match="a target is searched for over depth and width, and the width"
+    ) as told:
+        prune("searched", model=model, layers=None, target_ratio=0.5)
+    assert "method share_experts, prune_experts or to_dense" in str(told.value)
     assert prune("deep", model=model, layers=2)[0].counts["blocks"] == 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from potstill.core.errors import TrainingError
+from potstill.core.errors import DataError, TrainingError
 from potstill.models import TransformersModel, loading
 from potstill.train import trainer
 
@@ -132,7 +132,7 @@ def test_full_weights_that_are_trained_on_stay_near_the_original_base(
 
 
 def test_a_mask_that_leaves_nothing_out_is_an_error(train: Training) -> None:
-    with pytest.raises(TrainingError, match="mask_prefix leaves nothing out"):
+    with pytest.raises(DataError, match="mask_prefix leaves nothing out"):
         train(mask_prefix=True)
 
 

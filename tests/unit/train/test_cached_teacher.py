@@ -9,7 +9,8 @@ import torch
 from potstill.core.errors import DataError
 from potstill.data.chat import Rendered
 from potstill.logits.codecs import Codec, Draws, TopK
-from potstill.logits.shards import CachedRow, LogitCache, ShardWriter, write_index
+from potstill.logits.logit_cache import LogitCache
+from potstill.logits.shards import CachedRow, ShardWriter, write_index
 from potstill.losses.types import Sampled, Sparse
 from potstill.train.rows import CachedTeacher, Rows
 
