@@ -32,7 +32,8 @@ from potstill.core.store import Store, default_store_root, write_atomically
 from potstill.data.chat import Renderer
 from potstill.evaluate.intervals import Estimate, bootstrap_ratio, bootstrap_ratio_difference
 from potstill.logits.codecs import Codec, Draws, TopK
-from potstill.logits.shards import CachedRow, LogitCache, ShardWriter, write_index
+from potstill.logits.logit_cache import LogitCache
+from potstill.logits.shards import CachedRow, ShardWriter, write_index
 from potstill.losses.head import per_token
 from potstill.losses.types import Live
 from potstill.models import LoadedModel, TransformersModel, load

@@ -8,19 +8,14 @@ nor loading is foretold. Seconds are the processor's, of one core, to which a ma
 less than to the clock; so are those by which products and memory are measured. 1 is right.
 """
 
-import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import scaling
+from findings import argument_parser, show, surroundings
 
 PROMPT_ROWS, ROWS, WRITTEN_TOKENS, REPEATED = (8, 32), (48, 192), 48, 8
 
@@ -128,8 +123,7 @@ def measure(folder: Path, hidden: int, blocks: int, here: Any) -> dict[str, floa
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argument_parser(__doc__)
     parser.add_argument("--hidden", default="256,512", help="hidden sizes, multiples of 64")
     parser.add_argument("--blocks", type=int, default=8)
     options = parser.parse_args()
@@ -139,8 +133,7 @@ def main() -> None:
     here = machine()
     found: dict[str, Any] = {
         "benchmark": "cost_model",
-        "machine": platform.processor() or platform.machine(),
-        "cpu_cores": os.cpu_count(),
+        **surroundings(),
         "gflops_per_s": round(here.device.flops_per_s / 1e9, 1),
         "gbytes_per_s": round(here.device.bytes_per_s / 1e9, 1),
         "weight_bytes": here.device.weight_bytes,
@@ -148,11 +141,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for hidden in map(int, options.hidden.split(",")):
             found[f"hidden{hidden}"] = measure(Path(scratch) / str(hidden), hidden, options.blocks, here)
-    if options.json:
-        print(json.dumps(found))
-        return
-    for key, value in found.items():
-        print(f"{key:20} {value}")
+    show(found, as_json=options.json)
 
 
 if __name__ == "__main__":

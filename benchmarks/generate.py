@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,10 +28,11 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
+
+from findings import argument_parser, show, surroundings
 
 MB = 1e6
 MANY = 512  # in flight, for `found`
@@ -294,8 +294,7 @@ def openai_version(peers: Path | None) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argument_parser(__doc__)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--latency", type=float, default=0.4, help="seconds; the ceiling is slots / latency")
@@ -316,8 +315,7 @@ def main() -> None:
         return
     found: dict[str, Any] = {
         "benchmark": "generate",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f} before",
+        **surroundings(),
         "requests": options.requests,
         "slots": options.slots,
         "latency_s": options.latency,
@@ -337,11 +335,7 @@ def main() -> None:
             "version": version,
             **measure("openai_sdk", options.requests, options.in_flight, options),
         }
-    if options.json:
-        print(json.dumps(found))
-        return
-    for key, value in found.items():
-        print(f"{key:24} {json.dumps(value)}")
+    show(found, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Shapes: N tokens, H hidden size, V vocabulary, K the teacher's kept ids, C token
 import argparse
 import ctypes
 import gc
-import json
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from findings import argument_parser, show
 
 from potstill.core.memory import keep_freed_memory
 
@@ -322,8 +323,7 @@ def measure(options: argparse.Namespace, dtype: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print, as lines or as one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--dtype", choices=["bf16", "fp32"], help="by default bf16 where there are units for it"
     )
@@ -346,11 +346,7 @@ def main() -> None:
         print(extra_mb(options.memory_of, options.tokens, dtype, options.device))
         return
     found = measure(options, dtype)
-    if options.json:
-        print(json.dumps(found))
-        return
-    for key, value in found.items():
-        print(key, json.dumps(value))
+    show(found, as_json=options.json)
 
 
 if __name__ == "__main__":

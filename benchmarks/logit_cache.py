@@ -29,7 +29,8 @@ from potstill.data.batches import collate, micro_batches
 from potstill.data.chat import Rendered, Renderer
 from potstill.logits.codecs import Codec, Draws, TopK
 from potstill.logits.hdf5 import export_hdf5
-from potstill.logits.shards import CachedRow, LogitCache, ShardWriter, write_index
+from potstill.logits.logit_cache import LogitCache
+from potstill.logits.shards import CachedRow, ShardWriter, write_index
 from potstill.losses.head import per_token, supervised_pairs
 from potstill.models import TransformersModel, hidden_states, load, output_head
 from potstill.pipeline.runner import RunOptions, run_graph

@@ -13,10 +13,8 @@ of forward and backward, and of greedy decoding with a cache.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from findings import argument_parser, show, surroundings
 
 SIZES: dict[str, Any] = {
     "vocab_size": 8192,
@@ -153,17 +153,12 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
         "experts": SIZES["num_experts"],
         "experts_per_token": SIZES["num_experts_per_tok"],
         "rounds": rounds,
-        "cpu_cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("potstill", "torch", "transformers")
-        },
+        **surroundings("potstill", "torch", "transformers"),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -172,11 +167,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         result = compare(Path(name), options.rounds)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:36} {value}")
+    show(result, as_json=options.json)
 
 
 if __name__ == "__main__":

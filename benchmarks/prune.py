@@ -11,11 +11,8 @@ a machine that is not calm does less.
     python benchmarks/prune.py --json --case sizes
 """
 
-import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from findings import argument_parser, show, surroundings
 
 MODEL = "smollm2-135m-instruct"
 TRACES = 64
@@ -115,26 +114,17 @@ def compare(cases: list[str], rounds: int) -> dict[str, Any]:
         "calibration_traces": TRACES,
         "rounds": rounds,
         "threads": int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count(),
-        "cpu_cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("potstill", "torch", "transformers")
-        },
+        **surroundings("potstill", "torch", "transformers"),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argument_parser(__doc__)
     parser.add_argument("--case", choices=CASES, help="one of them alone")
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     result = compare([options.case] if options.case else [*CASES], options.rounds)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:24} {value}")
+    show(result, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -10,20 +10,17 @@ left out. Rounds alternate, and `replicas_over_processes` is the median of their
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
+from findings import argument_parser, show, surroundings
 
 from potstill.core.events import read_events
 
@@ -75,13 +72,12 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argument_parser(__doc__)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    load = os.getloadavg()[0]
+    before = surroundings("ray")
     on_ray = ("scale.engine=ray", f"scale.replicas={COPIES}")
     rounds = []
     with tempfile.TemporaryDirectory() as name:
@@ -95,19 +91,14 @@ def main() -> None:
     ratios = [one["replicas"]["tokens_per_s"] / one["processes"]["tokens_per_s"] for one in rounds]
     found: dict[str, Any] = {
         "benchmark": "ray_overhead",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {load:.1f} before",
+        **before,
         "prompts": options.prompts,
         "new_tokens": options.new_tokens,
         "replicas_over_processes": round(statistics.median(ratios), 4),
         "ratios": [round(one, 4) for one in ratios],
         "rounds": rounds,
     }
-    if options.json:
-        print(json.dumps(found))
-        return
-    for key, value in found.items():
-        print(f"{key:24} {json.dumps(value)}")
+    show(found, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ selections by one filter alone, `loader` is the loader of traces, `cached_loader
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -26,6 +24,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from findings import argument_parser, show, surroundings
 
 SIZES = (10_000, 100_000, 1_000_000)
 PARTS = ("select", "cache", "loader", "cached_loader")
@@ -186,7 +186,7 @@ def loader(folder: Path) -> None:
 
 def cached_loader(folder: Path) -> None:
     from potstill.core.store import Store
-    from potstill.logits.shards import LogitCache
+    from potstill.logits.logit_cache import LogitCache
     from potstill.train.rows import read_caches
 
     found = LogitCache.open(Store(folder / "store").folder("cache", "cache"))
@@ -291,8 +291,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argument_parser(__doc__)
     parser.add_argument("--plot", type=Path, help="write a chart of it as SVG")
     parser.add_argument("--rows", default=",".join(map(str, SIZES)), help="sizes to measure")
     parser.add_argument(
@@ -316,15 +315,8 @@ def main() -> None:
         parts = measure_all(sizes, options.parts.split(","), options.folder or Path(scratch))
     if options.plot:
         plot(parts, options.plot)
-    machine = platform.processor() or platform.machine()
-    found = {"benchmark": "scaling", "machine": machine, "cpu_cores": os.cpu_count(), "parts": parts}
-    if options.json:
-        print(json.dumps(found))
-        return
-    for part, figures in parts.items():
-        print(part)
-        for key, value in figures.items():
-            print(f"    {key:24} {value}")
+    found = {"benchmark": "scaling", **surroundings(), "parts": parts}
+    show(found if options.json else parts, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ is left out.
 import argparse
 import itertools
 import json
-import os
-import platform
 import random
 import resource
 import statistics
@@ -30,6 +28,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from findings import argument_parser, show, surroundings
 
 SYSTEM = (
     "You are a careful tutor. Work the problem out step by step, name each quantity before you use it, check "
@@ -183,14 +183,12 @@ def compare(case: str, prompts: int, candidates: int, rounds: int) -> dict[str, 
         "candidates": candidates,
         "rounds": rounds,
         "dtype": "float32",
-        "machine": platform.processor() or platform.machine(),
-        "cpu_cores": os.cpu_count(),
+        **surroundings(),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argument_parser(__doc__)
     parser.add_argument("--case", choices=EXAMPLES, default="question", help="what stands before a response")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--candidates", type=int, default=4, help="responses a prompt")
@@ -201,11 +199,7 @@ def main() -> None:
         print(json.dumps(measure(options.contestant, options.case, options.prompts, options.candidates)))
         return
     result = compare(options.case, options.prompts, options.candidates, options.rounds)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:24} {value}")
+    show(result, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -24,12 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from findings import argument_parser, show, surroundings
+
 KEPT_BLOCKS = [0, 1, 2, 8, 9, 10, 11, 16, 18, 19, 20, 21, 22, 23, 24, 27, 28, 29]
 BATCH, LEARNING_RATE, TOP_K = 8, 1e-4, 64
 
 
-def prepare(folder: Path, rows: int) -> None:
-    """Teacher, student, rows and the teacher's cached logits, from the package index alone."""
+def prepare(folder: Path, rows: int, *, caches: bool) -> None:
+    """Teacher, student, rows and, where they are needed, cached logits, from the package index alone."""
     import torch
 
     from potstill.data.tasks import task_rows
@@ -49,6 +49,8 @@ def prepare(folder: Path, rows: int) -> None:
     (folder / "rows.jsonl").write_text(
         "".join(f"{json.dumps(example)}\n" for example in examples), encoding="utf-8"
     )
+    if not caches:
+        return
     settings = [
         f"model={folder / 'teacher'}",
         f"data.path={folder / 'rows.jsonl'}",
@@ -211,9 +213,7 @@ def run_child(name: str, folder: Path) -> dict[str, float]:
     return result
 
 
-def compare(folder: Path, rounds: int) -> dict[str, Any]:
-    has_trl = importlib.util.find_spec("trl") is not None
-    names = [name for name in CONTESTANTS if has_trl or not name.startswith("trl_")]
+def compare(folder: Path, rounds: int, names: list[str]) -> dict[str, Any]:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -223,7 +223,7 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
     memory = {name: statistics.median(one["peak_mb"] for one in found) for name, found in runs.items()}
 
     def ratio(figures: dict[str, float], one: str, other: str) -> float | None:
-        return round(figures[one] / figures[other], 3) if other in figures else None
+        return round(figures[one] / figures[other], 3) if {one, other} <= figures.keys() else None
 
     return {
         "cached_kd_over_trl_gkd": ratio(speed, "cached_kd", "trl_gkd"),
@@ -237,24 +237,18 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
         "cached_memory_over_online": ratio(memory, "cached_kd", "online_kd"),
         "tokens_per_s": {name: round(value, 1) for name, value in speed.items()},
         "peak_mb": {name: round(value) for name, value in memory.items()},
-        "tokens": runs["sft"][0]["tokens"],
+        "tokens": runs[names[0]][0]["tokens"],
         "rounds": rounds,
         "bf16": has_bf16(),
-        "cpu_cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("potstill", "torch", "transformers", "trl")
-            if importlib.util.find_spec(name)
-        },
+        **surroundings("potstill", "torch", "transformers", "trl"),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = argument_parser(__doc__)
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=CONTESTANTS, nargs="+", help="by default all that are installed")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -262,13 +256,11 @@ def main() -> None:
         print(json.dumps(measure(options.contestant, options.folder)))
         return
     with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name), options.rows)
-        result = compare(Path(name), options.rounds)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:28} {value}")
+        has_trl = importlib.util.find_spec("trl") is not None
+        names = options.only or [one for one in CONTESTANTS if has_trl or not one.startswith("trl_")]
+        prepare(Path(name), options.rows, caches="cached_kd" in names)
+        result = compare(Path(name), options.rounds, names)
+    show(result, as_json=options.json)
 
 
 if __name__ == "__main__":
