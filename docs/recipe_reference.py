@@ -66,6 +66,8 @@ def reference() -> str:
         scale = definitions.pop(member["$ref"].rpartition("/")[2])
         engine = scale["properties"]["engine"]["const"]
         lines += [f"## scale: {{engine: {engine}}}", "", scale["description"], "", *_table(scale), ""]
+    shared = schema["properties"]["shared"]["description"]
+    lines += ["# Shared", "", f"The recipe's own `shared:` key: {shared}.", ""]
     lines += ["# Blocks", ""]
     for name in sorted(definitions):
         block = definitions[name]

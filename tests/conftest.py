@@ -19,9 +19,14 @@ if not any(Path(one).exists() for one in ("/dev/nvidiactl", "/dev/dxg", "/dev/kf
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# How long an example takes says how busy the machine is, and nothing of what is tested.
+settings.register_profile("untimed", settings.default, deadline=None)
+settings.load_profile("untimed")
 
 TOKENIZER_LENGTH = 300
 PADDED_VOCABULARY = 304  # models pad their vocabulary past the tokenizer's; so do these

@@ -98,9 +98,50 @@ def test_the_python_in_the_readme_runs_on_a_run_of_the_recipe_it_names(
     Path("small.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     loaded = load_recipe("small.yaml")
     run_recipe(loaded, Path("runs/quickstart"), Store(tmp_path / "store"), "quiet", RunOptions())
-    [(_, script)] = blocks("python")
+    [script] = [text for page, text in blocks("python") if page == "README.md"]
     exec(compile(script, "README.md", "exec"), {})
     assert Path("my-student/model.safetensors").is_file()
+
+
+def test_the_python_in_the_how_to_makes_a_cache_of_another_scripts_file(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import h5py
+    import numpy as np
+    import torch
+
+    from potstill.cache import import_artifact
+    from potstill.logits.logit_cache import LogitCache
+    from potstill.losses.types import Sparse
+    from potstill.models import TransformersModel, load_tokenizer, tokenizer_hash
+
+    chance, k = np.random.default_rng(0), 5
+    real = np.arange(9) < np.array([9, 4, 6])[:, None]
+    ids, kept = (
+        chance.integers(3, 300, real.shape),
+        chance.permuted(np.tile(np.arange(300), (3, 9, 1)), axis=2),
+    )
+    logits = chance.normal(10, 2, (*real.shape, k)).astype(np.float16)
+    monkeypatch.chdir(tmp_path)
+    with h5py.File("old.h5", "w") as old:
+        old["input_ids"], old["attention_mask"] = ids, real.astype(int)
+        old["top_k_indices"], old["top_k_logits"] = kept[:, :, :k], logits
+    [script] = [text for page, text in blocks("python") if page.endswith("logit-distillation.md")]
+    exec(compile(script.replace("Qwen/Qwen3-4B", str(tiny_model_folder)), "how-to", "exec"), {})
+    cache = LogitCache.open(import_artifact(Path("new.h5"), tmp_path / "logits").folder)
+    assert cache.tokenizer == tokenizer_hash(load_tokenizer(TransformersModel(path=str(tiny_model_folder))))
+    for number, length in enumerate((9, 4, 6)):
+        assert list(cache.row(number).token_ids) == ids[number, :length].tolist()
+        assert list(cache.row(number).mask) == [0] + [1] * (length - 1)
+        for temperature in (1.0, 2.0):
+            signal = cache.signal(number, temperature)
+            assert isinstance(signal, Sparse)
+            given_NK = torch.from_numpy(logits[number, : length - 1]).float()
+            order_NK = given_NK.sort(dim=-1, descending=True, stable=True).indices
+            expected_NK = (given_NK / temperature).log_softmax(-1).gather(-1, order_NK)
+            torch.testing.assert_close(signal.log_probs_NK, expected_NK, rtol=0.01, atol=0.01)
+            ids_NK = torch.from_numpy(kept[number, : length - 1, :k])
+            assert torch.equal(signal.ids_NK, ids_NK.gather(-1, order_NK))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

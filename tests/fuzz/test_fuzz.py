@@ -308,7 +308,7 @@ def _cache() -> tuple[dict[str, bytes], list[tuple[Any, ...]]]:
 
 
 def _read_cache(folder: Path) -> list[tuple[Any, ...]]:
-    from potstill.logits.shards import LogitCache
+    from potstill.logits.logit_cache import LogitCache
 
     cache = LogitCache.open(folder)
     cache.verify()
@@ -347,7 +347,7 @@ def test_a_cache_with_a_file_of_any_bytes(data: st.DataObject) -> None:
 def _hdf5() -> bytes:
     pytest.importorskip("h5py")
     from potstill.logits.hdf5 import export_hdf5
-    from potstill.logits.shards import LogitCache
+    from potstill.logits.logit_cache import LogitCache
 
     _cache()
     path = workplace("hdf5") / "seed.h5"

@@ -1,6 +1,7 @@
 """A cascade by domain: another domain trains one more specialist, and a kill costs nothing that was done."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import yaml
 from potstill.core.events import read_events
 from potstill.core.records import RECORDS_FILE, read_records
 from potstill.core.store import Artifact
-from potstill.logits.shards import LogitCache
+from potstill.logits.logit_cache import LogitCache
 from potstill.losses.types import Sparse
 from potstill.models import TransformersModel, load
 from potstill.recipe import load_recipe
@@ -85,9 +86,42 @@ def cascade(model_folder: Path, domains: list[str], **specialist: Any) -> dict[s
     }
 
 
+def own_domain(domains: list[str]) -> dict[str, Any]:
+    """Each specialist on the held-out problems of its domain, beside its base."""
+    return {
+        "do": "evaluate",
+        "each": {"category": domains},
+        "models": {"base": "base", "specialist": "specialist"},
+        "tasks": {"own": {"step": "traces:held_out", "where": {"category": "{category}"}}},
+        "max_new_tokens": 6,
+    }
+
+
 def made(folder: Path) -> dict[str, Artifact]:
     """The artifacts of a run's steps, by name."""
     return {path.parent.name: Artifact.open(path.parent.resolve()) for path in folder.glob("*/manifest.json")}
+
+
+@pytest.mark.slow
+def test_a_cascade_may_be_three_deep(potstill: Command, tiny_model_folder: Path, tmp_path: Path) -> None:
+    recipe = cascade(tiny_model_folder, FOUR[:2])
+    again = {"do": "generate", "model": "student", "data": "traces:prompts", "max_new_tokens": 6}
+    recipe["steps"] |= {
+        "told-again": again,
+        "smaller": {**recipe["steps"]["student"], "data": "told-again"},
+        "last": {**recipe["steps"]["exam"], "models": {"direct": "direct", "smaller": "smaller"}},
+    }
+    assert potstill("run", write_recipe(tmp_path / "recipe.yaml", recipe), "--output", "deep").code == 0
+    steps = made(tmp_path / "deep")
+    told, retold = (
+        [record for name in names for record in read_records(steps[name].folder / RECORDS_FILE)]
+        for names in (["told-again"], [f"retold[{domain}]" for domain in FOUR[:2]])
+    )
+    assert {one.prompt_id for one in told} == {one.prompt_id for one in retold}
+    assert {one.meta["category"] for one in told} == {*FOUR[:2]}
+    assert steps["smaller"].manifest.tokens >= 3000
+    groups = steps["last"].manifest.metrics["models"]["smaller"]["tasks"]["domains"]["groups"]
+    assert {*groups} == {*FOUR[:2]}
 
 
 @pytest.mark.slow
@@ -116,7 +150,9 @@ def test_arms_are_trained_on_as_many_tokens_and_shown_by_domain_with_their_costs
     potstill: Command, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     domains = FOUR[:2]
-    recipe = write_recipe(tmp_path / "recipe.yaml", cascade(tiny_model_folder, domains))
+    steps = cascade(tiny_model_folder, domains)
+    steps["steps"]["own-domain"] = own_domain(domains)
+    recipe = write_recipe(tmp_path / "recipe.yaml", steps)
     assert potstill("run", recipe, "--output", "run").code == 0
     artifacts = made(tmp_path / "run")
     for name in ("direct", "student"):
@@ -136,6 +172,13 @@ def test_arms_are_trained_on_as_many_tokens_and_shown_by_domain_with_their_costs
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     for told in ("By group", "arithmetic, right answers", "What each arm cost", "training, in parallel"):
         assert told in page
+    held_out = metrics["tasks"]["domains"]["prompts"]
+    assert sum(artifacts[f"own-domain[{one}]"].manifest.counts["task_prompts"] for one in domains) == held_out
+    together = page.partition("<h3>own-domain, all together</h3>")[2]
+    assert f"own, right answers<small>{held_out} prompts" in together
+    row = re.search(r"<th scope=\"row\">specialist</th><td>(\d)</td>", together)
+    assert row is not None
+    assert row[1] == "2", "both specialists were trained for it"
 
 
 @pytest.mark.slow
@@ -144,6 +187,7 @@ def test_specialists_are_joined_by_their_traces_their_logits_or_their_weights(
 ) -> None:
     domains = FOUR[:2]
     recipe = cascade(tiny_model_folder, domains, lr=0.05)
+    recipe["steps"]["own-domain"] = own_domain(domains)
     shipped = yaml.safe_load((RECIPES / "cmoe-small.yaml").read_text(encoding="utf-8"))["variants"]
     shipped = {way: shipped[way] for way in ("traces", "logits", "ties")}
     shipped["logits"]["steps"]["cached"]["each"] = {"category": domains}
@@ -160,11 +204,15 @@ def test_specialists_are_joined_by_their_traces_their_logits_or_their_weights(
         if way == "ties":
             merged = artifacts["merged"].manifest
             assert [*merged.extra["merged"]["weights"]] == [f"specialist[{one}]" for one in domains]
-            assert "merged" in artifacts["exam"].manifest.metrics["models"]
+            assert "merged" not in artifacts["exam"].manifest.metrics["models"], "of the specialists' size"
+            assert "merged" in artifacts[f"own-domain[{domains[0]}]"].manifest.metrics["models"]
             told = [*read_records(artifacts["retold"].folder / RECORDS_FILE)]
             assert {one.meta["category"] for one in told} == {*domains}
             assert {one.model for one in told} == {merged.model_identity}
     assert len({artifacts["student"].manifest.model_identity for artifacts in ways.values()}) == len(ways)
+    # The comparison is of models that every way has.
+    assert "own, right answers (specialist)" in outcome.out
+    assert "merged" not in outcome.out.partition("\n")[0]
 
 
 @pytest.mark.slow
@@ -305,6 +353,26 @@ def test_each_way_to_join_specialists_is_a_variant_that_can_run(potstill: Comman
         assert graph.needs["retold"] == ["merged", "traces"]
     else:
         assert {*graph.needs["cascade"]} == {"small", *(f"{behind}[{one}]" for one in domains)}
+
+
+def test_teachers_and_families_of_students_are_swept_apart_and_together() -> None:
+    variants = yaml.safe_load((RECIPES / "cmoe.yaml").read_text(encoding="utf-8"))["variants"]
+    graphs = [load_recipe("cmoe", variant=name).graph for name in variants]
+    pairs = {(graph.models["teacher"].model, str(graph.models["base"].path)) for graph in graphs}  # type: ignore[union-attr]
+    teachers, students = (set(one) for one in zip(*pairs, strict=True))
+    assert pairs == {(teacher, student) for teacher in teachers for student in students}
+    assert (len(teachers), len(students), len(pairs)) == (2, 2, len(variants))
+    assert all(graph.models["teacher"].price for graph in graphs)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("exam", ["exam", "exam-smaller"])
+def test_each_student_is_compared_with_a_direct_one_of_its_size(exam: str) -> None:
+    graph = load_recipe("cmoe").graph
+    judged = graph.nodes[exam].settings.models  # type: ignore[attr-defined]
+    arms = [graph.nodes[judged[role].target].settings for role in ("direct", "cascade")]
+    direct, cascade = (one.model_dump(exclude={"data"}) for one in arms)
+    assert direct == cascade
+    assert next(iter(judged)) == "direct"
 
 
 @pytest.mark.parametrize("name", ["cmoe", "cmoe-small"])

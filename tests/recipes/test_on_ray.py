@@ -80,7 +80,10 @@ def test_without_ray_the_extra_that_brings_it_is_named(
             ["scale.engine=ray", "scale.replicas=2", "scale.address=ray://head:10001"],
             "expected local, auto, or the host:port of a Ray cluster's head",
         ),
-        (["scale.engine=ray", "scale.replicas=2", "scale.gpus_per_replica=2"], "less than or equal to 1"),
+        (
+            ["scale.engine=ray", "scale.replicas=2", "scale.gpus_per_replica=1.5"],
+            "a share of one GPU, or a whole number of them",
+        ),
         (
             ["scale.engine=ray", "scale.replicas=2", "models.teacher.device=cuda:1"],
             "device: cuda:1 is one GPU, and each of 2 replicas takes its own",

@@ -67,8 +67,10 @@ def test_kard_small_trains_with_and_without_passages_on_one_split(
             assert one.reasoning is not None
             assert one.reasoning in one.messages[-1]["content"]
     page = (run / "report.html").read_text(encoding="utf-8")
-    for task in ("no passages", "by BM25", "reranked", "recall: question"):
+    for task in ("no passages", "by BM25", "reranked", "recall: question", "with − without"):
         assert task in page
+    together = page.partition("The same questions in several tasks")[2]
+    assert "their difference to without on no passages, paired by question" in together
     again = potstill("run", recipe, "--output", "runs/kard")
     assert "reranked: retrieve already made" in again.err
 

@@ -224,6 +224,23 @@ def test_a_line_is_printed_for_a_scheduler_and_what_it_made_is_sealed_by_the_nex
     assert not (job.folder / "scratch").exists()
 
 
+@pytest.mark.slow
+def test_a_training_that_is_started_by_hand_took_as_long_as_all_attempts_at_it(
+    potstill: Command, recipe: Path, tmp_path: Path
+) -> None:
+    by_hand = ("scale.engine=torchrun", "scale.nproc_per_node=1", "--launcher-command")
+    assert potstill("run", recipe, *by_hand).code == 0
+    [job] = tmp_path.glob("store/artifacts/train-*/scratch/processes/job.json")
+    seconds = job.parents[1] / "seconds"
+    seconds.write_text("3600")
+    subprocess.run(
+        [sys.executable, "-m", "potstill.scale.worker", str(job)], check=True, env={**os.environ, "RANK": "0"}
+    )
+    assert float(seconds.read_text()) > 3600
+    assert potstill("run", recipe, *by_hand).code == 0
+    assert Artifact.open((tmp_path / "runs" / "r" / "student").resolve()).manifest.seconds > 3600
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

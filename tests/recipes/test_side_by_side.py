@@ -78,14 +78,15 @@ def test_steps_at_once_are_made_as_one_after_the_other_and_their_time_is_told(
 def test_where_one_fails_those_beside_it_are_made_to_their_end_and_nothing_else_is_begun(
     potstill: Command, recipe: Path, tmp_path: Path
 ) -> None:
-    told = potstill("run", recipe, *TWO_AT_ONCE, "fast.lr=1e30")
+    longer = *TWO_AT_ONCE, "fast.max_steps=100", "twin.max_steps=100"
+    told = potstill("run", recipe, *longer, "fast.lr=1e30")
     assert told.code == 1
     assert "step fast" in told.err
     assert "nothing else is begun; going on to their end: twin" in told.err
-    assert artifact(tmp_path, "twin").manifest.counts["steps"] == 6
+    assert artifact(tmp_path, "twin").manifest.counts["steps"] == 100
     events = read_events(tmp_path / "runs" / "r" / "events.jsonl")
     assert [one["step"] for one in events if one["event"] == "step_started"] == ["fast", "twin"]
-    again = potstill("run", recipe, *TWO_AT_ONCE, "--only", "fast", "--only", "twin")
+    again = potstill("run", recipe, *longer, "--only", "fast", "--only", "twin")
     assert again.code == 0, again.err
     assert again.err.count("train already made") == 2, "the twin is what the step is now"
 
