@@ -34,7 +34,7 @@ ARTIFACTS_FOLDER = "artifacts"
 MANIFEST_FILE = "manifest.json"
 MODEL_CARD_FILE = "README.md"
 SCRATCH_FOLDER = "scratch"
-_FETCHED = "fetched"  # the file beside a manifest that says that another machine made the artifact
+_FETCHED = "fetched"  # the folder of a store with a file for each artifact that another machine made
 _PARTIAL = ".partial"  # what a file is called that is not whole yet
 _MADE_AGAIN = (
     "give the same command again, which makes what is missing; or copy it again from where it came from"
@@ -89,6 +89,10 @@ class Manifest(BaseModel):
         return files
 
 
+def _fetched_mark(folder: Path) -> Path:
+    return folder.parent.parent / _FETCHED / folder.name
+
+
 def manifest_text(manifest: Manifest) -> str:
     """The text of a manifest's file, with its checksum."""
     return checked_json(manifest.model_dump(), indent=2)
@@ -109,7 +113,7 @@ class Artifact:
     @property
     def was_fetched(self) -> bool:
         """Whether another machine made it: its seconds say nothing of this one."""
-        return (self.folder / _FETCHED).exists()
+        return _fetched_mark(self.folder).exists()
 
     @property
     def views(self) -> list[str]:
@@ -294,13 +298,15 @@ class Store:
         for path in incoming.rglob("*"):
             if path.is_file() and path.relative_to(incoming).as_posix() not in manifest.files:
                 path.unlink()
-        (incoming / _FETCHED).touch()
         write_atomically(incoming / MANIFEST_FILE, manifest_text(manifest))
         folder = self.folder(manifest.kind, manifest.fingerprint)
         # Without its manifest an artifact is unfinished, wherever its removal breaks off.
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
+        mark = _fetched_mark(folder)
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
         os.replace(incoming, folder)
         return Artifact(folder, manifest)
 
@@ -312,7 +318,7 @@ class Store:
         The model card is a by-product of whichever run wrote it last and is no payload.
         """
         shutil.rmtree(folder / SCRATCH_FOLDER, ignore_errors=True)
-        (folder / _FETCHED).unlink(missing_ok=True)
+        _fetched_mark(folder).unlink(missing_ok=True)
         files = {}
         for path in sorted(folder.rglob("*")):
             if path.name.endswith(_PARTIAL) and path.is_file():
