@@ -472,7 +472,7 @@ class _ServerScorer:
                 size.context.check_stop()
                 if asked:
                     self._ask(codec, asked, kept)
-            except Exception:
+            except Exception:  # whatever ends the asking, a stop too: it goes on once the answers are sealed
                 yield [], [asked[number] for number in kept], [*kept.values()]
                 done.seal()
                 raise

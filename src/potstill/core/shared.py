@@ -159,7 +159,7 @@ class SharedArtifacts:
             there = self._tried(lambda: self._files.exists(bucket))
         except PermissionError:  # who may read and write in it may not ask for it
             return
-        except Exception as error:
+        except Exception as error:  # each file system has errors of its own
             raise self._failed("cannot be reached", error) from error
         if not there:
             raise StoreError(
@@ -180,7 +180,7 @@ class SharedArtifacts:
             data = self._tried(lambda: self._files.cat_file(self._manifest_path(kind, fingerprint)))
         except FileNotFoundError:
             return None
-        except Exception as error:
+        except Exception as error:  # each file system has errors of its own
             raise self._failed("cannot be asked for what is made", error) from error
         try:
             manifest = Manifest.model_validate(read_checked_json(data))
@@ -235,7 +235,7 @@ class SharedArtifacts:
             artifact.check_content()
         try:
             self._put_all(artifact, advance, anew=replace, instead=replace or bool(damage))
-        except Exception as error:
+        except Exception as error:  # each file system has errors of its own
             if isinstance(error, FileExistsError | FileNotFoundError):
                 # Another maker was there before this one was done, and has cleared up behind itself.
                 there = self.find(manifest.kind, manifest.fingerprint)
@@ -335,7 +335,7 @@ class SharedArtifacts:
                         yield block
             except Interrupted:
                 raise
-            except Exception as error:
+            except Exception as error:  # each file system has errors of its own
                 if start > begun:
                     pauses = iter(self._pauses_s)
                 pause_s = None if isinstance(error, _LASTING) else next(pauses, None)
@@ -351,7 +351,7 @@ class SharedArtifacts:
                 return action()
             except _LASTING:
                 raise
-            except Exception:
+            except Exception:  # each file system has errors of its own
                 if self._stop.wait(pause_s):
                     raise Interrupted from None
         return action()
@@ -462,7 +462,7 @@ class _SharedOnHub(SharedArtifacts):
                 where=self.place,
                 mend="make it (hf repo create), or correct the name or HF_TOKEN",
             ) from error
-        except Exception as error:
+        except Exception as error:  # each file system has errors of its own
             raise self._failed("cannot be reached", error) from error
 
     def _is_there(self, path: str) -> bool:
