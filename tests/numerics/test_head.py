@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import potstill.losses.head as head_module
 from potstill.losses.blend import blend
 from potstill.losses.head import full_precision_logits, per_token, supervised_pairs, weighted_loss
 from potstill.losses.metrics import comparison
@@ -210,6 +211,27 @@ def test_pitfall_13_many_bf16_chunks_add_up_to_the_same_gradient_as_one(place: s
     assert many.dtype == torch.bfloat16
     # One bf16 rounding at the end; sums in bf16 would stop growing after 256 chunks.
     torch.testing.assert_close(many.float(), one.float(), rtol=2**-7, atol=0)
+
+
+def test_a_bf16_heads_gradient_is_summed_a_few_ids_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden_NH = _random(N, H, seed=1, dtype=torch.bfloat16)
+    targets_N, weights_N = torch.arange(N) % V, torch.full((N,), 1 / N)
+
+    def gradient(product_bytes: int) -> tuple[Tensor, int]:
+        monkeypatch.setattr(head_module, "_PRODUCT_BYTES", product_bytes)
+        parts = list(head_module._parts(V, hidden_NH))
+        head = _Head(_random(V, H, seed=2, dtype=torch.bfloat16).requires_grad_())
+        loss, _ = weighted_loss(hidden_NH, head, response_loss(targets_N), weights_N, chunk_tokens=4)
+        torch.autograd.backward(loss)
+        assert head.weight.grad is not None
+        return head.weight.grad, len(parts)
+
+    whole_VH, one = gradient(1 << 20)
+    parts_VH, several = gradient(5 * 2 * H)
+    assert (one, several) == (1, 4), "17 ids are one part, or three of 5 and the last two"
+    # What is rounded is each product's bf16, whose sums are ordered as its shape has it.
+    torch.testing.assert_close(parts_VH.float(), whole_VH.float(), rtol=2**-6, atol=1e-4)
+    assert parts_VH.abs().amin() > 0, "an id has no gradient"
 
 
 def test_logits_are_fp32_and_gradients_have_their_parameters_type_under_autocast() -> None:

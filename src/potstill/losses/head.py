@@ -35,6 +35,9 @@ CHUNK_TOKENS = 256
 # weight against 6 operations a weight and token, or 267 tokens at 600 TFLOP/s and 3 TB/s.
 FUSED_CHUNK_TOKENS, FUSED_CHUNK_TOKENS_GPU = 512, 2048
 
+# What of a head's gradient is made at a time where it is summed in another type than its product's.
+_PRODUCT_BYTES = 8 << 20
+
 # From a chunk's logits (CV, fp32 or better) and the rows that they stand for to quantities, a row a token.
 TokenFunction = Callable[[Tensor, slice], dict[str, Tensor]]
 
@@ -215,6 +218,13 @@ class _SummedWeights(TorchFunctionMode):
         return output
 
 
+def _parts(vocabulary: int, input_CH: Tensor) -> Iterator[slice]:
+    """Ranges of ids whose rows of a head stay in cache between their product and the sum that it joins."""
+    ids = max(1, _PRODUCT_BYTES // (input_CH.shape[1] * input_CH.element_size()))
+    for start in range(0, vocabulary, ids):
+        yield slice(start, start + ids)
+
+
 class _SummedLinear(torch.autograd.Function):
     """A linear layer of 2-D input; `product` is the weight in the type of the matrix products."""
 
@@ -237,7 +247,8 @@ class _SummedLinear(torch.autograd.Function):
                 # Added within the product, in fp32: no second matrix of the head's size, rounded to half.
                 torch.addmm(ctx.total, gradient_CV.T, input_CH, out_dtype=torch.float32, out=ctx.total)
             else:
-                ctx.total.add_(gradient_CV.T @ input_CH)
+                for part in _parts(len(ctx.total), input_CH):
+                    ctx.total[part].add_(gradient_CV[:, part].T @ input_CH)
             gradient_CH = gradient_CV @ product if ctx.needs_input_grad[0] else None
             bias = gradient_CV.sum(0, dtype=ctx.total.dtype) if ctx.needs_input_grad[2] else None
         return gradient_CH, None, None if bias is None else bias.to(gradient_CV.dtype), None, None
