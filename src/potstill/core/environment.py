@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 
-__all__ = ["prepare_libraries"]
+__all__ = ["prepare_libraries", "quiet_bitsandbytes"]
 
 
 def prepare_libraries() -> None:
@@ -16,5 +16,12 @@ def prepare_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # PEFT asks every model for a property that transformers has renamed; its user can do nothing about it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-    # bitsandbytes asks for a package with a kernel that is not used here: its layers have no gradient.
+    quiet_bitsandbytes()
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep bitsandbytes from asking for a package as it is imported, by PEFT for any adapter too.
+
+    The package has a kernel that is not used here: its layers have no gradient.
+    """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -272,10 +272,8 @@ def _multiple_choice(row: Row) -> Example:
         raise BadRow("choices are not a list of 2 to 26 texts")
     russian = is_russian("".join([question, *choices]))
     messages = _user(f"{question}{choice_listing(choices, russian=russian)}")
-    meta: dict[str, Any] = {"choices": choices}
-    for name, column in _MERA_LABELS.items():
-        if column in row:
-            meta[name] = row[column]
+    stated = {name: row[column] for name, column in _MERA_LABELS.items() if column in row}
+    meta: dict[str, Any] = {"choices": choices, **scalar_columns(stated)}
     is_kept_apart = answer == "" and "outputs" in row  # by MERA, of its test sets
     if is_kept_apart or answer_column(row) is None:
         return Example([question, choices], messages, meta=meta)

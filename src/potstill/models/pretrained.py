@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from potstill.core.environment import quiet_bitsandbytes
 from potstill.core.errors import ModelError
 from potstill.core.memory import is_out_of_memory
 
@@ -60,6 +61,7 @@ def read_weights(name: str, *, where: str, **options: Any) -> Any:
     from potstill.models.attention import register_attention
     from potstill.models.shared_experts import register_shared_experts
 
+    quiet_bitsandbytes()
     register_shared_experts()
     register_attention()
     kind = AutoModelForCausalLM

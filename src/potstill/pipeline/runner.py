@@ -97,7 +97,9 @@ def check_scale(scale: Scale, graph: Graph, name: str, *, elsewhere: bool) -> No
                 graph.models.get(one.target) for _, one in references(settings) if isinstance(one, ModelRef)
             ]
             asked = getattr(settings, "device", None)
-            check_ray(scale, [asked or getattr(model, "device", None) for model in named])
+            devices = [asked or getattr(model, "device", None) for model in named]
+            # A path and what a step makes are for transformers.
+            check_ray(scale, devices, [getattr(model, "engine", "transformers") for model in named])
         return
     if isinstance(settings, TrainSettings):
         student = graph.models.get(settings.student.target)

@@ -27,7 +27,9 @@ def model_card(run: RunView, step: StepView, *, files: Path | None = None) -> st
     adapter = "adapter_config.json" in manifest.files
     ancestors = _ancestors(run, step)
     evaluations = [
-        (results, role) for results in results_of(run) if (role := _role(results, step)) is not None
+        (results, role)
+        for results in results_of(run)
+        if not results.parts and (role := _role(results, step)) is not None
     ]
     sections = [
         f"---\nlibrary_name: {'peft' if adapter else 'transformers'}\ntags:\n- distillation\n- potstill\n---",
@@ -36,7 +38,8 @@ def model_card(run: RunView, step: StepView, *, files: Path | None = None) -> st
         "## Where it comes from\n\n" + _table(["", ""], _lineage(run, step, ancestors)),
     ]
     for results, role in evaluations:
-        sections.append("## What was measured\n\n" + _figures(results, role))
+        title = f": {_text(results.title)}" if len(evaluations) > 1 else ""
+        sections.append(f"## What was measured{title}\n\n" + _figures(results, role))
     if not evaluations:
         sections.append("## What was measured\n\nNo evaluation of this model was part of the run.")
     sections += [

@@ -155,13 +155,13 @@ def _across(run: RunView, results: Results) -> list[dict[str, Any]]:
 def _labels(run: RunView) -> list[str]:
     """What labels were predicted and how sure it is, and how often the classifier was right on others."""
     learnt, predicted = {}, {}
-    for event in run.events:
-        if event.get("event") == "labels_learnt":
+    for step in run.steps:
+        for event in run.logged(step, "labels_learnt"):
             learnt[event["label"]] = (
                 f"{event['label']}: right for {event['accuracy'] * 100:.0f} % of {event['rows']:,} labelled "
                 f"rows that were left out, at a mean confidence of {event['confidence']:.2f}."
             )
-        elif event.get("event") == "labels_predicted":
+        for event in run.logged(step, "labels_predicted"):
             parts = [
                 f"{value} {count:,} (confidence {event['confidence'][value]:.2f})"
                 for value, count in event["rows"].items()

@@ -28,6 +28,7 @@ _SUMS = {
     "top1_agreement": "agreed_tokens",
     "perplexity": "cross_entropy_nats",
 }
+_OF_A_TRACE = ("record_id", "prompt_id", "supervised_tokens")
 _OF_ANSWERS = ("verdicts", "scores")
 _SHARES, _ANY = (0.0, 1.0), (-math.inf, math.inf)
 
@@ -133,15 +134,15 @@ def _measured_rows(standing: Standing, measure: Measure) -> _Measured | None:
 def _rows(step: StepView, model: str, measure: Measure) -> MeasuredRows:
     column, name = measure.row_value or ("", "")
     if column == "held_out":
-        return _trace_rows(read_table(step, HELD_OUT_FILE, model), _SUMS[name])
-    table = [
-        row
-        for row in read_table(step, FORGETTING_FILE if column == "given" else SCORES_FILE, model)
-        if row["task"] == measure.task
-    ]
+        return _trace_rows(read_table(step, HELD_OUT_FILE, [*_OF_A_TRACE, _SUMS[name]], model), _SUMS[name])
     if column == "given":
-        return _trace_rows(table, "cross_entropy_nats")
-    return _answer_rows(table, column, name) if column in _OF_ANSWERS else {}
+        columns = ["task", *_OF_A_TRACE, "cross_entropy_nats"]
+        table = read_table(step, FORGETTING_FILE, columns, model)
+        return _trace_rows([row for row in table if row["task"] == measure.task], "cross_entropy_nats")
+    if column not in _OF_ANSWERS:
+        return {}
+    table = read_table(step, SCORES_FILE, ["task", "prompt_id", column], model)
+    return _answer_rows([row for row in table if row["task"] == measure.task], column, name)
 
 
 def _trace_rows(table: list[dict[str, Any]], name: str) -> MeasuredRows:

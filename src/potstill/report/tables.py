@@ -11,9 +11,21 @@ from potstill.report.view import StepView
 
 __all__ = ["across_tasks", "pooled_metrics", "read_table"]
 
+# Of answers that are counted: nearly all of a table's bytes are in the others.
+_COUNTED = (
+    *("model", "task", "record_id", "prompt_id", "sample", "finish_reason"),
+    *("prompt_tokens", "response_tokens", "verdicts", "scores", "counts"),
+)
+_UNREAD = {"prompt": "", "response": "", "choice_logprobs": None, "note": None}
 
-def read_table(step: StepView, file: str, model: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a table, all or one model's; none where it is gone. StoreError where it is damaged."""
+
+def read_table(
+    step: StepView, file: str, columns: Sequence[str], model: str | None = None
+) -> list[dict[str, Any]]:
+    """Columns of a table's rows, all or one model's; none where it is gone.
+
+    Raises StoreError where it is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -22,7 +34,7 @@ def read_table(step: StepView, file: str, model: str | None = None) -> list[dict
         return []
     filters = None if model is None else [("model", "=", model)]
     try:
-        found: list[dict[str, Any]] = pq.read_table(path, filters=filters).to_pylist()
+        found: list[dict[str, Any]] = pq.read_table(path, columns=[*columns], filters=filters).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise StoreError(
             f"cannot be read ({error})",
@@ -34,13 +46,16 @@ def read_table(step: StepView, file: str, model: str | None = None) -> list[dict
 
 
 def _answers(step: StepView) -> dict[str, dict[str, TaskRows]]:
-    """The answers to a step's tasks by model and task; those to sets for forgetting are left out."""
+    """The answers to a step's tasks by model and task, without their texts.
+
+    Those to sets for forgetting are left out.
+    """
     models = step.manifest.metrics.get("models", {}) if step.manifest is not None else {}
     found: dict[str, dict[str, TaskRows]] = {}
-    for row in read_table(step, SCORES_FILE):
+    for row in read_table(step, SCORES_FILE, _COUNTED):
         if row["task"] in models.get(row["model"], {}).get("tasks", {}):
             rows = found.setdefault(row["model"], {}).setdefault(row["task"], TaskRows())
-            rows.answers.append(answer_row(row))
+            rows.answers.append(answer_row(_UNREAD | row))
     return found
 
 

@@ -74,6 +74,7 @@ def curves_of(run: RunView, step: StepView) -> dict[str, Curve]:
             {key: value for key, value in event.items() if key not in ("time", "tokens_per_s")}
             | {"step": event["optimiser_step"]}
             for event in run.logged(step, "train_log")
+            if "optimiser_step" in event
         ]
     found: dict[str, dict[float, float]] = {}
     for point in history:

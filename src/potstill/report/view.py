@@ -123,6 +123,6 @@ class RunView:
                 continue
             if event.get("event") == "step_started" and event.get("fingerprint") != fingerprint:
                 found, fingerprint = [], event.get("fingerprint")
-            elif event.get("event") == kind and "optimiser_step" in event:
+            elif event.get("event") == kind:
                 found.append(event)
         return found

@@ -140,11 +140,16 @@ class Dense:
 
     def _fill(self, vectors_NH: "NDArray[np.float32]") -> None:
         from qdrant_client import models
+        from qdrant_client.http.exceptions import ApiException
 
-        if self._client.collection_exists(self._name):
-            self._client.delete_collection(self._name)
-        parameters = models.VectorParams(size=vectors_NH.shape[1], distance=models.Distance.COSINE)
-        self._client.create_collection(self._name, vectors_config=parameters)
+        # Another run may be doing the same, and its points are the same by number: nothing is taken away.
+        if not self._client.collection_exists(self._name):
+            parameters = models.VectorParams(size=vectors_NH.shape[1], distance=models.Distance.COSINE)
+            try:
+                self._client.create_collection(self._name, vectors_config=parameters)
+            except (ApiException, ValueError):
+                if not self._client.collection_exists(self._name):
+                    raise
         rows = max(1, _REQUEST_VALUES // vectors_NH.shape[1])
         for start in range(0, len(vectors_NH), rows):
             block_NH = vectors_NH[start : start + rows]

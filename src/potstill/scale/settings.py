@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
@@ -13,7 +13,10 @@ from potstill.core.errors import RecipeError
 from potstill.core.settings import Settings, execution
 from potstill.train import Strategy
 
-__all__ = ["Ray", "Scale", "Torchrun", "check_processes", "check_ray", "visible_gpus"]
+__all__ = ["LOOPBACK", "Ray", "Scale", "Torchrun", "check_processes", "check_ray", "visible_gpus"]
+
+LOOPBACK = "127.0.0.1"
+"""The address of a machine that no other reaches."""
 
 _ADDRESS = re.compile(r"local|auto|(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}")
 
@@ -89,8 +92,23 @@ Scale = Annotated[Torchrun | Ray, Field(discriminator="engine")]
 """The block, by its engine."""
 
 
-def check_ray(scale: Ray, devices: Iterable[str | None]) -> None:
-    """Raise RecipeError where Ray cannot be used here, or not for models of these devices."""
+def check_ray(scale: Ray, devices: Iterable[str | None], engines: Sequence[str]) -> None:
+    """Raise RecipeError where Ray cannot be used here, or not for models of these devices and engines."""
+    of_one_gpu = {"transformers", "llama_cpp"}.intersection(engines)
+    if (
+        scale.gpus_per_replica is not None
+        and scale.gpus_per_replica > 1
+        and of_one_gpu
+        and "vllm" not in engines
+    ):
+        raise RecipeError(
+            f"{scale.gpus_per_replica:g} GPUs for each replica, of which a model of engine "
+            f"{' or '.join(sorted(of_one_gpu))} uses one",
+            where="scale.gpus_per_replica",
+            expected="at most 1; vllm alone spreads a model over several",
+            mend="set it to 1 and replicas to the number of GPUs, or declare the model with `engine: vllm`; "
+            "where other steps need more, make them first (--only)",
+        )
     for device in devices:
         if device is not None and device.partition(":")[2]:
             raise RecipeError(

@@ -6,6 +6,7 @@ stay out of this process, what it says goes into a file, and by hand on several 
 
 import os
 import re
+import secrets
 import shlex
 import signal
 import subprocess
@@ -19,14 +20,20 @@ from potstill.core.errors import Interrupted, PotstillError, TrainingError
 from potstill.core.events import Reporter
 from potstill.core.step import StepContext
 from potstill.scale.job import WORKER_MODULE, Failure, Job, Outcome, work_folder
-from potstill.scale.settings import Torchrun, visible_gpus
+from potstill.scale.settings import LOOPBACK, Torchrun, visible_gpus
 from potstill.train import TrainSettings
 
 __all__ = ["Beside", "HandedOver", "Training", "finished", "hand_over", "log_end"]
 
 _LOG_FILE, _LINES_SHOWN = "torchrun.log", 40
 _LISTEN_S, _END_S = 0.1, 30.0
-_LOOPBACK = "127.0.0.1"
+_MEETING_FILE = "rendezvous"
+# What lives on one machine need not say so every five seconds, into a file that grows by it.
+_IN_A_FILE = "store_type=file,keep_alive_interval=3600"
+# torchrun would else begin a server for its processes, at every address as well.
+_LOOPBACK_ALONE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+# Of gradients.
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _PORT = 29500  # where PyTorch's own tools meet
 # torchrun's summary of a process that failed.
 _ENDED = re.compile(r"^\s*rank\s*:\s*(\d+).*\n\s*exitcode\s*:\s*(-?\d+)", re.MULTILINE)
@@ -127,42 +134,54 @@ def _rendezvous(scale: Torchrun) -> list[str]:
     return [f"--nnodes={scale.nnodes}", f"--nproc-per-node={scale.nproc_per_node}", "--rdzv-backend=c10d"]
 
 
+def _on_this_machine(job: Path) -> list[str]:
+    """Where the processes of one machine meet: torchrun in a file, since its server has no address but all.
+
+    Its processes meet at a port of LOOPBACK, where `potstill.scale.worker` listens (see `_LOOPBACK_ALONE`).
+    """
+    meeting = job.parent / _MEETING_FILE
+    return [f"--rdzv-conf={_IN_A_FILE}", f"--rdzv-endpoint={meeting}", f"--local-addr={LOOPBACK}"]
+
+
 def _command(scale: Torchrun, job: Path) -> list[str]:
     """How torchrun runs on this machine alone, at a port that the system chooses."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", *_rendezvous(scale)]
     return [
-        *launcher,
-        f"--rdzv-endpoint={_LOOPBACK}:0",
-        f"--local-addr={_LOOPBACK}",
-        "--module",
-        WORKER_MODULE,
-        str(job),
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *_rendezvous(scale),
+        f"--rdzv-id={secrets.token_hex(8)}",
+        *_on_this_machine(job),
+        *("--module", WORKER_MODULE, str(job)),
     ]
 
 
 def _line_for_a_shell(scale: Torchrun, job: Path, fingerprint: str) -> str:
     """What each machine runs: with several, the first one's name is in MASTER_ADDR."""
     threads = f"$(( $(nproc) < {scale.nproc_per_node} ? 1 : $(nproc) / {scale.nproc_per_node} ))"
+    settings = {"OMP_NUM_THREADS": f'"${{OMP_NUM_THREADS:-{threads}}}"'}
     launcher = [shlex.quote(sys.executable), "-P", "-m", "torch.distributed.run", *_rendezvous(scale)]
     if scale.nnodes == 1:
-        meeting = [f"--rdzv-endpoint={_LOOPBACK}:0", f"--local-addr={_LOOPBACK}"]
+        settings |= _LOOPBACK_ALONE
+        settings |= {name: f'"${{{name}:-{_loopback_interface()}}}"' for name in _INTERFACES}
+        meeting = ['--rdzv-id="$$"', *map(shlex.quote, _on_this_machine(job))]
     else:
         place = f"${{MASTER_ADDR:?set it to the name of the first machine}}:${{MASTER_PORT:-{_PORT}}}"
         meeting = [f'--rdzv-id="${{SLURM_JOB_ID:-{fingerprint[:12]}}}"', f'--rdzv-endpoint="{place}"']
     worker = ["--module", WORKER_MODULE, shlex.quote(str(job))]
-    return " ".join([f'OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"', *launcher, *meeting, *worker])
+    return " ".join([*map("=".join, settings.items()), *launcher, *meeting, *worker])
+
+
+def _loopback_interface() -> str:
+    return "lo0" if sys.platform == "darwin" else "lo"
 
 
 def _environment(scale: Torchrun, place: int) -> Mapping[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
     ours = {
         # torchrun would give each process one thread.
         "OMP_NUM_THREADS": str(max(1, cores // (scale.nproc_per_node * scale.parallel_steps))),
-        "GLOO_SOCKET_IFNAME": loopback,
-        "NCCL_SOCKET_IFNAME": loopback,
+        **dict.fromkeys(_INTERFACES, _loopback_interface()),
     }
-    made = {**ours, **os.environ}
+    made = {**ours, **os.environ, **_LOOPBACK_ALONE}
     if scale.parallel_steps > 1 and (gpus := visible_gpus()):
         first = place * scale.nproc_per_node
         made["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + scale.nproc_per_node])

@@ -8,11 +8,12 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,22 +83,24 @@ def _work(path: Path, rank: int, stop: threading.Event, started: float) -> int:
     if rank == 0 and job.elsewhere is not None:
         alone = _alone(job.elsewhere, context)
     code = 0
-    try:
-        with alone, _replicas(job, context):
-            memory = PeakMemory()
-            run = importlib.import_module(f"potstill.{context.kind}").run
-            more = (job.strategy,) if isinstance(job.settings, TrainSettings) else ()
-            result = run(job.settings, context, *more)
-            if rank == 0:
-                outcome = Outcome(result=result, seconds=time.monotonic() - started, peaks=memory.read())
-                outcome.write(job.folder)
-    except Interrupted:
-        code = 0 if job.elsewhere is None else _STOPPED
-    except Exception as error:  # whatever it is, it ends the step, and is told there
-        traceback.print_exc()
-        Failure.of(error, rank).write(job.folder)
-        return 1
-    _leave_the_group()
+    with ExitStack() as meeting:  # behind whoever leaves the group
+        try:
+            meeting.enter_context(_meeting(rank))
+            with alone, _replicas(job, context):
+                memory = PeakMemory()
+                run = importlib.import_module(f"potstill.{context.kind}").run
+                more = (job.strategy,) if isinstance(job.settings, TrainSettings) else ()
+                result = run(job.settings, context, *more)
+                if rank == 0:
+                    outcome = Outcome(result=result, seconds=time.monotonic() - started, peaks=memory.read())
+                    outcome.write(job.folder)
+        except Interrupted:
+            code = 0 if job.elsewhere is None else _STOPPED
+        except Exception as error:  # whatever it is, it ends the step, and is told there
+            traceback.print_exc()
+            Failure.of(error, rank).write(job.folder)
+            return 1
+        _leave_the_group()
     return code
 
 
@@ -113,6 +116,34 @@ def _alone(fingerprint: str, context: "StepContext") -> "Iterator[None]":
     lock = Store(context.cache_folder).lock(fingerprint, on_wait=say)
     with lock, closing(Stopwatch(context.scratch)):
         yield
+
+
+@contextmanager
+def _meeting(rank: int) -> "Iterator[None]":
+    """Where the processes of one machine find each other: a store of the first one's, on loopback alone.
+
+    Left to itself torch would have that store listen on every interface.
+    """
+    from potstill.scale.settings import LOOPBACK
+
+    said = (os.environ.get("MASTER_ADDR"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE"))
+    if said != (LOOPBACK, "False"):  # several machines, or no torchrun
+        yield
+        return
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # they join a store, and begin none
+    if rank != 0:
+        yield
+        return
+    from torch import distributed
+
+    # The port that torchrun found free; the store closes it.
+    port = int(os.environ["MASTER_PORT"])
+    listening = socket.create_server((LOOPBACK, port), backlog=socket.SOMAXCONN).detach()
+    store = distributed.TCPStore(  # type: ignore[attr-defined]  # public, and not in torch's own list
+        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening
+    )
+    yield
+    del store
 
 
 @contextmanager

@@ -424,7 +424,7 @@ class _Child:
                 told, packed = read
                 places = _unpacked(packed)
                 future = self._waiting.pop(told["id"])
-                if future.cancelled():  # its asker has gone
+                if not future.set_running_or_notify_cancel():  # its asker has gone; from here on it stays
                     continue
                 if "refused" in told:
                     future.set_exception(
@@ -440,7 +440,7 @@ class _Child:
         with self._end:
             self._ended = error
         for future in self._waiting.values():
-            if not future.cancelled():
+            if future.set_running_or_notify_cancel():
                 future.set_exception(error)
 
     def _failure(self, reason: str | None) -> EngineError:

@@ -1,5 +1,6 @@
 """Rows of the known shapes give prompt, response and gold answer; others are refused."""
 
+import datetime as dt
 import json
 from typing import Any, ClassVar
 
@@ -172,6 +173,11 @@ class TestOtherLayoutsOfMultipleChoice:
     def test_meras_columns_may_be_flat(self) -> None:
         flat = {name: value for name, value in with_nested(MERA).items() if "." in name or name == "outputs"}
         assert parsed(flat) == parsed(with_nested(MERA))
+
+    def test_a_column_of_meras_that_is_no_short_value_is_left_out_as_any_other(self) -> None:
+        row = {**with_nested(MERA), "meta.domain": dt.date(2026, 1, 1)}
+        assert "domain" not in parsed(row).meta
+        assert parsed(row).meta["subject"] == "география"
 
     def test_a_closed_test_set_holds_prompts_without_a_verifier(self) -> None:
         example = parsed(with_nested({**MERA, "outputs": ""}))

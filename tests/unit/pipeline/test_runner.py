@@ -14,6 +14,7 @@ from potstill.pipeline.graph import Graph
 from potstill.pipeline.runner import RunOptions, check_scale, run_graph
 from potstill.recipe import load_recipe
 from potstill.scale import Ray
+from potstill.teachers import OpenAIModel, VllmModel
 
 COPIES = Ray(engine="ray", replicas=2)
 
@@ -68,6 +69,23 @@ def test_a_steps_device_counts_before_its_models(graph: Any) -> None:
     for selection in ({"device": "cuda:1"}, {"teacher": "teacher"}):
         with pytest.raises(RecipeError, match="cuda:1 is one GPU"):
             check_scale(COPIES, graph(**selection), "picked", elsewhere=False)
+
+
+@pytest.mark.parametrize("gpus", [2, 1, 0.5, None])
+def test_several_gpus_a_copy_are_for_an_engine_that_uses_them(graph: Any, gpus: float | None) -> None:
+    copies, made = Ray(engine="ray", replicas=2, gpus_per_replica=gpus), graph()
+    if gpus == 2:
+        told = "2 GPUs for each replica, of which a model of engine transformers uses one"
+        with pytest.raises(RecipeError, match=told):
+            check_scale(copies, made, "picked", elsewhere=False)
+    else:
+        check_scale(copies, made, "picked", elsewhere=False)
+    for model in (
+        VllmModel(engine="vllm", path="a/b"),
+        OpenAIModel(engine="openai", base_url="http://127.0.0.1:1/v1", model="m"),
+    ):
+        made.models["teacher"] = model
+        check_scale(copies, made, "traces", elsewhere=False)
 
 
 class StopsWhatBegins(Reporter):

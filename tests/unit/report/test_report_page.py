@@ -357,10 +357,19 @@ def test_traces_and_right_answers_are_shown_by_label_and_what_each_makes_in_one_
 
 def test_predicted_labels_are_shown_with_how_sure_they_are(build_run: RunBuilder, tmp_path: Path) -> None:
     run = build_run()
+    step = {"step": run.steps[0].name}
     events: list[dict[str, Any]] = [
-        {"event": "labels_learnt", "label": "subject", "accuracy": 0.912, "rows": 200, "confidence": 0.84},
+        {
+            "event": "labels_learnt",
+            **step,
+            "label": "subject",
+            "accuracy": 0.912,
+            "rows": 200,
+            "confidence": 0.84,
+        },
         {
             "event": "labels_predicted",
+            **step,
             "source": "questions.jsonl",
             "label": "subject",
             "rows": {PAYLOAD: 12, "physics": 30},
@@ -378,3 +387,8 @@ def test_predicted_labels_are_shown_with_how_sure_they_are(build_run: RunBuilder
         == 1
     )
     assert shown.count("physics 30 (confidence 0.92), too unsure 3") == 1
+    # What an attempt at other settings said is no more of the step as it is.
+    again = {"event": "step_started", "time": run.events[-1]["time"], **step, "fingerprint": "another"}
+    assert "Labels that were predicted" not in _written(
+        replace(run, events=[*run.events, *events, again]), tmp_path
+    )

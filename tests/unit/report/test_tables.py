@@ -1,13 +1,15 @@
 """Figures that no single evaluate step has are those of one evaluation of all its rows."""
 
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from potstill.core.errors import StoreError
 from potstill.evaluate.intervals import paired_share_difference, wilson_interval
 from potstill.evaluate.rows import SCORES_FILE
-from potstill.report import write_report
+from potstill.report import model_card, write_report
 from potstill.report.arms import arm_costs
 from potstill.report.conclusion import conclusion
 from potstill.report.results import results_of
@@ -129,3 +131,30 @@ def test_tasks_of_other_questions_are_not_put_beside_each_other(tmp_path: Path) 
     assert across_tasks(exam, "without") == []
     write_report(run("two", [exam]), tmp_path / "report.html")
     assert "The same questions" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_card_has_the_parts_under_their_names_and_not_all_together(tmp_path: Path) -> None:
+    steps = domains(tmp_path)
+    card = model_card(run("cascade", steps), steps[0])
+    headings = [line for line in card.splitlines() if line.startswith("## What was measured")]
+    assert headings == [
+        r"## What was measured: own-domain\[logic\]",
+        r"## What was measured: own-domain\[words\]",
+    ]
+
+
+def test_figures_are_read_without_the_texts_of_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns: list[str] = []
+    read = pq.read_table
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        columns.extend(options["columns"])
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(pq, "read_table", noted)
+    *_, whole = results_of(run("cascade", domains(tmp_path)))
+    assert whole.parts
+    assert "verdicts" in columns
+    assert not {"prompt", "response", "note"} & {*columns}

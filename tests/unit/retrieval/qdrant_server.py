@@ -2,10 +2,10 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
@@ -27,11 +27,15 @@ def _engine() -> Any:
 
 @dataclass
 class QdrantStandIn:
-    """Collections that outlast their clients; from the request `broken_from` on, it answers 500."""
+    """Collections that outlast their clients; from the request `broken_from` on, it answers 500.
+
+    `before_request` is what happens before the request of a number is answered, or read as one of its own.
+    """
 
     engine: Any = field(default_factory=_engine)
     requests: list[Request] = field(default_factory=list)
     broken_from: int | None = None
+    before_request: tuple[int, Callable[[], None]] | None = None
     port: int = 0
 
     @property
@@ -76,9 +80,17 @@ def running_qdrant() -> Iterator[QdrantStandIn]:
         def do_GET(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
             asked = Request(self.command, self.path, body, self.headers.get("api-key"))
+            if (meanwhile := stand_in.before_request) and len(stand_in.requests) == meanwhile[0]:
+                meanwhile[1]()
             broken = stand_in.broken_from is not None and len(stand_in.requests) >= stand_in.broken_from
             stand_in.requests.append(asked)
-            told = {"status": {"error": "out of room"}} if broken else {"result": stand_in.answer(asked)}
+            if not broken:
+                try:
+                    told: dict[str, Any] = {"result": stand_in.answer(asked)}
+                except ValueError as error:  # as of a collection that exists
+                    broken, told = True, {"status": {"error": str(error)}}
+            else:
+                told = {"status": {"error": "out of room"}}
             data = json.dumps({"status": "ok", "time": 0.0, **told}).encode()
             self.send_response(500 if broken else 200)
             self.send_header("Content-Type", "application/json")
@@ -91,7 +103,7 @@ def running_qdrant() -> Iterator[QdrantStandIn]:
         def log_message(self, *_: Any) -> None:
             """Tests print nothing."""
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         stand_in.port = server.server_port
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

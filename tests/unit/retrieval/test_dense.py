@@ -156,6 +156,25 @@ def test_a_collection_whose_filling_broke_off_is_filled_again(
     assert {number for number, _ in found} == {*range(len(np.load(vectors)))}
 
 
+def test_two_runs_that_fill_a_collection_at_once_both_find_all_of_it(
+    vectors: Path, embed: Embedder, server: QdrantStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other does it all before this one makes the collection, then amid this one's points."""
+    monkeypatch.setattr("potstill.retrieval.dense._REQUEST_VALUES", 5 * 32)
+    found = []
+
+    def other() -> None:
+        server.before_request = None
+        found.append(Dense(vectors, embed, "f" * 64, QdrantServer(url=server.url)).search("grey", 99))
+
+    for made in (2, 4):
+        server.engine.delete_collection(f"potstill-{'f' * 24}")
+        server.before_request = (len(server.requests) + made, other)
+        found.append(Dense(vectors, embed, "f" * 64, QdrantServer(url=server.url)).search("grey", 99))
+    assert [{number for number, _ in one} for one in found] == [{*range(len(np.load(vectors)))}] * 4
+    assert all(one.method != "DELETE" for one in server.requests), "a run takes from no other"
+
+
 def test_a_server_that_breaks_while_it_is_searched_is_an_error_with_its_url(
     vectors: Path, embed: Embedder, server: QdrantStandIn
 ) -> None:

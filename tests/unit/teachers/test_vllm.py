@@ -10,6 +10,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,34 @@ def test_who_asks_while_the_others_are_told_of_the_end_is_told_as_well(
         assert [type(one) for one in late] == [EngineError]
 
     with_teacher(stubbed("hangs"), use)
+
+
+class _GivenUpMeanwhile(Future[Any]):
+    """What its asker gives up in the moment behind the question whether it has."""
+
+    def cancelled(self) -> bool:
+        told = super().cancelled()
+        self.cancel()
+        return told
+
+    def set_running_or_notify_cancel(self) -> bool:
+        told = super().set_running_or_notify_cancel()
+        self.cancel()
+        return told
+
+
+@pytest.mark.parametrize("asked", [1, PADDED_VOCABULARY], ids=["answered", "refused"])
+def test_an_answer_that_is_given_up_as_it_arrives_costs_no_other_its_own(
+    stubbed: Callable[..., VllmModel], monkeypatch: pytest.MonkeyPatch, asked: int
+) -> None:
+    async def use(teacher: VllmTeacher) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("potstill.teachers.vllm.Future", _GivenUpMeanwhile)
+            await asyncio.gather(teacher.answer(Request([], [asked])), return_exceptions=True)
+        answer = await asyncio.wait_for(teacher.answer(Request([], [2, 3])), 20)
+        assert answer.prompt_token_ids == [2, 3]
+
+    with_teacher(stubbed(), use)
 
 
 def test_closing_ends_all_processes_and_gives_up_what_is_under_way(
