@@ -1,9 +1,9 @@
 """Tokens a second of scoring traces for selection, beside one-by-one scoring by plain transformers.
 
-Both score the same responses under the same SmolLM2-135M-Instruct in float32, in turns, each in a process of
-its own. The plain way runs one row at a time and takes a log-softmax over the logits of all its tokens; ours
-makes the `select` step's batches and calls. A token is one of a row's own, prompt included, whether or not
-another row has it too; padding does not count.
+Both score the same responses under the same SmolLM2-135M-Instruct in the same type, in turns, each in a
+process of its own. The plain way is transformers alone: it runs one row at a time and takes a log-softmax
+over the logits of all its tokens in float32; ours makes the `select` step's batches and calls. A token is one
+of a row's own, prompt included, whether or not another row has it too; padding does not count.
 
 Rows are worked word problems, several candidates a prompt, their lengths mixed. In the case `question` they
 stand behind a system prompt and a question; in `few_shot` the system prompt also has eight worked examples,
@@ -25,8 +25,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from findings import argument_parser, show, surroundings
@@ -105,22 +107,56 @@ def ceiling(loaded: Any, rows: list[Any]) -> float:
     trunk = sum(one.numel() for one in loaded.model.parameters() if one.ndim > 1 and one is not head)
     every = sum(len(row.ids) for row in rows) * (trunk + head.numel())
     response_tokens = sum(row.supervised_tokens for row in rows)
-    return every / (distinct(rows) * trunk + response_tokens * head.numel())
+    return float(every / (distinct(rows) * trunk + response_tokens * head.numel()))
 
 
 CONTESTANTS: dict[str, Callable[[Any, list[Any]], list[list[float]]]] = {"naive": one_by_one, "ours": ours}
 
 
-def measure(name: str, case: str, prompts: int, candidates: int) -> dict[str, Any]:
+@dataclass
+class Plain:
+    """A model as transformers alone loads it."""
+
+    model: Any
+    tokenizer: Any
+
+
+def load(name: str, folder: str, dtype: str) -> Any:
+    """The model in `folder`, by plain transformers for the plain way."""
+    import torch
+
+    if name == "naive":
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        return Plain(model, AutoTokenizer.from_pretrained(folder))
+    from potstill.models import TransformersModel
+    from potstill.models import load as load_ours
+
+    return load_ours(TransformersModel(path=folder, device="cpu"), dtype=getattr(torch, dtype))
+
+
+def prepare(folder: str) -> str:
+    """Write the model, from the package index, into `folder`; name the type that `select` loads it in."""
+    from potstill.models import TransformersModel
+    from potstill.models import load as load_ours
+
+    loaded = load_ours(TransformersModel(path="smollm2-135m-instruct", device="cpu"))
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return str(loaded.model.dtype).removeprefix("torch.")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Score every row once, in this process."""
     import torch
 
     from potstill.data.chat import Renderer
-    from potstill.models import TransformersModel, load
 
-    loaded = load(TransformersModel(path="smollm2-135m-instruct", device="cpu"), dtype=torch.float32)
+    name = options.contestant
+    loaded = load(name, options.folder, options.dtype)
     renderer = Renderer(loaded.tokenizer)
-    records = build_records(case, prompts, candidates)
+    records = build_records(options.case, options.prompts, options.candidates)
     rows = [renderer.without_end_of_turn(renderer.render(one)) for one in records]
     CONTESTANTS[name](loaded, rows[:1])
     started, cpu_started = time.perf_counter(), time.process_time()
@@ -142,9 +178,14 @@ def measure(name: str, case: str, prompts: int, candidates: int) -> dict[str, An
     }
 
 
-def run_child(name: str, case: str, prompts: int, candidates: int) -> dict[str, Any]:
-    rows = ["--case", case, "--prompts", str(prompts), "--candidates", str(candidates)]
-    command = [sys.executable, __file__, "--contestant", name, *rows]
+def run_child(name: str, folder: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    settings = {
+        "contestant": name,
+        "folder": folder,
+        "dtype": dtype,
+        **{key: getattr(options, key) for key in ("case", "prompts", "candidates")},
+    }
+    command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in settings.items())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
@@ -152,12 +193,15 @@ def run_child(name: str, case: str, prompts: int, candidates: int) -> dict[str, 
     return result
 
 
-def compare(case: str, prompts: int, candidates: int, rounds: int) -> dict[str, Any]:
+def compare(options: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
-    for _ in range(rounds):
-        for name, found in runs.items():
-            found.append(run_child(name, case, prompts, candidates))
-            print(name, f"{found[-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        by_default = prepare(folder)
+        dtype = options.dtype or by_default
+        for _ in range(options.rounds):
+            for name, found in runs.items():
+                found.append(run_child(name, folder, dtype, options))
+                print(name, f"{found[-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr, flush=True)
     speed, cpu_speed = (
         {name: statistics.median(one[unit] for one in found) for name, found in runs.items()}
         for unit in ("tokens_per_s", "tokens_per_cpu_s")
@@ -178,11 +222,8 @@ def compare(case: str, prompts: int, candidates: int, rounds: int) -> dict[str, 
         "share_of_ceiling": round(cpu_speed["ours"] / cpu_speed["naive"] / mine["ceiling"], 3),
         **{name: mine[name] for name in ("tokens", "distinct_tokens", "response_tokens", "row_lengths")},
         **{name: mine[name] for name in ("threads", "torch")},
-        "case": case,
-        "prompts": prompts,
-        "candidates": candidates,
-        "rounds": rounds,
-        "dtype": "float32",
+        **{key: getattr(options, key) for key in ("case", "prompts", "candidates", "rounds")},
+        "dtype": dtype,
         **surroundings(),
     }
 
@@ -193,13 +234,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--candidates", type=int, default=4, help="responses a prompt")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="by default what `select` takes on this machine"
+    )
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
-        print(json.dumps(measure(options.contestant, options.case, options.prompts, options.candidates)))
+        print(json.dumps(measure(options)))
         return
-    result = compare(options.case, options.prompts, options.candidates, options.rounds)
-    show(result, as_json=options.json)
+    show(compare(options), as_json=options.json)
 
 
 if __name__ == "__main__":
