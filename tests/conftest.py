@@ -147,6 +147,16 @@ _MOE_CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 MOE_FAMILIES = tuple(_MOE_CONFIGURATIONS)
 
 
+def _move_vectors(model: "PreTrainedModel") -> None:
+    """Biases start at zero and norms at one: a head that forgot them would go unnoticed."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
 def _build(family: str = "llama", *, seed: int = 0, **overrides: Any) -> "PreTrainedModel":
     import torch
     import transformers
@@ -156,11 +166,7 @@ def _build(family: str = "llama", *, seed: int = 0, **overrides: Any) -> "PreTra
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)
-        # Biases start at zero and norms at one: a head that forgot them would go unnoticed.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
+        _move_vectors(model)
     return model.eval()
 
 
@@ -223,11 +229,9 @@ def _build_t5(family: str = "t5", *, seed: int = 0, **overrides: Any) -> "PreTra
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForSeq2SeqLM.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-            if family != "t5":
+        _move_vectors(model)
+        if family != "t5":
+            with torch.no_grad():
                 model.lm_head.weight = torch.nn.Parameter(0.5 * torch.randn_like(model.lm_head.weight))
     return model.eval()
 

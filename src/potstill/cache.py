@@ -88,7 +88,6 @@ class CacheSettings(Settings):
         description="longer conversations are left out, longer texts cut into windows; by default the "
         "model's context",
     )
-
     from_traces: bool = Field(
         False,
         description="take what the traces keep of the model that wrote them (`logprobs` of generate)",
@@ -288,13 +287,12 @@ def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Sc
             with closing(_ReplicatedScorer(model, context.replicas, failures)) as replicated:
                 yield replicated
     elif isinstance(model, VllmModel) or (isinstance(model, OpenAIModel) and model.tokenizer is not None):
-        if settings.codec != "topk" or settings.temperatures != [1.0]:
-            what = "is a server, which" if isinstance(model, OpenAIModel) else "is run by vLLM, which"
-            raise ModelError(
-                f"{settings.model!r} {what} gives its likeliest ids at temperature 1",
-                expected="codec: topk with temperatures: [1.0]",
-                mend="let transformers run the teacher here for other temperatures or codec: sampled",
-            )
+        what = "is a server, which" if isinstance(model, OpenAIModel) else "is run by vLLM, which"
+        _check_likeliest(
+            settings,
+            f"{settings.model!r} {what} gives its likeliest ids at temperature 1",
+            mend="let transformers run the teacher here for other temperatures or codec: sampled",
+        )
         with closing(_ServerScorer(model, context, failures)) as scorer:
             if scorer.context_tokens is None and settings.max_length is None:
                 raise ModelError(
@@ -310,6 +308,11 @@ def _open_scorer(settings: CacheSettings, context: StepContext) -> "Iterator[_Sc
             expected="a model that transformers or vLLM runs here, or a vLLM server with a `tokenizer`",
             mend="declare the teacher's weights once more with engine: transformers, and name that here",
         )
+
+
+def _check_likeliest(settings: CacheSettings, what: str, mend: str) -> None:
+    if settings.codec != "topk" or settings.temperatures != [1.0]:
+        raise ModelError(what, expected="codec: topk with temperatures: [1.0]", mend=mend)
 
 
 class _LocalScorer(_OneScorer):
@@ -509,12 +512,11 @@ class _TraceScorer(_OneScorer):
     def __init__(
         self, settings: CacheSettings, model: Settings, context: StepContext, failures: Failures
     ) -> None:
-        if settings.codec != "topk" or settings.temperatures != [1.0]:
-            raise ModelError(
-                "traces hold the likeliest ids at temperature 1",
-                expected="codec: topk with temperatures: [1.0]",
-                mend="leave from_traces out, and let transformers run the teacher here",
-            )
+        _check_likeliest(
+            settings,
+            "traces hold the likeliest ids at temperature 1",
+            mend="leave from_traces out, and let transformers run the teacher here",
+        )
         tokenizer = tokenizer_of(model)
         if tokenizer is None:
             raise ModelError(

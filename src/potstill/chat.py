@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from potstill.core.errors import DataError
 from potstill.data.chat import Renderer, check_prompt_length, split_reasoning
-from potstill.models import LoadedModel, TransformersModel, decoder_start_id, load
+from potstill.models import LoadedModel, TransformersModel, decoder_start_id, ending_ids, load, plain_model
 from potstill.teachers.transformers import context_tokens, generation_inputs
 
 __all__ = ["Speaker", "chat"]
@@ -27,10 +27,8 @@ class Speaker:
         self.name, self.loaded, self.system = name, loaded, system
         self.renderer = Renderer(loaded.tokenizer)
         # A PEFT model's generate() insists on a config of its own; the model inside keeps its adapter.
-        self.model = loaded.model.get_base_model() if hasattr(loaded.model, "peft_config") else loaded.model
-        stated = self.model.generation_config.eos_token_id
-        stated = stated if isinstance(stated, list) else [stated]
-        self.stop_ids = {*self.renderer.end_of_turn_ids, loaded.tokenizer.eos_token_id, *stated} - {None}
+        self.model = plain_model(loaded.model)
+        self.stop_ids = ending_ids(self.model, loaded.tokenizer, self.renderer.end_of_turn_ids)
         self.messages: list[dict[str, str]] = []
         self.reset()
 

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from potstill.core.environment import usable_cores
 from potstill.core.errors import ModelError
 from potstill.core.store import default_store_root
 
@@ -103,7 +104,7 @@ def _bf16(device: "torch.device") -> Check:
 
 
 def _cores() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return Check(
         "cpu cores",
         cores > 1,

@@ -595,9 +595,7 @@ def load_recipe(
                 mend=nearest(variant, variants),
             )
         raw.mapping = _merge(raw.mapping, variants[variant])
-        for path, origin in list(raw.origins.items()):
-            if path[:2] == ("variants", variant):
-                raw.origins[path[2:]] = origin
+        _copy_origins(raw, ("variants", variant), ())
     for assignment in overrides:
         _override(raw, assignment)
     if strict:

@@ -23,6 +23,7 @@ from potstill.core.errors import TrainingError
 from potstill.logits.logit_cache import LogitCache
 from potstill.losses.types import Dense
 from potstill.models import LoadedModel, TransformersModel, load, output_head
+from potstill.train.agreement import check_agreement
 from potstill.train.arguments import DistillationArguments
 from potstill.train.loader import OptimiserStep
 from potstill.train.lora import add_adapter
@@ -279,6 +280,7 @@ def _on_cpus(folder: Path, of_one: Path) -> dict[str, dict[str, Any]]:
     for name, case in RESUMED.items():
         of_parts, given = f"{name} from parts", checkpoint_of(name, folder / "fsdp2")
         found["ddp"][of_parts] = train(case, of_parts, folder / "ddp", given)
+    found["disagreements"] = _disagreements(folder)
     with accelerate_divides():
         place, found["accelerate"] = folder / "accelerate", {}
         # What the arguments ask of it by themselves on a GPU.
@@ -290,6 +292,29 @@ def _on_cpus(folder: Path, of_one: Path) -> dict[str, dict[str, Any]]:
         case = replace(RESUMED["response"], arguments=dividing)
         given = checkpoint_of("response", place)
         found["accelerate"]["response from two"] = train(case, "response from two", place, given)
+    return found
+
+
+def _disagreements(folder: Path) -> dict[str, dict[str, Any]]:
+    """What each process is told where the second one holds something else."""
+    is_second, found = torch.distributed.get_rank() == 1, {}
+    for what in ("nothing", "order of rows", "weights", "checkpoint"):
+        arguments = DistillationArguments(
+            output_dir=str(folder / what), use_cpu=True, autocast=False, max_steps=1, batch=3
+        )
+        student, numbers = _student("all", folder, arguments.device), [*range(7)]
+        if is_second and what == "order of rows":
+            numbers[2:4] = 3, 2
+        if is_second and what == "weights":
+            with torch.no_grad():
+                student.model.get_input_embeddings().weight.mul_(1.001)
+        failure = None
+        try:
+            DistillationTrainer(student, arguments, TrainingData(_rows(numbers), _rows([7])))
+            check_agreement({"newest checkpoint": what + " of 1" * (is_second and what == "checkpoint")})
+        except TrainingError as error:
+            failure = str(error)
+        found[what] = {"failure": failure}
     return found
 
 

@@ -258,6 +258,24 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_its_rows(
     assert all(math.isfinite(point["loss"]) for point in figures(first))
 
 
+def test_ranks_that_hold_something_else_refuse_to_train(trainings: Trainings) -> None:
+    first, second = (
+        {what: one["failure"] for what, one in told["disagreements"].items()} for told in trainings.two
+    )
+    assert first == second, "each process is told the same"
+    assert first.pop("nothing") is None
+    for what, named in {
+        "order of rows": "rows",
+        "weights": "weights",
+        "checkpoint": "newest checkpoint",
+    }.items():
+        message = first.pop(what)
+        assert f"different {named}, by rank: " in message
+        assert "in 0; " in message
+        assert message.index("in 0; ") < message.index(" in 1")
+    assert not first
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one(tmp_path: Path, shared_model_folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,15 +122,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         torch.testing.assert_close(
             found[name], gradient, rtol=tolerance, atol=tolerance * gradient.abs().max().item()
         )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_quiet_libraries: None) -> Iterator[None]:
-    """On models this small the threads of torch wait for one another longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 SPLITS = [[8], [1] * 8, [3, 5], [7, 1]]

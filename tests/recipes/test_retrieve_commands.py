@@ -9,14 +9,10 @@ import pytest
 from potstill.core.records import Record, read_records
 from potstill.recipe import load_recipe
 
+from ..rows import write_rows
 from .conftest import Command, write_recipe
 
 THINGS = ("zindle", "florp", "marn", "tovik", "quess", "brell", "ondar", "lisk", "hobb", "vint")
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture

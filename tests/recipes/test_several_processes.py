@@ -1,6 +1,5 @@
 """Train steps run by torchrun: as one process would, whatever ends them, and no process is left behind."""
 
-import json
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from potstill.core.store import Artifact
 from potstill.scale.job import Job, Outcome
 from potstill.train import run as train
 
+from ..rows import write_rows
 from .conftest import Command, check_refused_before_anything_is_made, write_recipe
 
 TWO = ("scale.engine=torchrun", "scale.nproc_per_node=2")
@@ -33,7 +33,7 @@ def recipe(tmp_path: Path, tiny_model_folder: Path) -> Path:
     rows = [
         {"prompt": f"What is {n} + {n % 4}?", "response": f"The answer is {n + n % 4}."} for n in range(40)
     ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_rows(tmp_path / "rows.jsonl", rows)
     student = {
         "do": "train",
         "student": "base",

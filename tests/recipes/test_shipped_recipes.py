@@ -13,17 +13,13 @@ from potstill.data.sources import read_file
 from potstill.models import TransformersModel, load
 from potstill.recipe import load_recipe, sweep_variants
 
+from ..rows import write_rows
 from ..servers import Reply, completion, running_server, with_logprobs
 from .conftest import Command, Outcome, write_recipe
 
 EVIDENCE = Path(__file__).parents[2] / "benchmarks" / "evidence"
 THOUGHT = "<|begin_of_thought|>\n\nten and {n}\n\n<|end_of_thought|>"
 SOLUTION = "<|begin_of_solution|>\n\nIt is {n}.\n\n<|end_of_solution|>"
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return str(path)
 
 
 def gsm8k_rows(path: Path, count: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Train steps of which none needs another run at once: as in turn, whatever becomes of one of them."""
 
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from potstill.core.events import read_events
 from potstill.core.store import Artifact
 from potstill.pipeline.run_folder import load_run
 
+from ..rows import write_rows
 from .conftest import Command, write_recipe
 
 TWO_AT_ONCE = ("scale.engine=torchrun", "scale.nproc_per_node=1", "scale.parallel_steps=2")
@@ -30,7 +30,7 @@ def recipe(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPa
     rows = [
         {"prompt": f"What is {n} + {n % 4}?", "response": f"The answer is {n + n % 4}."} for n in range(20)
     ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_rows(tmp_path / "rows.jsonl", rows)
     usual = {"do": "train", "data": {"path": "rows.jsonl"}, "batch": 4, "max_steps": 6}
     steps: dict[str, dict[str, Any]] = {
         "fast": {**usual, "student": "base", "lr": 1e-3},

@@ -52,6 +52,7 @@ from potstill.teachers.transformers import generate_batch
 
 from ..copies import CopiesHere
 from ..servers import Reply, ScriptedServer, error, prompt_logprobs, rows_scored, running_server, vllm
+from .logits.caches import assert_same_signal
 
 # Rows of several lengths; the last is the first again, under another id.
 RESPONSES = [
@@ -471,12 +472,7 @@ def test_pitfall_7_a_cache_from_a_servers_prompt_logprobs_is_that_of_the_model(
     assert (served.tokenizer, result.model_identity) == (local.tokenizer, f"tiny at {server.base_url}")
     for number in range(7):
         assert served.row(number) == local.row(number)
-        found, wanted = served.signal(number), local.signal(number)
-        assert isinstance(found, Sparse)
-        assert isinstance(wanted, Sparse)
-        assert torch.equal(found.ids_NK, wanted.ids_NK)
-        torch.testing.assert_close(found.log_probs_NK, wanted.log_probs_NK, rtol=0, atol=0.02)
-        torch.testing.assert_close(found.log_tail_N, wanted.log_tail_N, rtol=0, atol=2**-9)
+        assert_same_signal(served.signal(number), local.signal(number))
 
 
 @pytest.mark.parametrize("settings", [{"temperatures": [2.0]}, {"codec": "sampled"}])
@@ -689,12 +685,7 @@ class TestFromTraces:
         assert len(kept) == len(online) == len(bench.records)
         for number in range(len(kept)):
             assert kept.row(number) == online.row(number)
-            found, wanted = kept.signal(number), online.signal(number)
-            assert isinstance(found, Sparse)
-            assert isinstance(wanted, Sparse)
-            assert torch.equal(found.ids_NK, wanted.ids_NK)
-            torch.testing.assert_close(found.log_probs_NK, wanted.log_probs_NK, rtol=0, atol=0.02)
-            torch.testing.assert_close(found.log_tail_N, wanted.log_tail_N, rtol=0, atol=2**-9)
+            assert_same_signal(kept.signal(number), online.signal(number))
 
     def test_a_teacher_behind_an_api_is_not_asked_and_need_not_be_there(
         self, bench: Bench, tiny_model_folder: Path
@@ -909,13 +900,7 @@ def test_a_cache_that_no_import_made_is_not_imported_into(bench: Bench) -> None:
     assert _bytes(bench.root / "exported-a.h5") == before
 
 
-@pytest.mark.usefixtures("small_shards")
-def test_an_interrupted_import_of_the_same_file_is_taken_up_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, folder = _hdf5_file(bench, "a.h5"), bench.root / "home"
-    whole = import_artifact(path, bench.root / "whole")
-
+def _break_off_import(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -923,6 +908,15 @@ def test_an_interrupted_import_of_the_same_file_is_taken_up_again(
         patch.setattr("potstill.logits.hdf5.write_index", killed)
         with pytest.raises(KeyboardInterrupt):
             import_artifact(path, folder)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_an_interrupted_import_of_the_same_file_is_taken_up_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = _hdf5_file(bench, "a.h5"), bench.root / "home"
+    whole = import_artifact(path, bench.root / "whole")
+    _break_off_import(path, folder, monkeypatch)
     assert list(folder.glob("shard-*"))
     (folder / ".cache.json.4711.partial").write_text("{", encoding="utf-8")
     assert import_artifact(path, folder).manifest.files == whole.manifest.files
@@ -933,14 +927,7 @@ def test_an_import_that_fails_over_a_finished_one_leaves_no_manifest_behind(
 ) -> None:
     path, folder = _hdf5_file(bench, "a.h5"), bench.root / "home"
     whole = import_artifact(path, folder)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("potstill.logits.hdf5.write_index", killed)
-        with pytest.raises(KeyboardInterrupt):
-            import_artifact(path, folder)
+    _break_off_import(path, folder, monkeypatch)
     with pytest.raises(StoreError, match="not a finished artifact"):
         Artifact.open(folder)
     assert import_artifact(path, folder).manifest.content == whole.manifest.content

@@ -24,6 +24,8 @@ from potstill.student import InitSettings
 from potstill.student import run as run_init
 from potstill.teachers.transformers import generate_batch
 
+from ..rows import write_rows
+
 QUESTIONS = ["What is 3 + 4?", "What is 12 + 7 - 30 + 1?", "3?"]
 
 
@@ -131,7 +133,7 @@ def test_it_is_examined_beside_decoder_only_models_on_the_same_prompts(
     rows = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(4)]
     choices = [{"question": "3 + 4?", "choices": ["6", "7"], "answer": 1}]
     for name, given in (("sums", rows), ("choices", choices)):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
+        write_rows(tmp_path / f"{name}.jsonl", given)
     settings = EvaluateSettings.model_validate(
         {
             "do": "evaluate",

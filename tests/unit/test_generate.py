@@ -19,6 +19,7 @@ from potstill.models import TransformersModel, load_tokenizer
 from potstill.teachers import OpenAIModel, OpenAITeacher, SolverModel
 from potstill.teachers.failures import FAILURES_FILE
 
+from ..rows import write_rows
 from ..servers import Faults, Reply, ScriptedServer, completion, error, running_server
 
 KEY = "sk-canary-4711"
@@ -128,8 +129,7 @@ def test_a_verifier_judges_each_response_and_traces_keep_its_verdicts(kitchen, s
 
 def test_a_row_that_the_verifier_cannot_judge_is_told_before_anything_is_asked(kitchen, server, tmp_path):
     rows = [{"prompt": "the total?", "reference": {"total": 1}}, {"prompt": "and this?", "reference": 7}]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     data = {"path": str(path)}
     with pytest.raises(DataError, match="no JSON object to compare") as caught:
         kitchen.run(data=data, verifier={"fields": {"total": "exact"}})
@@ -641,8 +641,7 @@ class TestLocalEngine:
 
     def test_a_prompt_past_the_context_is_a_failed_row(self, kitchen, tmp_path):
         rows = [{"prompt": "short"}, {"prompt": "long " * 600}, {"prompt": "short too"}]
-        path = tmp_path / "mixed.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        path = write_rows(tmp_path / "mixed.jsonl", rows)
         settings = {"data": {"path": str(path)}, "temperature": 0.0, "max_new_tokens": 3}
         with pytest.raises(
             EngineError, match=r"1 of 3 requests failed: 1 x the prompt has .* the context holds 512"

@@ -1,10 +1,10 @@
-"""What the libraries beneath potstill are told before they are imported."""
+"""What the libraries beneath potstill are told before they are imported, and the cores that they may use."""
 
 import logging
 import os
 import warnings
 
-__all__ = ["prepare_libraries", "quiet_bitsandbytes"]
+__all__ = ["prepare_libraries", "quiet_bitsandbytes", "usable_cores"]
 
 
 def prepare_libraries() -> None:
@@ -25,3 +25,8 @@ def quiet_bitsandbytes() -> None:
     The package has a kernel that is not used here: its layers have no gradient.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def usable_cores() -> int:
+    """The processor's cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -40,8 +40,8 @@ class Settings(BaseModel):
         return None
 
 
-class InputPath(str):
-    """A path to a file or folder: relative to the recipe that names it, else to where the user stands."""
+class _Resolved(str):
+    """A text of a recipe that becomes an absolute path where something lies there."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -52,8 +52,12 @@ class InputPath(str):
         )
 
     @classmethod
-    def _resolve(cls, value: str, info: core_schema.ValidationInfo) -> "InputPath":
+    def _resolve(cls, value: str, info: core_schema.ValidationInfo) -> Self:
         return cls(resolve_path(value, (info.context or {}).get("folders", ())))
+
+
+class InputPath(_Resolved):
+    """A path to a file or folder: relative to the recipe that names it, else to where the user stands."""
 
 
 def resolve_path(value: str, folders: Sequence[Path] = ()) -> str:
@@ -66,20 +70,12 @@ def resolve_path(value: str, folders: Sequence[Path] = ()) -> str:
     return value
 
 
-class Reference(str):
+class Reference(_Resolved):
     """A name in a recipe: `step`, `step[value]`, `step:view`, a declared model, or a path holding a `/`."""
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.with_info_after_validator_function(
-            cls._resolve,
-            core_schema.str_schema(strict=True, min_length=1),
-            serialization=core_schema.to_string_ser_schema(),
-        )
-
-    @classmethod
     def _resolve(cls, value: str, info: core_schema.ValidationInfo) -> Self:
-        return cls(resolve_path(value, (info.context or {}).get("folders", ())) if "/" in value else value)
+        return super()._resolve(value, info) if "/" in value else cls(value)
 
     @property
     def target(self) -> str:

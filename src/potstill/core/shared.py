@@ -22,8 +22,15 @@ from pydantic import ValidationError
 
 from potstill.core.checked_json import DamagedJsonError, read_checked_json
 from potstill.core.errors import Interrupted, StoreError
-from potstill.core.hashing import hash_json
-from potstill.core.store import MANIFEST_FILE, Artifact, FileEntry, Manifest, Store, manifest_text
+from potstill.core.store import (
+    MANIFEST_FILE,
+    Artifact,
+    FileEntry,
+    Manifest,
+    Store,
+    content_hash,
+    manifest_text,
+)
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -135,10 +142,6 @@ def _said(error: BaseException) -> str:
     return text[:_SHOWN_CHARACTERS]
 
 
-def _content(files: dict[str, FileEntry]) -> str:
-    return hash_json({name: entry.sha256 for name, entry in files.items()})
-
-
 class SharedArtifacts:
     """Sealed artifacts by fingerprint at a place that several machines reach.
 
@@ -190,7 +193,7 @@ class SharedArtifacts:
         if (manifest.kind, manifest.fingerprint, manifest.content) != (
             kind,
             fingerprint,
-            _content(manifest.files),
+            content_hash(manifest.files),
         ):
             on_damage(f"{MANIFEST_FILE} is of something else")
             return None
@@ -361,7 +364,7 @@ class SharedArtifacts:
 
     def _files_path(self, manifest: Manifest) -> str:
         named = f"{manifest.kind}-{manifest.fingerprint[:24]}"
-        return f"{self._path}/sealed/{named}/{_content(manifest.files)[:24]}"
+        return f"{self._path}/sealed/{named}/{content_hash(manifest.files)[:24]}"
 
     def _failed(self, what: str, error: BaseException) -> Exception:
         if isinstance(error, Interrupted | StoreError):

@@ -3,7 +3,7 @@
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,8 +25,11 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "Store",
+    "content_hash",
     "default_store_root",
     "manifest_text",
+    "replacing",
+    "wait_for_disk",
     "write_atomically",
 ]
 
@@ -93,6 +96,11 @@ def _fetched_mark(folder: Path) -> Path:
     return folder.parent.parent / _FETCHED / folder.name
 
 
+def content_hash(files: Mapping[str, FileEntry]) -> str:
+    """What files are known by: the hash of their names and their own hashes."""
+    return hash_json({name: entry.sha256 for name, entry in files.items()})
+
+
 def manifest_text(manifest: Manifest) -> str:
     """The text of a manifest's file, with its checksum."""
     return checked_json(manifest.model_dump(), indent=2)
@@ -121,20 +129,20 @@ class Artifact:
         folders = {name.partition("/")[0] for name in self.manifest.files if "/" in name}
         return [view for view in self.manifest.extra.get("views", []) if view in folders]
 
+    def files_of(self, view: str | None) -> dict[str, FileEntry]:
+        """A view's files; without one, all that belong to none."""
+        views, found = self.views, {}
+        for name, entry in self.manifest.files.items():
+            folder = name.partition("/")[0]
+            if folder not in views if view is None else folder == view:
+                found[name] = entry
+        return found
+
     def content_of(self, view: str | None) -> str:
         """The hash of a view's files; without one, of all that belong to none."""
         if view is None and not self.views:
             return self.manifest.content
-        wanted = {
-            name: entry.sha256
-            for name, entry in self.manifest.files.items()
-            if (
-                name.partition("/")[0] == view
-                if view is not None
-                else name.partition("/")[0] not in self.views
-            )
-        }
-        return hash_json(wanted)
+        return content_hash(self.files_of(view))
 
     def damage(self) -> str | None:
         """What is wrong with the files on disk (missing, other size), or None."""
@@ -195,19 +203,30 @@ def default_store_root() -> Path:
     return Path(os.environ.get("POTSTILL_STORE") or Path.home() / ".cache" / "potstill")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 text file so that a reader sees the old one or the whole new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its place when it is whole: readers see the old one or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def wait_for_disk(path: Path) -> None:
+    """Return once a file's content is on the disk, so that what is written later cannot outlive it."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a UTF-8 text file so that a reader sees the old one or the whole new one."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        wait_for_disk(partial)
 
 
 class Store:
@@ -326,7 +345,7 @@ class Store:
             elif path.is_file() and path.name not in (MANIFEST_FILE, MODEL_CARD_FILE):
                 entry = FileEntry(sha256=hash_file(path), size_bytes=path.stat().st_size)
                 files[path.relative_to(folder).as_posix()] = entry
-        content = hash_json({name: entry.sha256 for name, entry in files.items()})
+        content = content_hash(files)
         manifest = Manifest(files=files, content=content, versions=_versions(), **fields)
         write_atomically(folder / MANIFEST_FILE, manifest_text(manifest))
         return Artifact(folder, manifest)

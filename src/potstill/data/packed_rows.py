@@ -1,5 +1,6 @@
 """Rendered rows on disk, a few bytes of each in memory."""
 
+import hashlib
 from array import array
 from pathlib import Path
 
@@ -18,12 +19,15 @@ class PackedRows:
     def __init__(self, folder: Path | None = None) -> None:
         self.lengths = array("i")
         self._ends, self._spool = array("q", [0]), Spool(folder)
+        self._digest = b""
 
     def append(self, rendered: Rendered, record_id: str = "") -> None:
         """Add one row."""
         self.lengths.append(len(rendered.ids))
         name = record_id.encode("utf-8", "surrogatepass")
-        self._spool.append(array("i", rendered.ids).tobytes() + bytes(rendered.mask) + name)
+        data = array("i", rendered.ids).tobytes() + bytes(rendered.mask) + name
+        self._spool.append(data)
+        self._digest = hashlib.sha256(self._digest + data).digest()
         self._ends.append(self._spool.size)
 
     def __len__(self) -> int:
@@ -40,6 +44,11 @@ class PackedRows:
     def length(self, number: int) -> int:
         """Tokens of a row."""
         return self.lengths[number]
+
+    @property
+    def digest(self) -> str:
+        """What tells these rows, in their order, from others."""
+        return self._digest.hex()[:12]
 
     def _parts(self, number: int) -> tuple[bytes, bytes, bytes]:
         start, end, length = self._ends[number], self._ends[number + 1], self.lengths[number]

@@ -265,30 +265,19 @@ _EXPECTED = (
     "expected a step's name, a path with a '/', or a mapping with exactly one of path, dataset, task and step"
 )
 
-Source = Annotated[
+_BY_KIND = Discriminator(_kind, custom_error_type="source", custom_error_message=_EXPECTED)
+_Source = (
     Annotated[FileSource, Tag("FileSource")]
     | Annotated[HubSource, Tag("HubSource")]
-    | Annotated[TaskSource, Tag("TaskSource")],
-    Discriminator(_kind, custom_error_type="source", custom_error_message=_EXPECTED),
-]
-LearnedLabel.model_rebuild()
-Member = Annotated[
-    Annotated[DataRef, Tag("DataRef")]
-    | Annotated[StepPart, Tag("StepPart")]
-    | Annotated[FileSource, Tag("FileSource")]
-    | Annotated[HubSource, Tag("HubSource")]
-    | Annotated[TaskSource, Tag("TaskSource")],
-    Discriminator(_kind, custom_error_type="source", custom_error_message=_EXPECTED),
-]
-Data = Annotated[
-    Annotated[DataRef, Tag("DataRef")]
-    | Annotated[StepPart, Tag("StepPart")]
-    | Annotated[FileSource, Tag("FileSource")]
-    | Annotated[HubSource, Tag("HubSource")]
     | Annotated[TaskSource, Tag("TaskSource")]
-    | Annotated[list[Member], Field(min_length=1), Tag("list")],
-    Discriminator(_kind, custom_error_type="source", custom_error_message=_EXPECTED),
-    AfterValidator(_check_lone),
+)
+_Member = Annotated[DataRef, Tag("DataRef")] | Annotated[StepPart, Tag("StepPart")] | _Source
+
+Source = Annotated[_Source, _BY_KIND]
+LearnedLabel.model_rebuild()
+Member = Annotated[_Member, _BY_KIND]
+Data = Annotated[
+    _Member | Annotated[list[Member], Field(min_length=1), Tag("list")], _BY_KIND, AfterValidator(_check_lone)
 ]
 """How a settings field declares its rows: a reference, a source, or a list of these (a mixture)."""
 

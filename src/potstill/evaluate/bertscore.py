@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import ModelError
 from potstill.models import TransformersModel, choose_device, find_source, load_tokenizer
-from potstill.models.hub import hub_commit
 from potstill.models.pretrained import quiet_transformers, read_pretrained
 
 if TYPE_CHECKING:
@@ -125,11 +124,8 @@ def _read_trunk(settings: TransformersModel) -> Any:
         raise ModelError(
             "BERTScore takes whole models", where=settings.path, mend="name the base, or merge the adapter"
         )
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}
-    if source.kind == "hub":
-        name, options["revision"] = source.name, hub_commit(source.name, source.revision)
-    else:
-        name = str(source.folder)
+    name, options = source.pretrained()
+    options |= {"trust_remote_code": settings.trust_remote_code, "dtype": torch.float32}
     with quiet_transformers():
         model, info = read_pretrained(
             AutoModel.from_pretrained, name, where=settings.path, output_loading_info=True, **options

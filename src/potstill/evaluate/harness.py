@@ -23,7 +23,7 @@ from potstill.evaluate.intervals import (
     wilson_interval,
 )
 from potstill.evaluate.scorer_settings import HarnessSettings, harness_version
-from potstill.models import LoadedModel
+from potstill.models import LoadedModel, plain_model
 from potstill.models.pretrained import quiet_transformers
 
 __all__ = ["HarnessRows", "check_harness", "harness_differences", "run_harness"]
@@ -80,12 +80,9 @@ def run_harness(
     """
     library = importlib.import_module("lm_eval")  # without types, and slow to import
     wrapper = importlib.import_module("lm_eval.models.huggingface").HFLM
-    weights = model.model
-    # As in decoding: the model inside a PEFT model, which keeps its adapter.
-    weights = weights.get_base_model() if hasattr(weights, "peft_config") else weights
+    weights = plain_model(model.model)  # as in decoding
     # Their loop is lm-eval's own, and can be left from within the model alone.
-    watched = weights.register_forward_pre_hook(lambda *_: check_stop())
-    with quiet_transformers(), _quiet():
+    with weights.register_forward_pre_hook(lambda *_: check_stop()), quiet_transformers(), _quiet():
         try:
             results = library.simple_evaluate(
                 model=wrapper(pretrained=weights, tokenizer=copy.deepcopy(model.tokenizer), batch_size=batch),
@@ -108,8 +105,6 @@ def run_harness(
                 expected="tasks that lm-eval knows (lm-eval ls tasks), and data that can be loaded here",
                 mend="correct the name, or include the folder of your own tasks with `include`",
             ) from error
-        finally:
-            watched.remove()
     return {task: _rows(task, results, seed) for task in settings.tasks}
 
 

@@ -19,7 +19,6 @@ Shapes: N supervised tokens, R rows, T temperatures, K kept ids, V vocabulary.
 """
 
 import math
-import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from potstill.core.errors import DataError
 from potstill.core.hashing import hash_file
+from potstill.core.store import replacing, wait_for_disk
 from potstill.logits.codecs import TopK, tail_odds_left
 from potstill.logits.logit_cache import LogitCache
 from potstill.logits.packing import Array
@@ -373,12 +373,7 @@ def _h5py() -> Any:
 
 @contextmanager
 def _new_file(path: Path) -> "Iterator[h5py.File]":
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as unfinished:
         with _h5py().File(unfinished, "w") as file:
             yield file
-        with unfinished.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        wait_for_disk(unfinished)

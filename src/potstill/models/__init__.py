@@ -20,6 +20,8 @@ from potstill.models.heads import (
     isolates_packed_rows,
     output_head,
     output_projection,
+    plain_model,
+    removing,
 )
 from potstill.models.loading import (
     LoadedModel,
@@ -31,7 +33,7 @@ from potstill.models.loading import (
     supports_bf16,
 )
 from potstill.models.routers import Routed, dead_experts, find_routers, listen_to_routers, load_entropy
-from potstill.models.saving import save_model, writing
+from potstill.models.saving import ending_ids, save_model, writing
 from potstill.models.source import (
     Quantize,
     TransformersModel,
@@ -89,6 +91,7 @@ __all__ = [
     "decoder_start_token",
     "embedded_path",
     "encoder_identity",
+    "ending_ids",
     "expert_share",
     "fetch_embedded",
     "find_routers",
@@ -110,8 +113,10 @@ __all__ = [
     "output_head",
     "output_projection",
     "parameter_count",
+    "plain_model",
     "reasoning_format",
     "recorded_base",
+    "removing",
     "save_model",
     "set_rendering",
     "share_weights",

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from potstill.core.errors import ModelError
 from potstill.models.embedded import EMBEDDED_ENCODERS, fetch_encoder
-from potstill.models.hub import hub_commit
 from potstill.models.loading import choose_device
 from potstill.models.pretrained import quiet_transformers, read_pretrained
 from potstill.models.source import TransformersModel, find_source, identity
@@ -37,15 +36,13 @@ def load_encoder(
     import torch
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-    options: dict[str, Any] = {"trust_remote_code": False}
+    options: dict[str, Any] = {}
     if name in EMBEDDED_ENCODERS:
         place = str(fetch_encoder(name, say=say))
     else:
         _check(name)
-        source = find_source(name)
-        place = source.name
-        if source.kind == "hub":
-            options["revision"] = hub_commit(source.name, source.revision)
+        place, options = find_source(name).pretrained()
+    options["trust_remote_code"] = False
     with quiet_transformers():
         tokenizer = read_pretrained(AutoTokenizer.from_pretrained, place, where=name, **options)
         kind: Any = AutoModel

@@ -4,7 +4,8 @@ Shapes: B sequences, T positions, H hidden width, V vocabulary.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from potstill.core.errors import ModelError
@@ -12,6 +13,7 @@ from potstill.models.encoder_decoder import decoder_start_id, decoder_states
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "OutputHead",
@@ -21,6 +23,7 @@ __all__ = [
     "output_head",
     "output_projection",
     "plain_model",
+    "removing",
     "trunk",
 ]
 
@@ -32,6 +35,15 @@ def plain_model(model: Any) -> Any:
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model")
         else model
     )
+
+
+@contextmanager
+def removing(hooks: "Iterable[RemovableHandle]") -> Iterator[None]:
+    """While open, some hooks are on a model; behind it none is, however it ends."""
+    with ExitStack() as opened:
+        for hook in hooks:
+            opened.enter_context(hook)
+        yield
 
 
 def trunk(model: Any) -> Any:

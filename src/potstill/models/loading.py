@@ -11,7 +11,6 @@ from potstill.core.errors import ModelError
 from potstill.core.memory import keep_freed_memory
 from potstill.models.encoder_decoder import forward_inputs
 from potstill.models.heads import add_token_rows, hidden_states, output_head
-from potstill.models.hub import hub_commit
 from potstill.models.pretrained import quiet_transformers, read_adapter, read_pretrained, read_weights
 from potstill.models.quantization import (
     check_stored,
@@ -228,20 +227,13 @@ def load(
     return loaded
 
 
-def _place(source: Source) -> tuple[str, dict[str, Any]]:
-    """What transformers knows a source by: a name or path, and a revision."""
-    if source.kind == "hub":
-        return source.name, {"revision": hub_commit(source.name, source.revision)}
-    return str(source.folder), {}
-
-
 def _stored_quantization(settings: TransformersModel, source: Source) -> str | None:
     """`stored_quantization`, for which a hub model's configuration is fetched."""
     if source.kind != "hub":
         return stored_quantization(settings)
     from transformers import PretrainedConfig
 
-    name, options = _place(source)
+    name, options = source.pretrained()
     found, _ = read_pretrained(PretrainedConfig.get_config_dict, name, where=settings.path, **options)
     return quantization_scheme(found)
 
@@ -249,7 +241,7 @@ def _stored_quantization(settings: TransformersModel, source: Source) -> str | N
 def _load_full(
     settings: TransformersModel, stored: str | None, dtype: "torch.dtype", device: "torch.device"
 ) -> Any:
-    name, options = _place(find_source(settings.path))
+    name, options = find_source(settings.path).pretrained()
     options |= {"dtype": dtype, "trust_remote_code": settings.trust_remote_code}
     if stored is None and settings.quantize is None:
         return _with_added_tokens(read_weights(name, where=settings.path, **options).to(device), settings)

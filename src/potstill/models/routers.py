@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from potstill.models.heads import plain_model
+from potstill.models.heads import plain_model, removing
 
 if TYPE_CHECKING:
     import torch
@@ -65,12 +65,8 @@ def listen_to_routers(routers: Mapping[str, Any]) -> Iterator[dict[str, Routed]]
 
         return hook
 
-    hooks = [router.register_forward_hook(keep(name)) for name, router in routers.items()]
-    try:
+    with removing(router.register_forward_hook(keep(name)) for name, router in routers.items()):
         yield given
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def load_entropy(counts: Sequence[int]) -> float:

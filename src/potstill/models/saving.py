@@ -1,7 +1,7 @@
 """A model on the disk: a folder that plain transformers loads, and that ends a turn where training did."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from potstill.core.errors import StoreError
 from potstill.models.pretrained import quiet_transformers
 
-__all__ = ["save_model", "set_generation_config", "writing"]
+__all__ = ["ending_ids", "save_model", "set_generation_config", "writing"]
 
 
 @contextmanager
@@ -45,11 +45,18 @@ def save_model(
         tokenizer.save_pretrained(folder)
 
 
+def ending_ids(model: Any, tokenizer: Any, end_of_turn_ids: Iterable[int]) -> set[int]:
+    """The tokens that end a model's response: those that end a turn, and what it and its tokenizer state."""
+    stated = model.generation_config.eos_token_id
+    return {*end_of_turn_ids, tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])} - {
+        None
+    }
+
+
 def set_generation_config(model: Any, tokenizer: Any, end_of_turn_ids: Sequence[int]) -> None:
     """Make a model's generation end at the tokens that end a turn, beside those that it states already."""
     config = copy.deepcopy(model.generation_config)
-    stated = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    config.eos_token_id = sorted({*end_of_turn_ids, tokenizer.eos_token_id, *stated} - {None})
+    config.eos_token_id = sorted(ending_ids(model, tokenizer, end_of_turn_ids))
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     try:

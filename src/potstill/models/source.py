@@ -177,6 +177,17 @@ class Source:
         return Path(self.name)
 
     @property
+    def folder_here(self) -> Path | None:
+        """The folder, of a hub model that in the local cache; None where it is not cached."""
+        return cached_hub_folder(self.name, self.revision) if self.kind == "hub" else self.folder
+
+    def pretrained(self) -> tuple[str, dict[str, Any]]:
+        """What transformers knows it by: a name or path, and the options with a revision of the hub."""
+        if self.kind == "hub":
+            return self.name, {"revision": hub_commit(self.name, self.revision)}
+        return str(self.folder), {}
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether a folder holds a tokenizer; other sources always bring theirs."""
         return self.kind not in ("folder", "adapter") or any(
@@ -312,7 +323,7 @@ _Weights = dict[tuple[str, bool], int]
 
 def _stored_weights(source: Source) -> Iterator[_Weights]:
     """Of a folder or a hub model, file by file; of one that is not cached nothing."""
-    folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
+    folder = source.folder_here
     yield from map(_safetensors_weights, sorted(folder.glob("*.safetensors")) if folder is not None else [])
 
 
@@ -350,14 +361,14 @@ def stored_quantization(settings: TransformersModel) -> str | None:
         return None
     if source.kind == "adapter":
         return stored_quantization(adapter_base(source.folder))
-    folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
+    folder = source.folder_here
     return None if folder is None else quantization_scheme(_read_json(folder / "config.json"))
 
 
 def stored_dtype(settings: TransformersModel) -> str:
     """The type that a model's files have, as its configuration states it; float32 where it states none."""
     source = find_source(settings.path)
-    folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
+    folder = source.folder_here
     found = {} if folder is None else _read_json(folder / "config.json")
     stated = found.get("dtype") or found.get("torch_dtype") or _of_text(found).get("dtype")
     return stated if stated in ("bfloat16", "float16") else "float32"
@@ -370,7 +381,7 @@ def stored_configuration(settings: TransformersModel) -> dict[str, Any]:
         return {}
     if source.kind == "adapter":
         return stored_configuration(adapter_base(source.folder))
-    folder = cached_hub_folder(source.name, source.revision) if source.kind == "hub" else source.folder
+    folder = source.folder_here
     found: dict[str, Any] = {} if folder is None else _read_json(folder / "config.json")
     return {**found, **_of_text(found)}
 

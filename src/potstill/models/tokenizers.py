@@ -8,7 +8,6 @@ from potstill.core.hashing import hash_bytes, hash_json
 from potstill.models.chat_templates import CHAT_TEMPLATES, chat_template_text, control_tokens
 from potstill.models.encoder_decoder import decoder_start_id
 from potstill.models.heads import output_projection
-from potstill.models.hub import hub_commit
 from potstill.models.pretrained import quiet_transformers, read_pretrained
 from potstill.models.source import TransformersModel, adapter_base, find_source
 
@@ -97,9 +96,8 @@ def _set_decoder_start(tokenizer: Any, settings: TransformersModel) -> str | Non
     source = find_source(settings.path)
     if source.kind not in ("folder", "hub"):  # an adapter's own tokenizer has it already
         return decoder_start_token(tokenizer)
-    name, options = source.name, dict[str, Any](trust_remote_code=settings.trust_remote_code)
-    if source.kind == "hub":
-        options["revision"] = hub_commit(source.name, source.revision)
+    name, options = source.pretrained()
+    options["trust_remote_code"] = settings.trust_remote_code
     with quiet_transformers():
         found, _ = read_pretrained(PretrainedConfig.get_config_dict, name, where=settings.path, **options)
         if not found.get("is_encoder_decoder"):
@@ -139,11 +137,8 @@ def _read_tokenizer(settings: TransformersModel) -> Any:
             expected="tokenizer.json beside config.json",
             mend="save it there too: AutoTokenizer.from_pretrained(original).save_pretrained(folder)",
         )
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    if source.kind == "hub":
-        name, options["revision"] = source.name, hub_commit(source.name, source.revision)
-    else:
-        name = str(source.folder)
+    name, options = source.pretrained()
+    options["trust_remote_code"] = settings.trust_remote_code
     with quiet_transformers():
         return read_pretrained(AutoTokenizer.from_pretrained, name, where=settings.path, **options)
 

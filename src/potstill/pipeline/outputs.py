@@ -12,7 +12,14 @@ from typing import Any
 
 from potstill.core.errors import DataError, RecipeError, StoreError
 from potstill.core.records import RECORDS_FILE, Record, read_records
-from potstill.core.store import MANIFEST_FILE, MODEL_CARD_FILE, Artifact, manifest_text, write_atomically
+from potstill.core.store import (
+    MANIFEST_FILE,
+    MODEL_CARD_FILE,
+    Artifact,
+    manifest_text,
+    replacing,
+    write_atomically,
+)
 from potstill.data.shapes import WRITTEN_SHAPES, WrittenShape, write_row
 from potstill.pipeline.graph import Graph, nearest
 from potstill.pipeline.run_folder import EVENTS_FILE, LOG_FILE, RECIPE_FILE, REPORT_FILE
@@ -152,8 +159,8 @@ def record_rows(artifact: Artifact) -> Path:
 
 def write_rows(records: Iterable[Record], path: Path, shape: WrittenShape) -> WrittenRows:
     """Write records as JSONL of a shape, atomically and in constant memory; counts what has no place."""
-    written, partial = WrittenRows(), path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
+    written = WrittenRows()
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
             row = write_row(record, shape)
             if isinstance(row, str):
@@ -161,7 +168,6 @@ def write_rows(records: Iterable[Record], path: Path, shape: WrittenShape) -> Wr
             else:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written.rows += 1
-    os.replace(partial, path)
     return written
 
 
@@ -212,11 +218,7 @@ def _manifest_of(artifact: Artifact, view: str | None) -> bytes:
     """The manifest of what is copied: of its files alone."""
     if view is None and not artifact.views:
         return (artifact.folder / MANIFEST_FILE).read_bytes()
-    files = {
-        name.removeprefix(f"{view}/"): entry
-        for name, entry in artifact.manifest.files.items()
-        if (name.partition("/")[0] == view if view else name.partition("/")[0] not in artifact.views)
-    }
+    files = {name.removeprefix(f"{view}/"): entry for name, entry in artifact.files_of(view).items()}
     extra = {key: value for key, value in artifact.manifest.extra.items() if key != "views"}
     update: dict[str, Any] = {"files": files, "extra": extra, "content": artifact.content_of(view)}
     if view is not None:

@@ -19,6 +19,7 @@ from potstill.pipeline.planner import GB, PlannedStep, Planner, memory_limit
 from potstill.pipeline.run import Runnable
 from potstill.pipeline.runner import check_scale
 from potstill.pipeline.times import planned_seconds
+from potstill.report.text import aligned
 from potstill.scale import Cluster, Ray, ReplicatedSettings, Torchrun
 from potstill.teachers import check_teacher
 
@@ -57,7 +58,7 @@ class Plan:
             ]
             for step in self.steps
         ]
-        lines = [f"plan of {self.name}", "", *_table([head, *rows]), ""]
+        lines = [f"plan of {self.name}", "", aligned([head, *rows], header=False), ""]
         if self.cluster is not None:
             lines += [*self._cluster_lines(), ""]
         for step in self.steps:
@@ -86,19 +87,12 @@ class Plan:
             ]
             for step in self.on_cluster
         ]
-        yield from _table([head, *rows])
+        yield aligned([head, *rows], header=False)
         seconds = sum(step.seconds for step in self.on_cluster)
         disk = sum(step.disk_gb or 0.0 for step in self.steps)
         costs = [step.cost_usd for step in self.on_cluster if step.cost_usd is not None]
         cost = f", ${sum(costs):,.2f} of GPUs" if costs else ""
         yield f"one after the other {format_seconds(seconds)}{cost}; {disk:,.2f} GB of disk"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def comparison_table(runs: Sequence[RunView]) -> str:
     text = aligned(rows) + (f"\n\n* best: {_rule(compared)}" if marked else "")
     if notes:
         text += "\n\n" + "\n".join(notes)
-    for arms in arms_of(runs, [(one.measure, one.standing) for one in compared]):
+    for arms in _arms(runs, compared):
         text += "\n\n" + aligned([_arms_head(arms), *_arms_cells(arms)])
     return text
 
@@ -167,6 +167,7 @@ def comparison_table(runs: Sequence[RunView]) -> str:
 def write_comparison(runs: Sequence[RunView], path: Path) -> None:
     """Write a comparison of runs as one offline HTML file."""
     runs = _told_apart(runs)
+    same_loss = _same_loss(runs)
     recipes = [_flat_recipe(run) for run in runs]
     shared = {
         key: value for key, value in recipes[0].items() if all(one.get(key) == value for one in recipes)
@@ -180,13 +181,13 @@ def write_comparison(runs: Sequence[RunView], path: Path) -> None:
         table=table,
         arms=[
             {"head": _arms_head(one), "rows": _arms_cells(one), "label": one.measure.label}
-            for one in arms_of(runs, [(one.measure, one.standing) for one in compared])
+            for one in _arms(runs, compared)
         ],
         rule=_rule(compared),
         notes=_notes(compared),
         figures=_figure_charts(runs, compared),
-        losses=loss_comparison(runs) if _same_loss(runs) else [],
-        same_loss=_same_loss(runs),
+        losses=loss_comparison(runs) if same_loss else [],
+        same_loss=same_loss,
         shared=list(shared.items()),
         recipes=[(run.name, run.recipe_text) for run in runs],
     )
@@ -200,6 +201,10 @@ def _told_apart(runs: Sequence[RunView]) -> Sequence[RunView]:
         replace(run, name=str(run.folder)) if names[run.name] > 1 and run.folder is not None else run
         for run in runs
     ]
+
+
+def _arms(runs: Sequence[RunView], compared: Sequence[_Compared]) -> Iterator[Arms]:
+    return arms_of(runs, [(one.measure, one.standing) for one in compared])
 
 
 def _arms_head(arms: Arms) -> list[str]:
@@ -392,9 +397,10 @@ def _table(runs: Sequence[RunView], compared: Sequence[_Compared], *, ascii_only
         if any(one.differences) and one.measure.unit == "nats":
             header.append("above the lowest")
             columns.append(_difference_cells(one.differences, ascii_only=ascii_only))
-    for label, name in (("training loss", "loss"), ("held-out loss", "held-out loss")):
+    losses = (("training loss", "loss"), ("held-out loss", "held-out loss")) if _same_loss(runs) else ()
+    for label, name in losses:
         ends = [_last_value(run, name) for run in runs]
-        if any(end is not None for end in ends) and _same_loss(runs):
+        if any(end is not None for end in ends):
             header.append(label)
             columns.append([_Cell("" if end is None else f"{end:.3f}", is_figure=True) for end in ends])
     tokens = [sum(step.manifest.tokens for step in run.steps_of("train") if step.manifest) for run in runs]

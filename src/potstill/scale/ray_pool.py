@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from potstill.core.environment import usable_cores
 from potstill.core.errors import EngineError, PotstillError
 from potstill.core.step import StepContext
 from potstill.scale.job import work_folder
@@ -195,8 +196,7 @@ def _no_room(cpus: float, gpus: float) -> EngineError:
 
 
 def _cores(count: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // count)
+    return max(1, usable_cores() // count)
 
 
 @dataclass(eq=False, slots=True)

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from potstill.core.environment import usable_cores
 from potstill.core.errors import Interrupted, PotstillError, TrainingError
 from potstill.core.events import Reporter
 from potstill.core.step import StepContext
@@ -175,10 +176,9 @@ def _loopback_interface() -> str:
 
 
 def _environment(scale: Torchrun, place: int) -> Mapping[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ours = {
         # torchrun would give each process one thread.
-        "OMP_NUM_THREADS": str(max(1, cores // (scale.nproc_per_node * scale.parallel_steps))),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // (scale.nproc_per_node * scale.parallel_steps))),
         **dict.fromkeys(_INTERFACES, _loopback_interface()),
     }
     made = {**ours, **os.environ, **_LOOPBACK_ALONE}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from potstill.core.errors import ModelError
-from potstill.student.depth import decoder_blocks
+from potstill.models import removing
+from potstill.student.depth import block_input, decoder_blocks
 from potstill.student.sizes import Sizes, queries_a_group, resized, sizes_of
 
 __all__ = ["Anatomy", "Axis", "BlockParts", "dissect", "first_block_input"]
@@ -159,12 +160,8 @@ def _hooked(modules: Sequence[nn.Module], hook: Callable[[int, Any, Any], Any]) 
     def at(place: int) -> Any:
         return lambda module, args, output: hook(place, args[0], output)
 
-    hooks = [module.register_forward_hook(at(place)) for place, module in enumerate(modules)]
-    try:
+    with removing(module.register_forward_hook(at(place)) for place, module in enumerate(modules)):
         yield
-    finally:
-        for one in hooks:
-            one.remove()
 
 
 def first_block_input(model: Any) -> Tensor:
@@ -172,13 +169,10 @@ def first_block_input(model: Any) -> Tensor:
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
+        seen.append(block_input(args, kwargs))
 
-    one = decoder_blocks(model)[0].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with decoder_blocks(model)[0].register_forward_pre_hook(hook, with_kwargs=True):
         _run(model)
-    finally:
-        one.remove()
     return seen[0][0]
 
 

@@ -13,10 +13,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from potstill.core.errors import ModelError
-from potstill.models import hidden_states
+from potstill.models import hidden_states, removing
 from potstill.student.sizes import keep_block_fields
 
-__all__ = ["block_importance", "bypass", "choose_blocks", "decoder_blocks", "drop_blocks"]
+__all__ = ["block_importance", "block_input", "bypass", "choose_blocks", "decoder_blocks", "drop_blocks"]
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -32,7 +32,8 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def _hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states [B, T, H] among what a block is called with."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
 
@@ -52,7 +53,7 @@ def block_importance(
 
     def measure(index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            inputs[index] = _hidden_in(args, kwargs)
+            inputs[index] = block_input(args, kwargs)
             first = index - run + 1
             if first < 0:
                 return
@@ -62,17 +63,13 @@ def block_importance(
 
         return hook
 
-    hooks = [
+    hooks = (
         block.register_forward_hook(measure(index), with_kwargs=True) for index, block in enumerate(blocks)
-    ]
-    try:
-        with torch.no_grad():
-            for input_ids_BT, real_BT in batches:
-                tokens += int(real_BT.sum())
-                hidden_states(model, input_ids_BT)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    with torch.no_grad(), removing(hooks):
+        for input_ids_BT, real_BT in batches:
+            tokens += int(real_BT.sum())
+            hidden_states(model, input_ids_BT)
     if not tokens:
         raise ModelError("no tokens to measure block importance on")
     return [total / tokens for total in totals]
@@ -112,16 +109,12 @@ def bypass(model: PreTrainedModel, indices: Iterable[int]) -> Iterator[None]:
     """While open, the blocks at `indices` hand their input through unchanged."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = _hidden_in(args, kwargs)
+        hidden = block_input(args, kwargs)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     blocks = decoder_blocks(model)
-    hooks = [blocks[index].register_forward_hook(hook, with_kwargs=True) for index in indices]
-    try:
+    with removing(blocks[index].register_forward_hook(hook, with_kwargs=True) for index in indices):
         yield
-    finally:
-        for one in hooks:
-            one.remove()
 
 
 def drop_blocks(model: PreTrainedModel, kept: Sequence[int]) -> None:

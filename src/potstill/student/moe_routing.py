@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from potstill.core.errors import ModelError
-from potstill.models import hidden_states
+from potstill.models import hidden_states, removing
 from potstill.models.shared_experts import MOE_FAMILIES, expert_blocks
 
 __all__ = ["Moments", "Routing", "measure_fisher", "measure_moments", "measure_routing", "require_experts"]
@@ -164,13 +164,11 @@ def measure_fisher(model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
             weight_EOI.requires_grad = True
             hooks.append(weight_EOI.register_post_accumulate_grad_hook(listener(number)))
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), removing(hooks):
             for input_ids_BT, real_BT in batches:
                 labels_BT = input_ids_BT.masked_fill(~real_BT, -100)
                 model(input_ids=input_ids_BT, labels=labels_BT, use_cache=False).loss.backward()
     finally:
-        for hook in hooks:
-            hook.remove()
         for name, one in model.named_parameters():
             one.requires_grad = before[name]
     sizes = {
@@ -195,15 +193,13 @@ def _pass(model: Any, batches: Iterable[tuple[Tensor, Tensor]], blocks: dict[int
 
         return hook
 
-    hooks = [block.experts.register_forward_pre_hook(listener(number)) for number, block in blocks.items()]
-    try:
+    with removing(
+        block.experts.register_forward_pre_hook(listener(number)) for number, block in blocks.items()
+    ):
         for input_ids_BT, real_BT in batches:
             real_N = real_BT.flatten()
             tokens += int(real_N.sum())
             hidden_states(model, input_ids_BT)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not tokens:
         raise ModelError("no tokens to measure the experts on")
     return tokens

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 
 from potstill.core.errors import ModelError
 from potstill.losses.head import at_least_fp32
-from potstill.models import hidden_states
+from potstill.models import hidden_states, removing
 from potstill.student.anatomy import Anatomy, first_block_input
 from potstill.student.sizes import Sizes, resized
 
@@ -121,11 +121,8 @@ class _Seen:
         for place, parts in enumerate(self.anatomy.blocks):
             hooks.append(parts.attention_out.register_forward_pre_hook(self._at_attention(place)))
             hooks.append(parts.feed_out.register_forward_pre_hook(self._at_feed(place)))
-        try:
+        with removing(hooks):
             yield
-        finally:
-            for one in hooks:
-                one.remove()
 
     def _real(self, values: Tensor) -> Tensor:
         found_NE = values.reshape(-1, values.shape[-1])[self.real_BT.reshape(-1)]
@@ -200,11 +197,8 @@ def masked(anatomy: Anatomy, kept: Kept) -> Iterator[None]:
     for parts, channels, groups in zip(anatomy.blocks, kept.channels, kept.groups, strict=True):
         hooks.append(parts.attention_out.register_forward_pre_hook(only(group_units, groups)))
         hooks.append(parts.feed_out.register_forward_pre_hook(only(channel_units, channels)))
-    try:
+    with removing(hooks):
         yield
-    finally:
-        for one in hooks:
-            one.remove()
 
 
 def cut(model: Any, anatomy: Anatomy, kept: Kept, energy: dict[str, Tensor] | None = None) -> Any:

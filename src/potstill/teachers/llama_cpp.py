@@ -1,7 +1,6 @@
 """The llama_cpp engine: llama.cpp's server inside this process, on loopback, with continuous batching."""
 
 import math
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from potstill.core.alternatives import Alternatives
+from potstill.core.environment import usable_cores
 from potstill.core.errors import DataError, EngineError, ModelError
 from potstill.core.settings import Settings, execution
 from potstill.data.chat import Renderer, check_prompt_length
@@ -94,12 +94,6 @@ class LlamaCppModel(Settings):
             with Path(source.name).open("rb") as file:
                 if file.read(4) != b"GGUF":
                     raise ModelError("is not a GGUF file (its first bytes are not 'GGUF')", where=source.name)
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class LlamaCppTeacher:
@@ -266,7 +260,7 @@ def _start(path: Path, settings: LlamaCppModel, key: str) -> "xllamacpp.Server":
     parameters.n_parallel = settings.slots
     parameters.n_ctx = settings.context_tokens * settings.slots
     for cores in (parameters.cpuparams, parameters.cpuparams_batch):
-        cores.n_threads = settings.threads or _available_cores()
+        cores.n_threads = settings.threads or usable_cores()
     parameters.hostnames = ["127.0.0.1"]
     parameters.port = 0
     parameters.api_keys = [key]

@@ -14,7 +14,7 @@ from potstill.core.alternatives import Alternatives
 from potstill.core.errors import DataError, EngineError, ModelError
 from potstill.data.chat import Renderer, check_prompt_length
 from potstill.data.responses import response_text
-from potstill.models import LoadedModel, TransformersModel, decoder_start_id, load
+from potstill.models import LoadedModel, TransformersModel, decoder_start_id, ending_ids, load, plain_model
 from potstill.teachers.protocol import Answer, Capabilities, Request, RequestError
 
 if TYPE_CHECKING:
@@ -124,11 +124,8 @@ class _Decoding:
         self.temperature, self.top_p, self.top_logprobs, self.stop = temperature, top_p, top_logprobs, stop
         # generate() of a PEFT model insists on a generation config of its own; the model inside keeps its
         # adapter.
-        model = loaded.model
-        self.model = model.get_base_model() if hasattr(model, "peft_config") else model
-        stated = self.model.generation_config.eos_token_id
-        stated = stated if isinstance(stated, list) else [stated]
-        self.stop_ids = {*renderer.end_of_turn_ids, loaded.tokenizer.eos_token_id, *stated} - {None}
+        self.model = plain_model(loaded.model)
+        self.stop_ids = ending_ids(self.model, loaded.tokenizer, renderer.end_of_turn_ids)
 
     def run(self, prompts: list[list[int]], seeds: Sequence[int], room: int) -> list[Answer]:
         """Decode one batch of at most `room` new tokens a row."""
@@ -224,13 +221,9 @@ def _contiguous_states(model: Any) -> Iterator[None]:
 
     Of the last positions of longer rows, a view with gaps, torch would copy the head's whole weight a row.
     """
-    handle = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, states: (states[0].contiguous(), *states[1:])
-    )
-    try:
+    head = model.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda _, states: (states[0].contiguous(), *states[1:])):
         yield
-    finally:
-        handle.remove()
 
 
 def _uniform_draws(seeds: Sequence[int], steps: int) -> "torch.Tensor":

@@ -1,12 +1,11 @@
 """Checkpoints that are whole or not there: a mark with every file's hash is written last."""
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
-from potstill.core.store import write_atomically
+from potstill.core.hashing import hash_file
+from potstill.core.store import wait_for_disk, write_atomically
 
 __all__ = ["complete", "newest"]
 
@@ -18,11 +17,8 @@ def complete(checkpoint: Path) -> None:
     hashes = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
-                hashes[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(
-                    file, "sha256"
-                ).hexdigest()
+            wait_for_disk(path)
+            hashes[path.relative_to(checkpoint).as_posix()] = hash_file(path)
     write_atomically(checkpoint / _MARK, json.dumps(hashes, indent=2))
     for other in checkpoint.parent.glob("checkpoint-*"):
         if other != checkpoint:
@@ -43,10 +39,6 @@ def newest(folder: Path) -> Path | None:
 def _is_whole(checkpoint: Path) -> bool:
     try:
         hashes = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
-        for name, expected in hashes.items():
-            with (checkpoint / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    return False
+        return all(hash_file(checkpoint / name) == expected for name, expected in hashes.items())
     except (OSError, ValueError, AttributeError):  # AttributeError: no JSON object
         return False
-    return True

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from potstill.models import plain_model
 from potstill.models.attention import register_attention
 
 __all__ = ["choose_attention"]
@@ -21,7 +22,7 @@ def choose_attention(model: Any, longest_row: int, *, packed: bool, bf16: bool) 
     length. A model in float64 keeps what it was loaded with: eager attention takes its softmax in float32.
     """
     register_attention()
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_model(model)
     config = plain.config.get_text_config(decoder=True)
     drops = any(getattr(config, name, 0.0) for name in _DROPOUTS)
     is_tiled = bf16 and not (packed or drops or plain.config.is_encoder_decoder)

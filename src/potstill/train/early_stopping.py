@@ -7,6 +7,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from potstill.core.errors import TrainingError
+from potstill.core.hashing import hash_file
+from potstill.core.store import wait_for_disk, write_atomically
 from potstill.train.settings import EarlyStoppingSettings
 
 __all__ = ["EarlyStopping", "best_evaluation"]
@@ -35,8 +38,9 @@ class EarlyStopping(TrainerCallback):
     Where the arguments have no evaluations, it asks for those that count: every so many steps and
     at the last.
     `save` and `load` write the trained weights to a file and read them back; files lie in the trainer's
-    output folder, one for the best step so far and one for that of the newest checkpoint. Several processes
-    decide alike, since they have one log; `save` is to write in one of them alone.
+    output folder, one for the best step so far and one for that of the newest checkpoint, each with its hash
+    beside it. Several processes decide alike, since they have one log; `save` is to write in one of them
+    alone.
     """
 
     def __init__(
@@ -59,6 +63,14 @@ class EarlyStopping(TrainerCallback):
         every = self.settings.every
         return every is None or step % every == 0 or step >= state.max_steps
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Where training goes on, raise TrainingError unless the best weights so far are as they were."""
+        best, _ = self._judge(state)
+        if best is not None:
+            _check(_file(Path(str(args.output_dir)), best))
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
@@ -76,6 +88,8 @@ class EarlyStopping(TrainerCallback):
         folder = Path(str(args.output_dir))
         if best is not None and best == state.global_step:
             self.save(_file(folder, best))
+            if args.should_save:
+                _seal(_file(folder, best))
         if later >= self.settings.patience:
             control.should_training_stop = True
             # Training that resumed from here would go on.
@@ -92,6 +106,7 @@ class EarlyStopping(TrainerCallback):
         for path in folder.glob(_file(folder, "*").name):
             if best is None or path != _file(folder, best):
                 path.unlink()
+                _hash_file(path).unlink(missing_ok=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -104,3 +119,26 @@ class EarlyStopping(TrainerCallback):
 
 def _file(folder: Path, step: int | str) -> Path:
     return folder / f"best-{step}.safetensors"
+
+
+def _hash_file(weights: Path) -> Path:
+    return weights.with_suffix(".sha256")
+
+
+def _seal(weights: Path) -> None:
+    wait_for_disk(weights)
+    write_atomically(_hash_file(weights), hash_file(weights))
+
+
+def _check(weights: Path) -> None:
+    try:
+        is_whole = _hash_file(weights).read_text(encoding="utf-8") == hash_file(weights)
+    except FileNotFoundError:
+        is_whole = False
+    if not is_whole:
+        raise TrainingError(
+            "the weights of the lowest held-out loss so far are damaged or missing",
+            where=str(weights),
+            expected="the weights that the checkpoint's log names as the best",
+            mend="remove the folder that they lie in and run again: this training begins anew",
+        )

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from potstill.core.errors import ModelError, TrainingError
 from potstill.losses.feature import feature_sum
 from potstill.losses.head import at_least_fp32
-from potstill.models import hidden_states
-from potstill.student.depth import decoder_blocks
+from potstill.models import hidden_states, plain_model, removing
+from potstill.student.depth import block_input, decoder_blocks
 from potstill.train.settings import FeatureSettings
 
 if TYPE_CHECKING:
@@ -92,17 +92,13 @@ def layer_map(settings: FeatureSettings, student_layers: int, teacher_layers: in
     return dict(sorted(pairs.items()))
 
 
-def _plain(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
-
-
 @contextmanager
 def _listening(model: Any, layers: Mapping[int, object], *, relations: bool) -> Iterator[Passed]:
     """While open, what a model's passes give at some layers.
 
     Only while open: activations that are recomputed in the backward pass go through the same modules again.
     """
-    plain, passed = _plain(model), Passed()
+    plain, passed = plain_model(model), Passed()
     blocks = decoder_blocks(plain)
     hooks = []
     for layer in layers:
@@ -117,16 +113,13 @@ def _listening(model: Any, layers: Mapping[int, object], *, relations: bool) -> 
             )
         else:
             hooks.append(plain.get_decoder().register_forward_hook(_keep_last(passed, layer)))
-    try:
+    with removing(hooks):
         yield passed
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _keep_input(passed: Passed, layer: int) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        passed.setdefault((layer, "state"), []).append(args[0] if args else kwargs["hidden_states"])
+        passed.setdefault((layer, "state"), []).append(block_input(args, kwargs))
 
     return hook
 
@@ -196,7 +189,9 @@ class FeatureLoss(nn.Module):
         super().__init__()
         self.settings = settings
         self.relations = settings.kind == "relations"
-        self.pairs = layer_map(settings, *(len(decoder_blocks(_plain(one))) for one in (student, teacher)))
+        self.pairs = layer_map(
+            settings, *(len(decoder_blocks(plain_model(one))) for one in (student, teacher))
+        )
         self._teacher_layers = dict.fromkeys(self.pairs.values())
         of_student = _probe(student, self.pairs, relations=self.relations)
         of_teacher = _probe(teacher, self._teacher_layers, relations=self.relations)
@@ -219,7 +214,7 @@ class FeatureLoss(nn.Module):
         common = math.gcd(*widths)
         stated = self.settings.relation_heads
         if stated is None:
-            most = _plain(student).config.get_text_config().num_attention_heads
+            most = plain_model(student).config.get_text_config().num_attention_heads
             return max(heads for heads in range(1, most + 1) if common % heads == 0)
         if common % stated:
             raise TrainingError(

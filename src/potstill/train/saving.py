@@ -7,6 +7,7 @@ from typing import Literal
 
 from safetensors.torch import save_file
 
+from potstill.core.store import wait_for_disk
 from potstill.data.chat import Renderer
 from potstill.models import LoadedModel, save_model, writing
 from potstill.models.pretrained import quiet_transformers
@@ -65,8 +66,7 @@ def save_epoch(
     with writing(target):
         for path in partial.rglob("*"):
             if path.is_file():
-                with path.open("r+b") as file:  # a checkpoint that goes on behind it may outlive a power cut
-                    os.fsync(file.fileno())
+                wait_for_disk(path)  # a checkpoint that goes on behind it may outlive a power cut
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     if keep != "all":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from potstill.models import decoder_start_id, output_projection
+from potstill.models import decoder_start_id, output_projection, plain_model
 
 __all__ = ["StepCost", "parameter_size", "peak_flops_per_s"]
 
@@ -73,7 +73,7 @@ class StepCost:
     """
 
     def __init__(self, model: Any) -> None:
-        plain = model.get_base_model() if hasattr(model, "peft_config") else model
+        plain = plain_model(model)
         config = plain.config.get_text_config()
         lookups = [one.weight for one in plain.modules() if isinstance(one, nn.Embedding)]
         head: nn.Parameter = output_projection(plain).weight

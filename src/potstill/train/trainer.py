@@ -7,8 +7,9 @@ count of supervised tokens over all processes (ranks), and the refusal of a loss
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from potstill.models import (
     writing,
 )
 from potstill.train import cpu, sharding
+from potstill.train.agreement import check_agreement, weights_digest
 from potstill.train.arguments import DistillationArguments
 from potstill.train.base import Base
 from potstill.train.checks import check_device, check_loss, check_precision, check_strategy
@@ -87,6 +89,11 @@ def learning_rate_factor(
 
 def _default_alpha(teacher: object) -> float:
     return 0.0 if teacher is None else 0.5
+
+
+def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = value + sums.get(name, 0.0)
 
 
 class DistillationTrainer(Trainer):
@@ -202,6 +209,7 @@ class DistillationTrainer(Trainer):
             teacher=self.teacher if isinstance(self.teacher, OnlineTeacher) else None,
             bf16=bf16,
         )
+        check_agreement(self._held_alike(reference))
         if arguments.divides:
             self.student.hold_frozen()
         self.plan = EpochPlan(
@@ -222,6 +230,17 @@ class DistillationTrainer(Trainer):
             torch.manual_seed(arguments.seed + arguments.process_index)
         self.remove_callback(PrinterCallback)
         self.early_stopping = self._early_stopping(settings.early_stopping)
+
+    def _held_alike(self, reference: nn.Module | None) -> dict[str, str]:
+        teacher = self.teacher.model if isinstance(self.teacher, OnlineTeacher) else None
+        return {
+            "libraries": ", ".join(
+                f"{one} {metadata.version(one)}" for one in ("potstill", "torch", "transformers")
+            ),
+            "rows": f"{len(self.rows):,} ({self.rows.digest}), {len(self.held_out):,} held out "
+            f"({self.held_out.digest})",
+            "weights": weights_digest(self.loaded.model, teacher, reference),
+        }
 
     def _packs(self, wanted: bool | None, *, bf16: bool) -> bool:
         models = [self.loaded.model]
@@ -342,8 +361,7 @@ class DistillationTrainer(Trainer):
                 loss, values = model(here, supervised / self.args.world_size, *scales)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
-            for name, value in values.items():
-                sums[name] = value + sums.get(name, 0.0)
+            _add(sums, values)
         faults = (~torch.stack(losses).isfinite()).nonzero().flatten().tolist()
         figures, first_faults = self._over_ranks(sums, fault=faults[0] + 1 if faults else 0)
         figures = {name: value / supervised for name, value in figures.items()}
@@ -407,7 +425,7 @@ class DistillationTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return sharding.whole(super()._get_grad_norm(model, grad_norm))
 
-    def _where(self, row_ids: list[str] | tuple[str, ...]) -> str:
+    def _where(self, row_ids: Sequence[str]) -> str:
         shown = ", ".join(row_ids[:_ROWS_SHOWN]) + (", ..." if len(row_ids) > _ROWS_SHOWN else "")
         return f"step {self.state.global_step + 1} (records {shown})"
 
@@ -451,8 +469,7 @@ class DistillationTrainer(Trainer):
         with torch.no_grad(), routing.counting() as counts:
             for batch in self.micro_batches(self.held_out).one_by_one(range(len(self.held_out))):
                 _, values = self.student(batch.to(self.student.device), 1, *scales)
-                for name, value in values.items():
-                    sums[name] = value + sums.get(name, 0.0)
+                _add(sums, values)
         sharding.release(self.student)
         totals, _ = self._over_ranks(sums)
         metrics = {f"eval_{name}": total / supervised for name, total in totals.items()}

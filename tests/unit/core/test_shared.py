@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from potstill.core import shared as sharing
 from potstill.core.errors import Interrupted, StoreError
 from potstill.core.shared import SharedArtifacts, check_place, open_shared
-from potstill.core.store import MANIFEST_FILE, Artifact, Manifest, Store, manifest_text
+from potstill.core.store import MANIFEST_FILE, Artifact, Manifest, Store, content_hash, manifest_text
 
 from ...hub import REPOSITORY, Hub, running_hub
 from ...s3 import HAS_S3, NEEDS_S3, make_bucket, s3_environment, s3_server
@@ -331,7 +331,7 @@ def test_a_manifest_whose_names_lead_elsewhere_is_none(
     made = _make(Store(tmp_path / "a"))
     shared.put(made)
     files = {name: made.manifest.files["config.json"]}
-    evil = made.manifest.model_copy(update={"files": files, "content": sharing._content(files)})
+    evil = made.manifest.model_copy(update={"files": files, "content": content_hash(files)})
     shared._files.pipe_file(_manifest_path(shared), manifest_text(evil).encode())
     told = list[str]()
     assert shared.find("train", FINGERPRINT, told.append) is None

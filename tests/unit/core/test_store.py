@@ -192,8 +192,11 @@ def test_a_manifest_that_names_a_file_out_of_its_folder_is_refused(tmp_path: Pat
 def test_a_view_is_a_folder_of_the_artifact_and_nothing_else(tmp_path: Path) -> None:
     store = Store(tmp_path)
     folder = store.prepare("generate", FINGERPRINT)
-    (folder / "epoch1").mkdir()
-    (folder / "epoch1" / "rows").write_text("x", encoding="utf-8")
+    for name in ("epoch1/rows", "other/rows", "rows"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x", encoding="utf-8")
     fields: Any = {"kind": "generate", "fingerprint": FINGERPRINT, "settings": {}, "seed": 1, "seconds": 0.5}
     sealed = store.seal(folder, **fields, extra={"views": ["epoch1", "..", "../other", "/etc"]})
     assert sealed.views == ["epoch1"]
+    assert [*sealed.files_of("epoch1")] == ["epoch1/rows"]
+    assert [*sealed.files_of(None)] == ["other/rows", "rows"]

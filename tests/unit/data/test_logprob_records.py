@@ -13,16 +13,18 @@ from potstill.data.source_settings import LogprobRecords
 from potstill.data.sources import FileSource, read
 from potstill.models import tokenizer_hash
 
+from ...rows import write_rows
+
 ANSWER = "<think>\nFirst 12 + 7 = 19\n</think>\n\nThe answer is 19."
 
 
-def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return path
+def record(number: int, ids: list[int], logprob: float = -1.0) -> dict[str, Any]:
+    """What is released beside a row: its response's ids, each as probable as the others."""
+    return {"sample_uuid": f"u{number}", "token_ids": ids, "logprobs": [logprob] * len(ids)}
 
 
 @pytest.fixture
-def samples(tmp_path: Path) -> Path:
+def samples(tmp_path: Path) -> str:
     """Rows in the columns of the released data."""
     rows = [
         {
@@ -34,7 +36,7 @@ def samples(tmp_path: Path) -> Path:
         }
         for number in range(3)
     ]
-    return lines(tmp_path / "stage1.jsonl", rows)
+    return write_rows(tmp_path / "stage1.jsonl", rows)
 
 
 @pytest.fixture
@@ -43,28 +45,25 @@ def ids(tiny_tokenizer: Any) -> list[int]:
     return found
 
 
-def read_with(context: Any, samples: Path, logprobs: Path, tokenizer: Path, **fields: Any) -> list[Record]:
+def read_with(context: Any, samples: str, logprobs: str, tokenizer: Path, **fields: Any) -> list[Record]:
     settings = {
-        "path": str(samples),
-        "logprobs": {"file": str(logprobs), "tokenizer": str(tokenizer), **fields},
+        "path": samples,
+        "logprobs": {"file": logprobs, "tokenizer": str(tokenizer), **fields},
     }
     return list(read(FileSource.model_validate(settings), context("read")))
 
 
 def test_they_join_by_id_whatever_their_order(
     step_context: Any,
-    samples: Path,
+    samples: str,
     tmp_path: Path,
     tiny_model_folder: Path,
     tiny_tokenizer: Any,
     ids: list[int],
 ) -> None:
-    records = [
-        {"sample_uuid": f"u{number}", "token_ids": ids, "logprobs": [-0.25 * (number + 1)] * len(ids)}
-        for number in (2, 0, 1)
-    ]
+    records = [record(number, ids, -0.25 * (number + 1)) for number in (2, 0, 1)]
     found = read_with(
-        step_context, samples, lines(tmp_path / "l.jsonl", records), tiny_model_folder, temperature=1.0
+        step_context, samples, write_rows(tmp_path / "l.jsonl", records), tiny_model_folder, temperature=1.0
     )
     assert [one.logprobs for one in found] == [[-0.25 * (number + 1)] * len(ids) for number in range(3)]
     assert [one.messages[-1]["content"] for one in found] == ["question 0", "question 1", "question 2"]
@@ -78,16 +77,13 @@ def test_they_join_by_id_whatever_their_order(
 
 
 def test_ids_that_spell_something_else_are_left_aside(
-    step_context: Any, samples: Path, tmp_path: Path, tiny_model_folder: Path, tiny_tokenizer: Any
+    step_context: Any, samples: str, tmp_path: Path, tiny_model_folder: Path, tiny_tokenizer: Any
 ) -> None:
     # As channel marks stand where the text has think tags.
     said = "analysis:First 12 + 7 = 19<|im_end|><|im_start|>final:The answer is 19."
     other = tiny_tokenizer(said, add_special_tokens=False)["input_ids"]
-    records = [
-        {"sample_uuid": f"u{number}", "token_ids": other, "logprobs": [-1.0] * len(other)}
-        for number in range(3)
-    ]
-    for one in read_with(step_context, samples, lines(tmp_path / "l.jsonl", records), tiny_model_folder):
+    path = write_rows(tmp_path / "l.jsonl", [record(number, other) for number in range(3)])
+    for one in read_with(step_context, samples, path, tiny_model_folder):
         assert (one.response_token_ids, one.tokenizer) == (None, None)
         assert one.logprobs == [-1.0] * len(other)
         assert one.sampling == {"logprob_temperature": None}
@@ -96,35 +92,32 @@ def test_ids_that_spell_something_else_are_left_aside(
 
 def test_the_end_of_the_turn_is_no_part_of_the_response(
     step_context: Any,
-    samples: Path,
+    samples: str,
     tmp_path: Path,
     tiny_model_folder: Path,
     tiny_tokenizer: Any,
     ids: list[int],
 ) -> None:
     ended = [*ids, tiny_tokenizer.eos_token_id]
-    records = [
-        {"sample_uuid": f"u{n}", "token_ids": ended, "logprobs": [-1.0] * len(ended)} for n in range(3)
-    ]
-    for one in read_with(step_context, samples, lines(tmp_path / "l.jsonl", records), tiny_model_folder):
+    path = write_rows(tmp_path / "l.jsonl", [record(number, ended) for number in range(3)])
+    for one in read_with(step_context, samples, path, tiny_model_folder):
         assert one.response_token_ids == ids
         assert len(one.logprobs or []) == len(ids)
 
 
 def test_a_row_without_a_record_is_left_out_and_counted(
-    step_context: Any, samples: Path, tmp_path: Path, tiny_model_folder: Path, ids: list[int]
+    step_context: Any, samples: str, tmp_path: Path, tiny_model_folder: Path, ids: list[int]
 ) -> None:
-    records = [{"sample_uuid": "u1", "token_ids": ids, "logprobs": [-1.0] * len(ids)}]
-    path = lines(tmp_path / "l.jsonl", records)
+    path = write_rows(tmp_path / "l.jsonl", [record(1, ids)])
     context = step_context("read")
-    settings = {"path": str(samples), "logprobs": {"file": str(path), "tokenizer": str(tiny_model_folder)}}
+    settings = {"path": samples, "logprobs": {"file": path, "tokenizer": str(tiny_model_folder)}}
     assert len(list(read(FileSource.model_validate(settings), context))) == 1
     assert any("2 malformed rows left out" in one for one in context.reporter.said)
     assert any("there are no log-probabilities for uuid 'u0'" in one for one in context.reporter.said)
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("damaged", "message"),
     [
         ({"sample_uuid": "u0", "token_ids": [1, 2]}, "lacks logprobs"),
         ({"sample_uuid": "u0", "token_ids": [1, 2], "logprobs": [-1.0]}, "2 ids and 1 log-probabilities"),
@@ -134,33 +127,32 @@ def test_a_row_without_a_record_is_left_out_and_counted(
 )
 def test_a_record_that_cannot_be_used_is_named(
     step_context: Any,
-    samples: Path,
+    samples: str,
     tmp_path: Path,
     tiny_model_folder: Path,
-    record: dict[str, Any],
+    damaged: dict[str, Any],
     message: str,
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        read_with(step_context, samples, lines(tmp_path / "l.jsonl", [record]), tiny_model_folder)
+        read_with(step_context, samples, write_rows(tmp_path / "l.jsonl", [damaged]), tiny_model_folder)
     assert "l.jsonl, line 1" in str(caught.value)
 
 
 def test_a_sample_has_one_record(
-    step_context: Any, samples: Path, tmp_path: Path, tiny_model_folder: Path, ids: list[int]
+    step_context: Any, samples: str, tmp_path: Path, tiny_model_folder: Path, ids: list[int]
 ) -> None:
-    record = {"sample_uuid": "u0", "token_ids": ids, "logprobs": [-1.0] * len(ids)}
-    same = lines(tmp_path / "same.jsonl", [record, record])
+    first = record(0, ids)
+    same = write_rows(tmp_path / "same.jsonl", [first, first])
     assert len(read_with(step_context, samples, same, tiny_model_folder)) == 1
-    other = {**record, "logprobs": [-2.0] * len(ids)}
+    other = record(0, ids, -2.0)
     with pytest.raises(DataError, match=r"l\.jsonl, line 2: .*'u0' has other .* in l\.jsonl, line 1"):
-        read_with(step_context, samples, lines(tmp_path / "l.jsonl", [record, other]), tiny_model_folder)
+        read_with(step_context, samples, write_rows(tmp_path / "l.jsonl", [first, other]), tiny_model_folder)
 
 
 def test_a_column_that_rows_do_not_have_is_named_with_those_they_have(
-    step_context: Any, samples: Path, tmp_path: Path, tiny_model_folder: Path, ids: list[int]
+    step_context: Any, samples: str, tmp_path: Path, tiny_model_folder: Path, ids: list[int]
 ) -> None:
-    records = [{"sample_uuid": "u0", "token_ids": ids, "logprobs": [-1.0] * len(ids)}]
-    path = lines(tmp_path / "l.jsonl", records)
+    path = write_rows(tmp_path / "l.jsonl", [record(0, ids)])
     with pytest.raises(DataError, match="no column 'id'") as caught:
         read_with(step_context, samples, path, tiny_model_folder, key="id")
     assert "uuid, input, output" in str(caught.value)
@@ -172,12 +164,14 @@ def test_records_lie_in_one_place(where: dict[str, str]) -> None:
         LogprobRecords.model_validate({"tokenizer": "a/b", **where})
 
 
-def test_another_file_of_records_is_another_meaning(samples: Path, tmp_path: Path) -> None:
+def test_another_file_of_records_is_another_meaning(samples: str, tmp_path: Path) -> None:
     from potstill.core.settings import meaning
 
     def meant(logprob: float) -> Any:
-        path = lines(tmp_path / "l.jsonl", [{"sample_uuid": "u", "token_ids": [1], "logprobs": [logprob]}])
-        settings = {"path": str(samples), "logprobs": {"file": str(path), "tokenizer": "a/b"}}
+        path = write_rows(
+            tmp_path / "l.jsonl", [{"sample_uuid": "u", "token_ids": [1], "logprobs": [logprob]}]
+        )
+        settings = {"path": samples, "logprobs": {"file": path, "tokenizer": "a/b"}}
         return meaning(FileSource.model_validate(settings))
 
     assert meant(-1.0) != meant(-2.0)

@@ -21,6 +21,7 @@ from potstill.evaluate.subjects import LocalSubject
 from potstill.models import TransformersModel, loading
 from potstill.teachers import LlamaCppModel, OpenAIModel, SolverModel
 
+from ...rows import write_rows
 from ...servers import Reply, ScriptedServer, completion, error, running_server
 from ..models.test_embedded import to_gguf
 
@@ -43,7 +44,7 @@ def models(tmp_path: Path, build_tiny_model: Callable[..., Any], tiny_tokenizer:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> EvaluateSettings:
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
+    write_rows(tmp_path / "questions.jsonl", QUESTIONS)
     return EvaluateSettings.model_validate(
         {
             "do": "evaluate",
@@ -407,8 +408,7 @@ def test_a_response_cut_off_in_its_reasoning_is_no_reference_of_rouge(
         {"prompt": "What is 1 + 1?", "response": "<think>\none and one"},
         {"prompt": "What is 1 + 2?", "response": "<think>\none and two\n</think>\n\nIt is three."},
     ]
-    path = tmp_path / "given.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    path = write_rows(tmp_path / "given.jsonl", rows)
     context, _ = evaluate(tasks={"given": {"path": str(path)}}, rouge=True)
     found = [json.loads(row["scores"]) for row in _rows(context.folder / "scores.parquet")]
     assert ["rouge1" in scores for scores in found[:2]] == [False, True]
@@ -442,8 +442,7 @@ QUIZ = [
 @pytest.fixture
 def quiz(tmp_path: Path) -> dict[str, str]:
     """Multiple-choice questions."""
-    path = tmp_path / "quiz.jsonl"
-    path.write_text("\n".join(map(json.dumps, QUIZ)), encoding="utf-8")
+    path = write_rows(tmp_path / "quiz.jsonl", QUIZ)
     return {"path": str(path)}
 
 
@@ -827,8 +826,7 @@ def test_an_interrupted_choice_is_not_scored_again(
 
 def test_a_prompt_that_a_models_context_does_not_hold_is_named(evaluate: Evaluate, tmp_path: Path) -> None:
     rows = [QUIZ[0], {**QUIZ[1], "question": "word " * 600}]
-    path = tmp_path / "long.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    path = write_rows(tmp_path / "long.jsonl", rows)
     task = {"data": {"path": str(path)}, "choose_by": "letter"}
     with pytest.raises(DataError, match="the context holds 512") as caught:
         evaluate(tasks={"long": task}, data=None, teacher=None)
@@ -837,8 +835,7 @@ def test_a_prompt_that_a_models_context_does_not_hold_is_named(evaluate: Evaluat
 
 def test_right_answers_are_given_by_a_column_of_the_rows(evaluate: Evaluate, tmp_path: Path) -> None:
     rows = [{**one, "category": "even" if n % 2 == 0 else "odd"} for n, one in enumerate(QUESTIONS)]
-    path = tmp_path / "labelled.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    path = write_rows(tmp_path / "labelled.jsonl", rows)
     _, result = evaluate(tasks={"sums": {"path": str(path)}}, by="category")
     groups = result.metrics["models"]["student"]["tasks"]["sums"]["groups"]
     assert {value: one["prompts"] for value, one in groups.items()} == {"even": 3, "odd": 2}
@@ -855,8 +852,7 @@ def test_right_answers_are_given_by_a_column_of_the_rows(evaluate: Evaluate, tmp
 def test_questions_without_an_answer_that_can_be_checked_are_told(
     evaluate: Evaluate, tmp_path: Path, rows: list[dict[str, str]], then: str
 ) -> None:
-    path = tmp_path / "some.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    path = write_rows(tmp_path / "some.jsonl", rows)
     context, result = evaluate(tasks={"mine": {"path": str(path)}}, data=None, teacher=None, samples_shown=0)
     said = [line for line in context.reporter.said if line.startswith("mine: ")]  # type: ignore[attr-defined]
     assert said[0] == f"mine: 1 of {len(rows)} questions have no answer that can be checked; {then}"

@@ -1,7 +1,6 @@
 """lm-eval's own figures under our tables: a task of local rows on a tiny model, and what its absence says."""
 
 import copy
-import json
 import subprocess
 import sys
 import types
@@ -19,6 +18,8 @@ from potstill.evaluate.harness import HarnessRows, check_harness, harness_differ
 from potstill.evaluate.intervals import paired_share_difference, wilson_interval
 from potstill.evaluate.scorer_settings import HarnessSettings, harness_version
 from potstill.models import LoadedModel
+
+from ...rows import write_rows
 
 needs_lm_eval = pytest.mark.skipif(harness_version() is None, reason="lm-eval is not installed")
 
@@ -171,7 +172,7 @@ def local_task(tmp_path: Path) -> HarnessSettings:
         for one in range(6)
     ]
     data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_rows(data, rows)
     folder = tmp_path / "tasks"
     folder.mkdir()
     for name in ("local_sums", "local_more"):

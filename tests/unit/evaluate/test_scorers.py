@@ -18,6 +18,7 @@ from potstill.evaluate.rating import rate
 from potstill.models import TransformersModel
 from potstill.teachers import Answer, OpenAIModel
 
+from ...rows import write_rows
 from ...servers import Reply, ScriptedServer, completion, error, running_server
 
 ROWS = [
@@ -51,7 +52,7 @@ def server() -> Iterator[ScriptedServer]:
 def evaluate(step_context: Callable[..., StepContext], server: ScriptedServer, tmp_path: Path) -> Evaluate:
     """`evaluate(folder, models=…, **settings)` of served models on the rows above."""
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    write_rows(path, ROWS)
 
     def start(
         folder: str = "artifact", *, models: dict[str, Settings] | None = None, **settings: Any

@@ -6,17 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from potstill.core.errors import StoreError
-from potstill.core.store import Store
 from potstill.data.chat import Renderer
 from potstill.export import export_huggingface
 from potstill.models import TransformersModel, load
-from potstill.pipeline.run import run_recipe
-from potstill.pipeline.runner import RunOptions
-from potstill.recipe import load_recipe
 from potstill.teachers.transformers import generate_batch
+
+from .runs import run_in
 
 PROMPTS = ["What is 1 + 2?", "State the final answer", "How many apples are left?"]
 
@@ -44,11 +41,7 @@ def run(tmp_path: Path, shared_model_folder: Path) -> Callable[..., Path]:
             "models": {"base": {"path": base or str(shared_model_folder)}},
             "steps": {"student": student, **steps},
         }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        folder = tmp_path / "runs" / "exported"
-        run_recipe(load_recipe(str(path)), folder, Store(tmp_path / "store"), "quiet", RunOptions())
-        return folder
+        return run_in(tmp_path, recipe)
 
     return make
 
@@ -199,10 +192,7 @@ def test_shared_experts_are_trained_by_name_and_exported_whole(
             "adapted": {**usual, "student": "shared", "lora": {"rank": 4}},
         },
     }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    folder = tmp_path / "runs" / "exported"
-    run_recipe(load_recipe(str(path)), folder, Store(tmp_path / "store"), "quiet", RunOptions())
+    folder = run_in(tmp_path, recipe)
 
     before, trained = (
         load(TransformersModel(path=str(folder / name)), dtype=torch.float32).model

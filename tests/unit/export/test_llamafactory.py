@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import yaml
 
 from potstill.core.errors import DataError, ModelError, StoreError
 from potstill.core.records import RECORDS_FILE, Record, read_records, write_records
-from potstill.core.store import Store
 from potstill.export import Exported, export_llamafactory, sharegpt_row
-from potstill.pipeline.run import run_recipe
-from potstill.pipeline.runner import RunOptions
-from potstill.recipe import load_recipe
+
+from ...rows import write_rows
+from .runs import run_in
 
 ASKED = {"role": "user", "content": "What is 12 + 7?"}
 THOUGHT = "<think>\ntwelve and seven\n</think>\n\n19"
@@ -97,7 +97,7 @@ def recipe(tiny_model_folder: Path, tmp_path: Path) -> dict[str, Any]:
         {"prompt": f"question {number}", "response": f"naïve answer {number}", "uuid": str(number)}
         for number in range(12)
     ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_rows(tmp_path / "rows.jsonl", rows)
     data = {"path": str(tmp_path / "rows.jsonl")}
     train = {"do": "train", "batch": 4, "warmup_ratio": 0.1, "max_steps": None}
     return {
@@ -123,14 +123,7 @@ Runner = Callable[[dict[str, Any]], Path]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Runner:
-    def make(recipe: dict[str, Any]) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        folder = tmp_path / "runs" / "staged"
-        run_recipe(load_recipe(str(path)), folder, Store(tmp_path / "store"), "quiet", RunOptions())
-        return folder
-
-    return make
+    return partial(run_in, tmp_path)
 
 
 def config_of(folder: Path, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from potstill.logits.codecs import Codec, TopK
 from potstill.logits.logit_cache import LogitCache
 from potstill.logits.shards import CachedRow, ShardWriter, write_index
-from potstill.losses.types import Sampled, Sparse
+from potstill.losses.types import Sampled, Sparse, TeacherSignal
 
 V = 40
 CODEC = TopK(4, V, (1.0, 2.0))
@@ -32,6 +32,17 @@ def writer_of(folder: Path, writer: int = 0, codec: Codec = CODEC) -> ShardWrite
     """A writer of small shards."""
     folder.mkdir(exist_ok=True)
     return ShardWriter(folder, codec, tokenizer="tok", model="model", writer=writer, shard_tokens=20)
+
+
+def assert_same_signal(
+    found: TeacherSignal, wanted: TeacherSignal, *, log_probs: float = 0.02, tail: float = 2**-9
+) -> None:
+    """Two signals keep the same ids, with log-probabilities and tails that differ by rounding at most."""
+    assert isinstance(found, Sparse)
+    assert isinstance(wanted, Sparse)
+    assert torch.equal(found.ids_NK, wanted.ids_NK)
+    torch.testing.assert_close(found.log_probs_NK, wanted.log_probs_NK, rtol=0, atol=log_probs)
+    torch.testing.assert_close(found.log_tail_N, wanted.log_tail_N, rtol=0, atol=tail)
 
 
 def kept_of(row: CachedRow, codec: Codec = CODEC) -> dict[str, Tensor]:

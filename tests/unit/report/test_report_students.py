@@ -8,6 +8,8 @@ from typing import Any
 from potstill.report import RunView, write_report
 from potstill.report.students import student_sections
 
+from .evaluations import with_metrics_of
+
 RunBuilder = Callable[..., RunView]
 
 QUALITY = {
@@ -39,14 +41,7 @@ CANDIDATES = [
 
 
 def with_metrics(run: RunView, **metrics: Any) -> RunView:
-    steps = []
-    for step in run.steps:
-        if step.kind == "init":
-            assert step.manifest is not None
-            found = {**step.manifest.metrics, "parameters_before": 134_515_008, **metrics}
-            step = replace(step, manifest=step.manifest.model_copy(update={"metrics": found}))
-        steps.append(step)
-    return replace(run, steps=steps)
+    return with_metrics_of(run, "init", **{"parameters_before": 134_515_008, **metrics})
 
 
 def test_a_student_has_a_row_as_it_is_before_any_training(build_run: RunBuilder, tmp_path: Path) -> None:

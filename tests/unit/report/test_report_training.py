@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -9,21 +10,22 @@ from potstill.report import RunView
 from potstill.report.comparison import comparison_table
 from potstill.report.training import peak_memory, training_sections, training_table
 
+from .evaluations import with_metrics_of
+
+
+def history_of(run: RunView) -> list[dict[str, Any]]:
+    """What the train step of the run logged."""
+    [manifest] = [step.manifest for step in run.steps_of("train") if step.manifest is not None]
+    history: list[dict[str, Any]] = manifest.metrics["history"]
+    return history
+
 
 @pytest.mark.parametrize("kept", [None, 1.234])
 def test_the_held_out_loss_is_that_of_the_weights_that_were_kept(
     build_run: Callable[..., RunView], kept: float | None
 ) -> None:
-    run = build_run()
-    steps = []
-    for step in run.steps:
-        if step.kind == "train":
-            assert step.manifest is not None
-            metrics = {**step.manifest.metrics, **({} if kept is None else {"eval_loss": kept})}
-            step = replace(step, manifest=step.manifest.model_copy(update={"metrics": metrics}))
-            last = metrics["history"][-1]["eval_loss"]
-        steps.append(step)
-    run = replace(run, steps=steps)
+    run = with_metrics_of(build_run(), "train", **({} if kept is None else {"eval_loss": kept}))
+    last = history_of(run)[-1]["eval_loss"]
     (section,) = training_sections(run)
     assert section["facts"][-1].startswith("held-out loss ")
     assert section["facts"][-1].endswith(f"→ {last if kept is None else kept:.3f}")
@@ -36,18 +38,10 @@ def test_the_feature_loss_has_a_chart_of_its_own_where_there_is_one(
 ) -> None:
     run = build_run()
     assert "Feature loss" not in [chart["title"] for chart in training_sections(run)[0]["charts"]]
-    steps = []
-    for step in run.steps:
-        if step.kind == "train":
-            assert step.manifest is not None
-            history = [
-                {**point, "eval_feature" if "eval_loss" in point else "feature": 0.25}
-                for point in step.manifest.metrics["history"]
-            ]
-            metrics = {**step.manifest.metrics, "history": history}
-            step = replace(step, manifest=step.manifest.model_copy(update={"metrics": metrics}))
-        steps.append(step)
-    (section,) = training_sections(replace(run, steps=steps))
+    history = [
+        {**point, "eval_feature" if "eval_loss" in point else "feature": 0.25} for point in history_of(run)
+    ]
+    (section,) = training_sections(with_metrics_of(run, "train", history=history))
     (chart,) = [chart for chart in section["charts"] if chart["title"] == "Feature loss"]
     assert "mean over tokens and layers" in chart["svg"]
     assert "held-out" in chart["svg"]
@@ -87,28 +81,17 @@ def test_the_parts_of_a_loss_are_drawn_where_there_are_several(
     build_run: Callable[..., RunView], kl: float | None, shown: bool
 ) -> None:
     run = build_run()
-    steps = []
-    for step in run.steps:
-        if step.kind == "train":
-            assert step.manifest is not None
-            history = [
-                {
-                    key: value
-                    for key, value in {
-                        **point,
-                        **{
-                            name.replace("loss", "cross_entropy"): point[name]
-                            for name in point
-                            if "loss" in name
-                        },
-                        "kl": kl,
-                    }.items()
-                    if value is not None and not key.endswith("_kl")
-                }
-                for point in step.manifest.metrics["history"]
-            ]
-            metrics = {**step.manifest.metrics, "history": history}
-            step = replace(step, manifest=step.manifest.model_copy(update={"metrics": metrics}))
-        steps.append(step)
-    (section,) = training_sections(replace(run, steps=steps))
+    history = [
+        {
+            key: value
+            for key, value in {
+                **point,
+                **{name.replace("loss", "cross_entropy"): point[name] for name in point if "loss" in name},
+                "kl": kl,
+            }.items()
+            if value is not None and not key.endswith("_kl")
+        }
+        for point in history_of(run)
+    ]
+    (section,) = training_sections(with_metrics_of(run, "train", history=history))
     assert ("Its parts" in [chart["title"] for chart in section["charts"]]) == shown

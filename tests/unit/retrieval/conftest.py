@@ -1,6 +1,5 @@
 """A small corpus of invented facts, traces that need them, and a tiny encoder."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,8 @@ from potstill.core.settings import Settings
 from potstill.core.step import StepContext, StepResult
 from potstill.models import TransformersModel
 from potstill.retrieval import RetrieveSettings, run
+
+from ...rows import write_rows
 
 if TYPE_CHECKING:
     from potstill.core.store import Artifact
@@ -26,11 +27,6 @@ def articles() -> list[dict[str, str]]:
         rows.append({"title": f"{name} price", "text": f"A {name} costs {number + 11} coins."})
         rows.append({"title": f"{name} colour", "text": f"The {name} has been dyed in grey since {number}."})
     return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return str(path)
 
 
 def priced(number: int, *, held_out: bool = False) -> Record:

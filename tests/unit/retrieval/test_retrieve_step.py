@@ -12,7 +12,8 @@ from potstill.core.records import Record
 from potstill.retrieval.settings import DEFAULT_TEMPLATE
 from potstill.retrieval.step import RERANKER_FOLDER
 
-from .conftest import NAMES, Bench, priced, write_rows
+from ...rows import write_rows
+from .conftest import NAMES, Bench, priced
 
 
 def test_rows_to_train_on_get_the_passage_of_their_rationale(bench: Bench) -> None:

@@ -46,22 +46,19 @@ def best(rows: list[Candidate], keep: Keep) -> list[Candidate]:
         return _kept(candidates, "rule", rows)
 
 
-def at_random(rows: list[Candidate], kept: list[Candidate], keep: Keep, seed: int) -> list[Candidate]:
-    with _table(rows, seed) as candidates:
-        keep_best(candidates, keep)
-        assert _kept(candidates, "rule", rows) == kept
-        keep_at_random(candidates, keep)
-        return _kept(candidates, "random", rows)
+def _control(choose: Callable[[Candidates, Keep], None], arm: Arm) -> Control:
+    def control(rows: list[Candidate], kept: list[Candidate], keep: Keep, seed: int) -> list[Candidate]:
+        with _table(rows, seed) as candidates:
+            keep_best(candidates, keep)
+            assert _kept(candidates, "rule", rows) == kept
+            choose(candidates, keep)
+            return _kept(candidates, arm, rows)
+
+    return control
 
 
-def of_like_length(rows: list[Candidate], kept: list[Candidate], keep: Keep, seed: int) -> list[Candidate]:
-    with _table(rows, seed) as candidates:
-        keep_best(candidates, keep)
-        assert _kept(candidates, "rule", rows) == kept
-        keep_of_like_length(candidates, keep)
-        return _kept(candidates, "length", rows)
-
-
+at_random = _control(keep_at_random, "random")
+of_like_length = _control(keep_of_like_length, "length")
 CONTROLS: list[Control] = [at_random, of_like_length]
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from potstill.core.errors import TrainingError
 from potstill.train.early_stopping import best_evaluation
 
 LOSSES = st.lists(st.integers(0, 20).map(float), min_size=1, max_size=30)
@@ -42,7 +43,7 @@ def test_the_lowest_loss_is_kept_where_it_ends_the_training(tmp_path: Path) -> N
     from potstill.train.settings import EarlyStoppingSettings
 
     stopping = EarlyStopping(EarlyStoppingSettings(patience=1, min_delta=0.5), Path.touch, Path.unlink)
-    arguments: Any = SimpleNamespace(output_dir=tmp_path)
+    arguments: Any = SimpleNamespace(output_dir=tmp_path, should_save=True)
     control: Any = SimpleNamespace(should_training_stop=False)
     state: Any = SimpleNamespace(max_steps=20, log_history=[])
     for step, loss in ((1, 3.0), (2, 2.9)):
@@ -97,15 +98,45 @@ def test_the_files_of_steps_that_no_checkpoint_knows_are_removed(tmp_path: Path)
     assert [path.name for path in written] == [f"best-{step}.safetensors" for step in (0, 2, 4)]
     of_another_process: Any = SimpleNamespace(output_dir=tmp_path, should_save=False)
     stopping.on_save(of_another_process, state, control)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 6
     stopping.on_save(arguments, state, control)
-    assert [path.name for path in tmp_path.iterdir()] == ["best-4.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"best-4.safetensors", "best-4.sha256"}
     for step in (6, 8):
         assert not control.should_training_stop
         state.global_step = step
         state.log_history.append({"step": step, "eval_loss": 1.6})
         stopping.on_evaluate(arguments, state, control)
     assert (control.should_training_stop, control.should_save) == (True, False)
+
+
+@pytest.mark.parametrize("damage", ["bit", "weights", "hash"])
+def test_training_does_not_go_on_without_the_best_weights_as_they_were(tmp_path: Path, damage: str) -> None:
+    from types import SimpleNamespace
+
+    from potstill.train.early_stopping import EarlyStopping
+    from potstill.train.settings import EarlyStoppingSettings
+
+    def save(path: Path) -> None:
+        path.write_bytes(b"weights")
+
+    stopping = EarlyStopping(EarlyStoppingSettings(patience=2), save, Path.unlink)
+    arguments: Any = SimpleNamespace(output_dir=tmp_path, should_save=True)
+    control: Any = SimpleNamespace()
+    state: Any = SimpleNamespace(global_step=0, max_steps=20, log_history=[])
+    stopping.on_train_begin(arguments, state, control)
+    state.global_step = 2
+    state.log_history.append({"step": 2, "eval_loss": 1.0})
+    stopping.on_evaluate(arguments, state, control)
+    stopping.on_train_begin(arguments, state, control)
+
+    weights = tmp_path / "best-2.safetensors"
+    if damage == "bit":
+        weights.write_bytes(b"weightr")
+    else:
+        weights.with_suffix(".sha256" if damage == "hash" else weights.suffix).unlink()
+    with pytest.raises(TrainingError, match="damaged or missing") as error:
+        stopping.on_train_begin(arguments, state, control)
+    assert str(weights) in str(error.value)
 
 
 @pytest.mark.parametrize("wrong", [{"patience": 0}, {"min_delta": -1}, {"every": 0}])

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from potstill.core.errors import DataError, TrainingError
 
+from ...rows import write_rows
+
 EXAMPLES = [
     {"prompt": f"What is {number} + {number}?", "response": f"{number} + {number} = {2 * number}"}
     for number in range(12)
@@ -87,14 +89,13 @@ def test_models_in_memory_messages_and_held_out_examples(
 def test_a_folder_of_cached_logits_is_data_or_the_teacher_of_examples(
     tiny_model_folder: Path, teacher_folder: Path, step_context: Any, tmp_path: Path
 ) -> None:
-    import json
 
     from potstill import DistillationArguments, DistillationTrainer
     from potstill.cache import CacheSettings
     from potstill.cache import run as run_cache
     from potstill.models import TransformersModel
 
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)), encoding="utf-8")
+    write_rows(tmp_path / "rows.jsonl", EXAMPLES)
     teacher = TransformersModel(path=str(teacher_folder))
     context = step_context("cache", folder="logits", models={"teacher": teacher})
     data = {"path": str(tmp_path / "rows.jsonl"), "held_out": 0.0}
@@ -273,7 +274,7 @@ def test_a_data_files_path_serves_for_examples(tiny_model_folder: Path, tmp_path
     from potstill import DistillationArguments, DistillationTrainer
 
     files = {"train": tmp_path / "rows.jsonl", "held_out": tmp_path / "held_out.json"}
-    files["train"].write_text("\n".join(map(json.dumps, EXAMPLES[:8])), encoding="utf-8")
+    write_rows(files["train"], EXAMPLES[:8])
     files["held_out"].write_text(json.dumps(EXAMPLES[8:]), encoding="utf-8")
     arguments = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
     found = DistillationTrainer(tiny_model_folder, arguments, str(files["train"]), held_out=files["held_out"])
