@@ -1,5 +1,6 @@
 """Faults at every step: a clear error, nothing lost, and in the end what an undisturbed run makes."""
 
+import itertools
 import os
 import resource
 import shutil
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from potstill.core.events import read_events
 
 from .processes import KINDS, Potstill, contents, started, whole_recipe
 
@@ -203,6 +206,7 @@ def test_memory_that_runs_out_at_every_step(recipe: Path, undisturbed: Contents,
         assert ended[-1] in (0, 1, 127, -signal.SIGABRT, -signal.SIGSEGV), run.printed
         if ended[-1] == 0:
             break
+    assert ended[0] != 0, "no memory ran out"
     check_ends_undisturbed(recipe, place, undisturbed)
 
 
@@ -217,5 +221,8 @@ def test_a_clock_that_is_set_back_between_and_within_runs(
         for path in place.store.rglob("*"):  # as if made long after now
             os.utime(path, (time.time() + YEAR_S, time.time() + YEAR_S), follow_symlinks=False)
     check_ends_undisturbed(recipe, place, undisturbed, clock_shift_s=-10 * YEAR_S)
+    told = [one["time"] for one in read_events(place.run / "events.jsonl")]
+    falls = [before - after for before, after in itertools.pairwise(told)]
+    assert sum(fall > 5 * YEAR_S for fall in falls) == 1, "the clock went back within the last run"
     page = (place.run / "report.html").read_text(encoding="utf-8")
     assert "-31" not in page, "no time that passed is negative"

@@ -42,7 +42,7 @@ def on_cluster(planner: Planner, cluster: Cluster) -> list[ClusterStep]:
             continue
         step = makers[planned.kind](planner, planner.graph.nodes[name], planned, cluster)
         if isinstance(step, str):
-            planner.notes.append(f"step {name}: no figures for {cluster}: {step}")
+            planner.note(f"step {name}: no figures for {cluster}: {step}")
         elif step is not None:
             if cluster.usd_per_gpu_hour is not None:
                 step.cost_usd = step.seconds / 3600 * step.gpus * cluster.usd_per_gpu_hour
@@ -129,7 +129,7 @@ def _train(planner: Planner, node: Node, planned: PlannedStep, cluster: Cluster)
         )
         return None
     if found.gpus < cluster.gpus:
-        planner.notes.append(
+        planner.note(
             f"step {node.name}: a batch of {settings.batch} rows leaves {cluster.gpus - found.gpus:,} of "
             f"{cluster.gpus:,} GPUs without work"
         )

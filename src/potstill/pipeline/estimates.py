@@ -94,7 +94,7 @@ def _plan_cost(planner: Planner, node: Node, planned: PlannedStep) -> None:
         return
     prompt_tokens = planned.rows * planner.prompt_tokens(node, settings.data)
     if not prompts:
-        planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
+        planner.note(f"step {node.name}: its cost is without that of the prompts")
     planned.cost_usd = model.price.cost(prompt_tokens, planned.tokens or 0)
     if settings.max_cost is not None:
         planned.cost_usd = min(planned.cost_usd, settings.max_cost)
@@ -114,7 +114,7 @@ def _plan_select(planner: Planner, node: Node, planned: PlannedStep) -> None:
         if prices := [price for one in served if (price := getattr(one, "price", None))]:
             # Of each row the server generates one token.
             planned.cost_usd = sum(price.cost(upstream, read or 0) for price in prices)
-            planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
+            planner.note(f"step {node.name}: its cost is without that of the prompts")
     needed = [
         found for reference in settings.models.values() if (found := scoring_bytes(planner, node, reference))
     ]
@@ -123,7 +123,7 @@ def _plan_select(planner: Planner, node: Node, planned: PlannedStep) -> None:
     if read and settings.filters is not None and settings.filters.near_duplicates is not None:
         index_gb = read * _NEAR_DUPLICATE_BYTES / GB
         planned.memory_gb = max(planned.memory_gb or 0.0, index_gb)  # gone before a model is loaded
-        planner.notes.append(
+        planner.note(
             f"step {node.name}: near_duplicates keeps hashes of each row in memory, about {index_gb:.1f} GB; "
             "every other filter's memory stays as it is however many rows there are"
         )
@@ -137,7 +137,7 @@ def _plan_select(planner: Planner, node: Node, planned: PlannedStep) -> None:
                 f"`{maker.name}.logprobs=1`, or name a `teacher` in {node.name}"
             )
     if planner.reads_files(settings.data):
-        planner.notes.append(
+        planner.note(
             f"step {node.name}: whether all its rows have log-probabilities shows when they are read"
         )
 
@@ -186,7 +186,7 @@ def _count_read(planner: Planner, node: Node, planned: PlannedStep) -> int | Non
         planner.problem(f"step {node.name}: {error}")
         return None
     planned.rows, planned.tokens = rows, tokens
-    planner.notes.append(
+    planner.note(
         f"step {node.name}: its tokens are an estimate, {LETTERS_A_TOKEN:g} letters each; other scripts, "
         "code and figures may take more"
     )
@@ -203,12 +203,12 @@ def _count_unread(planner: Planner, node: Node, planned: PlannedStep) -> int | N
         planned.tokens = found.manifest.tokens if found.kind == GenerateSettings.kind else None
     elif planned.rows and settings.max_length:
         planned.tokens = planned.rows * settings.max_length
-        planner.notes.append(
+        planner.note(
             f"step {node.name}: more tokens than these where texts are longer than max_length, which come in "
             "windows of it"
         )
     if planned.tokens is None:
-        planner.notes.append(f"step {node.name}: its tokens and its disk show once its rows are read")
+        planner.note(f"step {node.name}: its tokens and its disk show once its rows are read")
     return planned.tokens
 
 
@@ -259,7 +259,7 @@ def _plan_init(planner: Planner, node: Node, planned: PlannedStep) -> None:
         planned.disk_gb = student * _STORED_BYTES / GB
     if planned.parameters:
         most = "at most " if settings.target_params or settings.target_ratio else ""
-        planner.notes.append(f"step {node.name}: a student of {most}{planned.parameters:,} parameters")
+        planner.note(f"step {node.name}: a student of {most}{planned.parameters:,} parameters")
 
 
 def _plan_train(planner: Planner, node: Node, planned: PlannedStep) -> None:
@@ -453,7 +453,7 @@ def _plan_evaluate(planner: Planner, node: Node, planned: PlannedStep) -> None:
         prices = [price for one in served if (price := getattr(one, "price", None))]
         if prices:
             planned.cost_usd = sum(price.cost(0, tokens) for price in prices)
-            planner.notes.append(f"step {node.name}: its cost is without that of the prompts")
+            planner.note(f"step {node.name}: its cost is without that of the prompts")
 
 
 def _evaluation_bytes(planner: Planner, node: Node) -> float | None:

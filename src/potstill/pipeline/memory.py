@@ -96,7 +96,7 @@ def decoding_bytes(planner: Planner, node: Node, reference: ModelRef, rows: int,
         then = (
             "fewer are decoded at once where it runs out" if device.type == "cuda" else "decode fewer at once"
         )
-        planner.notes.append(
+        planner.note(
             f"step {node.name}: {rows:,} answers at once may need {needed / GB:.0f} GB, where all become as "
             f"long as they may, and {limit[1]}: {then}, about {fitting:,}"
         )

@@ -111,7 +111,7 @@ def _check_models(planner: Planner) -> None:
         if problem and not planner.elsewhere:  # what is missing there, this machine cannot know
             planner.problem(f"model {name}: {problem}")
         if note:
-            planner.notes.append(f"model {name}: {note}")
+            planner.note(f"model {name}: {note}")
 
 
 def _find(planner: Planner, node: Node) -> Artifact | None:
@@ -126,7 +126,7 @@ def _find(planner: Planner, node: Node) -> Artifact | None:
     except PotstillError as error:
         if unread := planner.shared.keys() & planner.graph.needs[name]:
             needed = ", ".join(sorted(unread))
-            planner.notes.append(f"step {name}: whether it is made is known once {needed} is fetched")
+            planner.note(f"step {name}: whether it is made is known once {needed} is fetched")
         else:
             planner.failed(f"step {name}", error)
         return None
@@ -198,7 +198,7 @@ def _plan_scale(planner: Planner, scale: Torchrun) -> None:
                 planned.memory_gb -= planned.weights_gb * (1 - 1 / processes)
             if planned.device == "cpu":  # else each has a GPU of its own
                 planned.memory_gb *= scale.nproc_per_node
-        planner.notes.append(
+        planner.note(
             f"step {name}: in {processes:,} processes; memory is a machine's or each GPU's, time that of one"
         )
     at_once = sorted(
@@ -227,7 +227,7 @@ def _plan_replicas(planner: Planner, scale: Ray) -> None:
         if one.memory_gb is not None and one.device == "cpu" and scale.address == "local":
             one.memory_gb *= scale.replicas
     if asking:
-        planner.notes.append(
+        planner.note(
             f"steps {', '.join(one.name for one in asking)}: models in {scale.replicas:,} copies on Ray "
             f"({scale.address}); time that of one"
         )

@@ -123,12 +123,17 @@ class Planner:
         if text not in self.problems:
             self.problems.append(text)
 
+    def note(self, text: str) -> None:
+        """Note what is good to know before the recipe runs, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def failed(self, where: str, error: PotstillError) -> None:
         """Note an error; of a model that this machine lacks only in passing, where the plan is for others."""
         if not (self.elsewhere and isinstance(error, ModelError)):
             self.problem(f"{where}: {error}")
-        elif (note := f"{where}: not on this machine ({error.what})") not in self.notes:
-            self.notes.append(note)
+        else:
+            self.note(f"{where}: not on this machine ({error.what})")
 
     def speed(self, work: str, parameters: float | None) -> Speed | None:
         """The latest of the store at some work, by a model of about this size; None where there is none."""
@@ -222,7 +227,7 @@ class Planner:
             if model.quantize and (experts := expert_share(model)):
                 note = f"step {node.name}: quantize packs linear layers, and {experts:.0%} of {reference} is "
                 note += "experts, which are none and stay in full"
-                self.notes += [note] * (note not in self.notes)
+                self.note(note)
             return None if parameters is None else parameters * each
 
         return self.of_model(node, reference, of)

@@ -261,14 +261,9 @@ def _guessed(
 
 
 def _note_guess(planner: Planner, node: Node, what: str) -> None:
-    _note(planner, f"step {node.name}: its time is a guess, {what}")
+    planner.note(f"step {node.name}: its time is a guess, {what}")
 
 
 def _note_known(planner: Planner, node: Node, speed: Speed) -> None:
     by = "its model" if speed.parameters is None else f"a model of {speed.parameters:,.0f} parameters"
-    _note(planner, f"step {node.name}: its time is by what {by} last did of this")
-
-
-def _note(planner: Planner, note: str) -> None:
-    if note not in planner.notes:
-        planner.notes.append(note)
+    planner.note(f"step {node.name}: its time is by what {by} last did of this")

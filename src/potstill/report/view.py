@@ -1,5 +1,6 @@
 """What a report is made from: a run's steps, its recipe and its events."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -60,9 +61,13 @@ class RunView:
 
     @property
     def wall_seconds(self) -> float | None:
-        """From the latest start to the last event, or None without timed events."""
+        """From the latest start to the last event, or None without timed events.
+
+        Between two events of which the clock was set back no time is counted.
+        """
         times = [event["time"] for event in self.latest_events if isinstance(event.get("time"), int | float)]
-        return times[-1] - times[0] if len(times) > 1 else None
+        passed = (max(0.0, after - before) for before, after in itertools.pairwise(times))
+        return sum(passed) if len(times) > 1 else None
 
     def side_by_side(self, steps: Iterable[StepView]) -> tuple[float, float] | None:
         """Seconds in which this run made some steps, and what they took together.
