@@ -8,9 +8,9 @@ from potstill.report.view import RunView, StepView
 
 __all__ = ["draw_graph"]
 
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 148, 62, 52, 18, 2
+_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 164, 62, 48, 18, 2
 _LANE = 10  # the height that a long edge takes on its way past a column of boxes
-_NAME_LETTERS = 19
+_NAME_LETTERS = 18
 
 _Item = str | tuple[str, str]  # a step, or the edge (need, step) on its way past a column
 

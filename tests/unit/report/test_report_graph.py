@@ -96,7 +96,7 @@ def test_a_long_name_is_shortened_and_whole_in_its_hint() -> None:
     name = "a-very-long-name-of-a-step-that-does-not-fit"
     svg = draw_graph(_run((name, [])))
     assert f"<title>{name}: train, not run, 1.0 s</title>" in svg
-    assert re.search(r'class="name"[^>]*>a-very-long-name-o…<', svg)
+    assert re.search(r'class="name"[^>]*>a-very-long-name-…<', svg)
 
 
 def test_a_need_outside_of_the_run_is_passed_over(build_run: Callable[..., RunView]) -> None:
