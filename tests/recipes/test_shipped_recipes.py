@@ -302,6 +302,70 @@ def test_dasd_buys_its_traces_from_a_server(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["sampled", "mixed-policy"])
+def test_the_papers_dasd_trains_on_the_candidates_of_a_server_that_have_most_teacher_sentences(
+    potstill: Command, tiny: dict[str, Any], tmp_path: Path, variant: str
+) -> None:
+    """The paper's recipe itself, all weights trained, with its prompts from a file; four candidates a prompt."""
+    prompts = [{"prompt": f"How much is {number} and one?"} for number in range(12)]
+    data = {
+        "path": write_rows(tmp_path / "prompts.jsonl", prompts),
+        **dict.fromkeys(("dataset", "config", "streaming", "limit")),
+        "held_out": 0.25,
+    }
+    short = {"epochs": 1, "batch": 4, "max_length": None, "max_tokens": None}
+    mixed_policy = {
+        "models": {"continuer": {"path": tiny["path"]}},
+        "steps": {
+            "rollouts": {"limit": 6, "max_new_tokens": 8},
+            "mixed": {"limit": 4, "max_new_tokens": 8},
+            "mixed-picked": {"filters": None},
+            "stage3": short,
+        },
+    }
+    sweep = ["--sweep", variant] if variant == "mixed-policy" else []
+    with running_server() as server:
+
+        def answer(body: dict[str, Any]) -> Reply:
+            told = f"<think>One more of {body['seed'] % 97}.</think> So {body['temperature']}. That is all."
+            return Reply(body=with_logprobs(completion(told)))
+
+        server.always = answer
+        recipe = write_recipe(
+            Path("recipe.yaml"),
+            {
+                "extends": "dasd-paper",
+                "models": {
+                    "big": {"base_url": server.base_url, "tokenizer": tiny["path"]},
+                    "base": tiny,
+                },
+                "steps": {
+                    "calm": {"data": data},
+                    "lively": {"data": data},
+                    "stage1": short,
+                    "stage2": short,
+                },
+                "variants": {"mixed-policy": mixed_policy},
+            },
+        )
+        outcome = potstill("run", recipe, "--output", "runs/paper", *sweep)
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "runs" / "paper"
+    if sweep:
+        folder /= variant
+        assert (folder / "stage3" / "model.safetensors").exists()
+        assert all(one.prefix_characters for one in records(folder / "mixed"))
+    asked = [body for body in server.requests if body["max_tokens"] > 1]
+    assert len(asked) == 2 * 4 * len(prompts)
+    assert {body["temperature"] for body in asked} == {0.6, 1.0}
+    for name in ("calm-picked", "lively-picked"):
+        picked = [one for one in records(folder / name) if not one.held_out]
+        assert len({one.prompt_id for one in picked}) == len(picked), "one candidate a prompt"
+        assert all("teacher_sentences" in one.scores for one in picked)
+    assert (folder / "stage2" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_three_kinds_train_one_student_on_as_many_tokens(
     potstill: Command, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
