@@ -306,7 +306,7 @@ def test_dasd_buys_its_traces_from_a_server(
 def test_the_papers_dasd_trains_on_the_candidates_of_a_server_that_have_most_teacher_sentences(
     potstill: Command, tiny: dict[str, Any], tmp_path: Path, variant: str
 ) -> None:
-    """The paper's recipe itself, all weights trained, with its prompts from a file; four candidates a prompt."""
+    """The recipe itself, all weights trained, with prompts from a file; four candidates a prompt."""
     prompts = [{"prompt": f"How much is {number} and one?"} for number in range(12)]
     data = {
         "path": write_rows(tmp_path / "prompts.jsonl", prompts),

@@ -156,6 +156,25 @@ def test_ids_are_unique_and_every_reference_inside_the_page_leads_somewhere(
     assert referred <= set(ids)
 
 
+def test_traces_their_tokens_and_how_they_ended_are_told_of_each_step_that_a_teacher_wrote(
+    build_run: RunBuilder, tmp_path: Path
+) -> None:
+    page = _written(build_run(), tmp_path)
+    table = page[page.index("What the teachers wrote") : page.index("How the student was made")]
+    [row] = re.findall(r'<tr><th scope="row">traces</th>(.*?)</tr>', table)
+    columns, cells = re.findall(r'<th scope="col">([^<]+)</th>', table), re.findall(r"<td>([^<]*)</td>", row)
+    told = dict(zip(columns, cells, strict=True))
+    expected = {
+        "rows": "180",
+        "prompts": "180",
+        "mean response tokens": "85.1",
+        "finish reasons: stop": "63",
+        "finish reasons: length": "117",
+        "tokens spent": "15,321",
+    }
+    assert expected.items() <= told.items()
+
+
 def test_the_answer_comes_first_then_steps_training_results_samples_and_settings(
     build_run: RunBuilder, tmp_path: Path
 ) -> None:
