@@ -75,19 +75,20 @@ def ranks(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return sorted(found, key=lambda one: int(one.environ()["RANK"]))
 
 
-def run_past(
-    checkpoint: int, recipe: Path, folder: Path, strategy: str
-) -> tuple["subprocess.Popen[str]", int]:
-    """A run under way, and its newest checkpoint, which is a later one than that."""
-    process, deadline = start(recipe, folder, strategy), time.monotonic() + TIMEOUT_S
-    while True:
-        whole = (folder / "store").glob("artifacts/train-*/scratch/checkpoint-*/complete.json")
-        newest = max((int(one.parent.name.rpartition("-")[2]) for one in whole), default=0)
-        if newest > checkpoint:
-            return process, newest
+def newest_checkpoint(folder: Path) -> int:
+    whole = (folder / "store").glob("artifacts/train-*/scratch/checkpoint-*/complete.json")
+    return max((int(one.parent.name.rpartition("-")[2]) for one in whole), default=0)
+
+
+def run_on(recipe: Path, folder: Path, strategy: str) -> "subprocess.Popen[str]":
+    """A run under way that has made a checkpoint of its own."""
+    before, deadline = newest_checkpoint(folder), time.monotonic() + TIMEOUT_S
+    process = start(recipe, folder, strategy)
+    while newest_checkpoint(folder) <= before:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
+    return process
 
 
 def listening(process: psutil.Process) -> list[Any]:
@@ -143,7 +144,7 @@ def test_two_processes_train_as_one_and_every_end_before_it_is_made_good(
     assert in_this_process(one).code == 0
 
     # A rank dies: the step ends, with its log.
-    process, done = run_past(0, recipe, two, strategy)
+    process = run_on(recipe, two, strategy)
     first, second = ranks(process)
     agent = psutil.Process(process.pid).children()
     second.kill()
@@ -156,7 +157,7 @@ def test_two_processes_train_as_one_and_every_end_before_it_is_made_good(
     assert all_end([first, second, *agent])
 
     # The run itself is killed: nothing goes on without it.
-    process, done = run_past(done, recipe, two, strategy)
+    process = run_on(recipe, two, strategy)
     left = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks(process)) == 2
     assert {one.laddr.ip for each in left for one in listening(each)} == {"127.0.0.1"}
@@ -165,7 +166,7 @@ def test_two_processes_train_as_one_and_every_end_before_it_is_made_good(
     assert all_end(left)
 
     # It is told to stop: it does, behind a checkpoint.
-    process, done = run_past(done, recipe, two, strategy)
+    process = run_on(recipe, two, strategy)
     left = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=TIMEOUT_S)
