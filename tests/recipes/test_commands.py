@@ -6,7 +6,8 @@ from typing import Any
 
 from potstill.data.sources import read_file
 
-from ..servers import running_server
+from ..rows import write_rows
+from ..servers import Body, Reply, completion, error, running_server
 from .conftest import Command, write_recipe
 
 Recipe = dict[str, Any]
@@ -114,6 +115,48 @@ def test_force_makes_a_step_again_and_only_makes_one(
     forced = potstill("run", recipe, "--store", store, "--only", "logits", "--force", "logits")
     assert "traces: generate already made" in forced.err
     assert "logits: done in" in forced.err
+
+
+def test_force_asks_only_for_the_answers_that_few_enough_failed_to_give(
+    potstill: Command, small: Recipe, tmp_path: Path
+) -> None:
+    questions = [f"question {number}" for number in range(12)]
+    refused = questions[3:5]
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": question} for question in questions])
+    small["steps"] = {
+        "traces": {"do": "generate", "model": "api", "data": {"path": prompts}, "max_failed_share": 0.2},
+        "kept": {"do": "select", "data": "traces", "rule": "none"},
+        "aside": {"do": "generate", "model": "api", "data": {"task": "chain_sum", "size": 3}},
+    }
+    recipe, store = tmp_path / "recipe.yaml", tmp_path / "store"
+
+    def refuse_two(body: Body) -> Reply:
+        is_refused = body["messages"][-1]["content"] in refused
+        return Reply(400, error("not this one")) if is_refused else Reply(body=completion())
+
+    def run(*arguments: str) -> str:
+        outcome = potstill("run", recipe, "--store", store, *arguments)
+        assert outcome.code == 0, outcome.err
+        return outcome.err
+
+    with running_server() as server:
+        server.always = refuse_two
+        small["models"]["api"] = {"engine": "openai", "base_url": server.base_url, "model": "m"}
+        write_recipe(recipe, small)
+        assert "2 failed" in run()
+        server.always = lambda body: Reply(body=completion())
+        server.requests.clear()
+        again = run()
+        assert "traces: generate already made" in again
+        assert "2 failed: --force traces tries those again and makes anew what uses them" in again
+        assert again.count("tries those again") == 1, "of the step alone that has failures"
+        assert not server.requests
+        forced = run("--force", "traces")
+        asked = [body["messages"][-1]["content"] for body in server.requests]
+    assert sorted(asked) == sorted(refused)
+    assert [name for name in small["steps"] if f"{name}: done in" in forced] == ["traces", "kept"]
+    assert "12 records" in forced
+    assert "tries those again" not in run()
 
 
 def test_only_several_steps_are_made_and_what_they_need_is_named(
