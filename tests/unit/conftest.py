@@ -13,6 +13,8 @@ from potstill.core.settings import DataRef, ModelRef, Settings
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact, Store
 
+from ..vllm_stub import stub_environment
+
 if TYPE_CHECKING:
     from potstill.models import TransformersModel
 
@@ -78,6 +80,12 @@ def step_context(tmp_path: Path) -> ContextBuilder:
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def stub_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The interpreter of an environment with a stand-in for vLLM."""
+    return stub_environment(tmp_path_factory.mktemp("environment"))
 
 
 @pytest.fixture

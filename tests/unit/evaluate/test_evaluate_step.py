@@ -2,7 +2,9 @@ import copy
 import dataclasses
 import gc
 import json
+import os
 import re
+import select
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +18,13 @@ from potstill.core.records import RECORDS_FILE, Record, read_records, write_reco
 from potstill.core.settings import Settings
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import Artifact
+from potstill.data.chat import Renderer
 from potstill.evaluate import EvaluateSettings, run
 from potstill.evaluate.subjects import LocalSubject
-from potstill.models import TransformersModel, loading
-from potstill.teachers import LlamaCppModel, OpenAIModel, SolverModel
+from potstill.models import TransformersModel, load_tokenizer, loading
+from potstill.teachers import LlamaCppModel, OpenAIModel, SolverModel, VllmModel
 
+from ...conftest import PADDED_VOCABULARY
 from ...rows import write_rows
 from ...servers import Reply, ScriptedServer, completion, error, running_server
 from ..models.test_embedded import to_gguf
@@ -768,6 +772,33 @@ def test_a_served_model_is_kept_within_its_budget(
     models["oracle"] = served.model_copy(update={"price": None})
     with pytest.raises(BudgetError, match="max_cost bounds what answers cost"):
         evaluate("unpriced", models=SERVED, baseline="base", max_cost=1.0)
+
+
+def test_vllm_answers_the_same_prompts_in_a_process_that_ends_with_the_evaluation(
+    evaluate: Evaluate, models: dict[str, Settings], tmp_path: Path, stub_python: str
+) -> None:
+    family = tmp_path / "family"
+    os.mkfifo(family)
+    alive = os.open(family, os.O_RDONLY | os.O_NONBLOCK)  # at its end when no process of vLLM's is left
+    arguments = {"conduct": "answers", "vocabulary": PADDED_VOCABULARY, "together": 1, "family": str(family)}
+    models["oracle"] = VllmModel(
+        engine="vllm", path=str(tmp_path / "big"), python=stub_python, engine_arguments=arguments
+    )
+    context, result = evaluate(models=SERVED, baseline="base", max_new_tokens=400)
+    renderer = Renderer(load_tokenizer(TransformersModel(path=str(tmp_path / "big"))))
+    likeliest = len(renderer.tokenizer) - 1
+    rows = [row for row in _rows(context.folder / "scores.parquet") if row["model"] == "oracle"]
+    for row, question in zip(rows, QUESTIONS, strict=True):
+        prompt_ids = renderer.prompt_ids([{"role": "user", "content": question["question"]}])
+        assert row["response"] == renderer.tokenizer.decode([likeliest, *reversed(prompt_ids)])
+        assert (row["finish_reason"], row["response_tokens"]) == ("stop", len(prompt_ids) + 2)
+    found = result.metrics["models"]["oracle"]
+    assert "no KL and no perplexity: the vllm engine" in found["held_out"]["kl_refused"]
+    assert found["tasks"]["sums"]["seconds_per_response"] > 0
+    assert "correct" in result.metrics["differences"]["oracle"]["tasks"]["sums"]["verdicts"]
+    assert select.select([alive], [], [], 20)[0]
+    assert os.read(alive, 1) == b""
+    os.close(alive)
 
 
 def test_llama_cpp_answers_the_same_prompts(
