@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import metadata
 from typing import Any
 
 from potstill.core.errors import EngineError
@@ -24,6 +25,8 @@ __all__ = [
     "vllm_copy",
 ]
 
+_LIBRARIES = ("potstill", "transformers", "torch")
+
 
 def is_replicated(settings: Settings) -> bool:
     """Whether copies of a model answer more than one does: any but a solver, which takes no time."""
@@ -42,11 +45,15 @@ def vllm_copy(settings: VllmModel, replicas: Replicas) -> VllmModel:
 
 
 def identity_of_copy(model: str, renderer: Renderer | None) -> dict[str, Any]:
-    """What every copy of a model must have alike: the model and how text becomes its tokens."""
+    """What every copy of a model must have alike: the model, how text becomes its tokens, and the libraries.
+
+    Of a library's version that is without what it was built for: a machine with a GPU has another build.
+    """
     return {
         "model": model,
         "tokenizer": None if renderer is None else renderer.tokenizer_hash,
         "template": None if renderer is None else renderer.template_hash,
+        **{name: metadata.version(name).partition("+")[0] for name in _LIBRARIES},
     }
 
 
@@ -59,17 +66,25 @@ async def open_copies(
 ) -> ReplicaPool:
     """Open copies of a model, made of `arguments`.
 
-    Raises EngineError as well where they have another identity than this machine finds under the same name.
+    Raises EngineError as well where they have another identity than this machine finds under the same name,
+    or other versions of the libraries.
     """
     pool = await replicas.open(_name(copy), *arguments)
     try:
         expected = identity_of_copy(identity(model), renderer)
         if different := [name for name in expected if expected[name] != pool.identity[name]]:
+            versions = [
+                f"{name} {pool.identity[name]} there, {expected[name]} here"
+                for name in different
+                if name in _LIBRARIES
+            ]
             raise EngineError(
-                f"the replicas' {' and '.join(different)} of that name differs from this machine's",
+                f"the replicas' {' and '.join(different)} differ from this machine's"
+                + (f" ({'; '.join(versions)})" if versions else ""),
                 where=f"model {model.path}",
-                expected="the same files everywhere",
-                mend="put the model on a file system that all machines share, or copy it to each",
+                expected="the same files and the same versions everywhere",
+                mend="put the model on a file system that all machines share, or copy it to each, and install "
+                "the same versions",
             )
     except BaseException:
         await pool.close()

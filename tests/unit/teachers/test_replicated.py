@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,42 @@ def test_copies_of_another_model_than_this_machines_are_refused_and_ended(
     open_them(copies, here)
     assert (copies.opened, copies.closed) == (1, 0)
     copies = CopiesHere(2)
-    with pytest.raises(EngineError, match="model of that name differs from this machine's"):
+    with pytest.raises(EngineError, match="model differ from this machine's"):
         open_them(copies, TransformersModel(path=str(other), device="cpu"))
     assert (copies.opened, copies.closed) == (1, 1)
+
+
+@pytest.mark.parametrize("library", ["potstill", "transformers", "torch"])
+@pytest.mark.parametrize(("there", "is_refused"), [("0.0.1", True), ("{here}+cu999", False)])
+def test_copies_with_another_version_of_a_library_are_refused_and_another_build_of_it_is_not(
+    shared_model_folder: Path,
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    library: str,
+    there: str,
+    is_refused: bool,
+) -> None:
+    here = metadata.version
+    version = here(library).partition("+")[0]
+
+    class Elsewhere(CopiesHere):
+        """On machines that have another version."""
+
+        async def open(self, *arguments: Any, **options: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    metadata,
+                    "version",
+                    lambda name: there.format(here=version) if name == library else here(name),
+                )
+                return await super().open(*arguments, **options)
+
+    model, copies = TransformersModel(path=str(shared_model_folder), device="cpu"), Elsewhere(2)
+    opening = open_copies(copies, TeacherReplica, (model, None), model, Renderer(tiny_tokenizer))
+    if is_refused:
+        told = rf"{library} differ from this machine's \({library} 0.0.1 there, {version} here\)"
+        with pytest.raises(EngineError, match=told):
+            asyncio.run(opening)
+    else:
+        asyncio.run(opening)
+    assert copies.closed == is_refused
