@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import threading
 import time
@@ -14,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from potstill.core.events import read_events
+import psutil
+
+from potstill.core.events import Reporter, read_events
 from potstill.core.store import Artifact
 
 from .conftest import small_recipe, write_recipe
@@ -97,14 +100,19 @@ _LOOKS_BEFORE_A_SHIFT = 10
 
 
 class Potstill:
-    """A running `potstill`, whose clock jumps by `clock_shift_s` when it is looked at the tenth time."""
+    """A running `potstill`, whose clock jumps by `clock_shift_s` when it is looked at the tenth time.
 
-    def __init__(self, *arguments: object, clock_shift_s: float = 0.0) -> None:
+    From when it begins the step `starved_at` it gets no more memory than so many bytes.
+    """
+
+    def __init__(self, *arguments: object, clock_shift_s: float = 0.0, starved_at: tuple[str, int] | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*_PRELOADED])
         # A pipe, since limits on files are among the faults.
         reading, writing = context.Pipe(duplex=False)
-        self._process = context.Process(target=_main, args=([*map(str, arguments)], writing, clock_shift_s))
+        self._process = context.Process(
+            target=_main, args=([*map(str, arguments)], writing, clock_shift_s, starved_at)
+        )
         self._process.start()
         writing.close()
         assert self._process.pid is not None
@@ -148,7 +156,7 @@ def started(run_folder: Path, step: str) -> int:
     return sum(one["event"] == "step_started" and one.get("step") == step for one in events)
 
 
-def _main(arguments: list[str], writing: Any, clock_shift_s: float) -> None:
+def _main(arguments: list[str], writing: Any, clock_shift_s: float, starved_at: tuple[str, int] | None) -> None:
     with writing:
         for descriptor in (1, 2):
             os.dup2(writing.fileno(), descriptor)
@@ -160,6 +168,8 @@ def _main(arguments: list[str], writing: Any, clock_shift_s: float) -> None:
     if clock_shift_s:
         real, looks = time.time, itertools.count(1)
         time.time = lambda: real() + clock_shift_s * (next(looks) >= _LOOKS_BEFORE_A_SHIFT)
+    if starved_at is not None:
+        _starve_at(*starved_at)
     sys.argv = ["potstill", *arguments]
     from potstill.cli import main
 
@@ -168,6 +178,18 @@ def _main(arguments: list[str], writing: Any, clock_shift_s: float) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _starve_at(step: str, spare_bytes: int) -> None:
+    tell = Reporter.event
+
+    def event(reporter: Reporter, name: str, /, **fields: Any) -> None:
+        tell(reporter, name, **fields)
+        if name == "step_started" and fields["step"] == step:
+            limit = psutil.Process().memory_info().vms + spare_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    Reporter.event = event  # type: ignore[method-assign]
 
 
 def read_manifest(run_folder: Path, step: str) -> dict[str, Any]:

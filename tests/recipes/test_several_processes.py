@@ -1,6 +1,7 @@
 """Train steps run by torchrun: as one process would, whatever ends them, and no process is left behind."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -155,6 +156,17 @@ def test_two_processes_train_as_one_and_every_end_before_it_is_made_good(
     assert "Traceback" not in err
     assert "exitcode  : -9" in (two / "run" / "run.log").read_text(encoding="utf-8")
     assert all_end([first, second, *agent])
+
+    # A rank gets no more memory: the step ends, and says so.
+    process = run_on(recipe, two, strategy)
+    second = ranks(process)[1]
+    left = psutil.Process(process.pid).children(recursive=True)
+    resource.prlimit(second.pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+    _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert "error: step student: ran out of memory" in err
+    assert "Traceback" not in err
+    assert all_end(left)
 
     # The run itself is killed: nothing goes on without it.
     process = run_on(recipe, two, strategy)

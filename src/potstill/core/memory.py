@@ -7,10 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PeakMemory", "is_out_of_memory", "keep_freed_memory"]
+from potstill.core.errors import PotstillError
+
+__all__ = ["PeakMemory", "is_out_of_memory", "keep_freed_memory", "ran_out_of_memory"]
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_SAID = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "failed to map segment")
+_SAID = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "failed to map segment",
+    "can't start new thread",  # for want of room for its stack
+    "could not create a primitive",  # oneDNN, for want of room for the code that it makes
+)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _RESET_PEAK = "5"  # proc(5): the peak of resident memory starts from what is resident now
 
@@ -71,6 +80,16 @@ def is_out_of_memory(error: BaseException) -> bool:
             isinstance(error, RuntimeError | OSError | ImportError)
             and any(one in str(error) for one in _SAID)
         )
+    )
+
+
+def ran_out_of_memory(error: BaseException) -> PotstillError:
+    """What a person is told of a step for which there was not enough."""
+    return PotstillError(
+        f"ran out of memory ({error or type(error).__name__})",
+        expected="room for the model, and for the rows that go through it at once",
+        mend="close other programs or take a machine with more memory; fewer tokens at once "
+        "(max_tokens, batch_tokens), `quantize: nf4` or a smaller model need less. What was made is kept",
     )
 
 

@@ -1,12 +1,13 @@
 """One run of a recipe from start to report, and sweeps of several."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from potstill.core.errors import Interrupted, StoreError
 from potstill.core.events import Display, Reporter
+from potstill.core.memory import is_out_of_memory
 from potstill.core.shared import open_shared
 from potstill.core.store import MODEL_CARD_FILE, Artifact, Store, write_atomically
 from potstill.pipeline.graph import Graph
@@ -116,14 +117,18 @@ def run_recipe(
             reporter.event(f"run_{outcome}")
         finally:
             reporter.close()
-        view = load_run(folder, steps)
-        # What stopped the run is the news; what cannot be written then is not.
-        with nullcontext() if outcome == "finished" else suppress(OSError, StoreError):
+        try:
+            view = load_run(folder, steps)
             write_report(view, folder / REPORT_FILE)
             for step in view.steps:
                 if step.kind in ("train", "init", "merge") and step.folder is not None:
                     write_atomically(step.folder / MODEL_CARD_FILE, model_card(view, step))
             write_outputs(folder, recipe.outputs, made, recipe.resolved)
+        except Exception as error:  # of many kinds where memory runs out
+            # What stopped the run is the news; what cannot be written then is not.
+            is_lack = isinstance(error, OSError | StoreError) or is_out_of_memory(error)
+            if outcome == "finished" or not is_lack:
+                raise
     return view
 
 

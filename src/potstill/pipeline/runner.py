@@ -11,7 +11,7 @@ from pathlib import Path
 
 from potstill.core.errors import Interrupted, PotstillError, RecipeError
 from potstill.core.events import Reporter, format_seconds
-from potstill.core.memory import PeakMemory, is_out_of_memory
+from potstill.core.memory import PeakMemory, is_out_of_memory, ran_out_of_memory
 from potstill.core.settings import ModelRef, meaning, references
 from potstill.core.shared import SharedArtifacts
 from potstill.core.step import StepContext
@@ -445,14 +445,7 @@ class _Run:
             self.reporter.event("step_failed", **told, error=f"{type(error).__name__}: {error}")
             if not is_out_of_memory(error):
                 raise
-            raise StepFailed(
-                f"ran out of memory ({error or type(error).__name__})",
-                where=f"step {node.name}",
-                expected="room for the model, and for the rows that go through it at once",
-                mend="close other programs or take a machine with more memory; fewer tokens at once "
-                "(max_tokens, batch_tokens), `quantize: nf4` or a smaller model need less. What was made is "
-                "kept",
-            ) from error
+            raise StepFailed(str(ran_out_of_memory(error)), where=f"step {node.name}") from error
 
     def _seal(self, making: _Making, outcome: Outcome) -> Artifact:
         node, folder = making.node, making.context.folder

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from potstill.cache import CacheSettings
 from potstill.core.errors import PotstillError
 from potstill.core.events import Display, Reporter
+from potstill.core.memory import is_out_of_memory, ran_out_of_memory
 from potstill.core.settings import DataRef, ModelRef, Settings, references
 from potstill.core.step import StepContext, StepResult
 from potstill.core.store import SCRATCH_FOLDER, Artifact, write_atomically
@@ -160,6 +161,8 @@ class Failure(BaseModel):
     @classmethod
     def of(cls, error: Exception, rank: int) -> "Failure":
         """What is told of an error."""
+        if is_out_of_memory(error):
+            error = ran_out_of_memory(error)
         if isinstance(error, PotstillError):
             return cls(
                 rank=rank,

@@ -42,6 +42,8 @@ def test_memory_that_ran_out_is_told_from_other_errors() -> None:
     for error in (of_torch.value, of_python.value, torch.OutOfMemoryError("CUDA out of memory")):
         assert is_out_of_memory(error)
     assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
+    assert is_out_of_memory(RuntimeError("can't start new thread"))
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
 
