@@ -105,7 +105,9 @@ class Potstill:
     From when it begins the step `starved_at` it gets no more memory than so many bytes.
     """
 
-    def __init__(self, *arguments: object, clock_shift_s: float = 0.0, starved_at: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self, *arguments: object, clock_shift_s: float = 0.0, starved_at: tuple[str, int] | None = None
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*_PRELOADED])
         # A pipe, since limits on files are among the faults.
@@ -156,7 +158,9 @@ def started(run_folder: Path, step: str) -> int:
     return sum(one["event"] == "step_started" and one.get("step") == step for one in events)
 
 
-def _main(arguments: list[str], writing: Any, clock_shift_s: float, starved_at: tuple[str, int] | None) -> None:
+def _main(
+    arguments: list[str], writing: Any, clock_shift_s: float, starved_at: tuple[str, int] | None
+) -> None:
     with writing:
         for descriptor in (1, 2):
             os.dup2(writing.fileno(), descriptor)

@@ -22,7 +22,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from potstill.cache import CacheSettings, import_artifact, run
+from potstill.cache import CacheSettings, ScoringReplica, import_artifact, run
 from potstill.core.alternatives import Alternatives
 from potstill.core.errors import DataError, EngineError, Interrupted, ModelError, StoreError
 from potstill.core.events import Reporter
@@ -46,7 +46,7 @@ from potstill.models import (
     tokenizer_hash,
 )
 from potstill.scoring import hidden_of_rows
-from potstill.teachers import OpenAIModel
+from potstill.teachers import OpenAIModel, RequestError
 from potstill.teachers.failures import FAILURES_FILE
 from potstill.teachers.transformers import generate_batch
 
@@ -970,6 +970,28 @@ def test_a_capture_that_one_teacher_began_is_taken_up_by_copies_and_the_other_wa
     copies = CopiesHere(2)
     bench.run("half", copies=None if copies_first else copies, batch_tokens=70)
     assert copies_first or 0 < sum(copies.jobs) < 7
+    assert _bytes(bench.root / "half") == _bytes(bench.root / "whole")
+
+
+def test_a_batch_over_which_copies_end_ends_the_step_and_what_is_sealed_is_kept(
+    bench: Bench, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = bench.run("whole", batch_tokens=70)
+    last = min(map(whole.row, range(len(whole))), key=lambda row: len(row.token_ids))  # the longest go first
+    scores = ScoringReplica.work
+
+    async def ends(copy: ScoringReplica, header: Any, batch: Any, pieces: int) -> Any:
+        if any(row.token_ids == last.token_ids for row in batch):
+            raise RequestError("a replica ended each of 3 times that it was asked this", blames_row=True)
+        return await scores(copy, header, batch, pieces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ScoringReplica, "work", ends)
+        with pytest.raises(RequestError, match="ended each of 3 times"):
+            bench.run("half", copies=CopiesHere(2), batch_tokens=70, max_failed_share=0.5)
+    assert list((bench.root / "half").glob("shard-*"))
+    assert not (bench.root / "half" / FAILURES_FILE).exists()
+    bench.run("half", copies=CopiesHere(2), batch_tokens=70)
     assert _bytes(bench.root / "half") == _bytes(bench.root / "whole")
 
 

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from potstill.core.errors import Interrupted, StoreError
+from potstill.core.errors import Interrupted, PotstillError
 from potstill.core.events import Display, Reporter
 from potstill.core.memory import is_out_of_memory
 from potstill.core.shared import open_shared
@@ -126,7 +126,7 @@ def run_recipe(
             write_outputs(folder, recipe.outputs, made, recipe.resolved)
         except Exception as error:  # of many kinds where memory runs out
             # What stopped the run is the news; what cannot be written then is not.
-            is_lack = isinstance(error, OSError | StoreError) or is_out_of_memory(error)
+            is_lack = isinstance(error, OSError | PotstillError) or is_out_of_memory(error)
             if outcome == "finished" or not is_lack:
                 raise
     return view

@@ -439,8 +439,8 @@ class RayPool:
                 f"replica {slot.number} is not the first one's copy: {', '.join(different)} differ",
                 where="scale.replicas",
                 expected="the same files and the same potstill, transformers and torch on every machine",
-                mend="put the model on a file system that all machines share, or copy it to each, and install "
-                "the same versions",
+                mend="put the model on a file system that all machines share, or copy it to each, and "
+                "install the same versions",
             )
         slot.capacity = told.capacity
         self._context.event(

@@ -83,8 +83,8 @@ async def open_copies(
                 + (f" ({'; '.join(versions)})" if versions else ""),
                 where=f"model {model.path}",
                 expected="the same files and the same versions everywhere",
-                mend="put the model on a file system that all machines share, or copy it to each, and install "
-                "the same versions",
+                mend="put the model on a file system that all machines share, or copy it to each, and "
+                "install the same versions",
             )
     except BaseException:
         await pool.close()
