@@ -298,7 +298,7 @@ def _on_cpus(folder: Path, of_one: Path) -> dict[str, dict[str, Any]]:
 def _disagreements(folder: Path) -> dict[str, dict[str, Any]]:
     """What each process is told where the second one holds something else."""
     is_second, found = torch.distributed.get_rank() == 1, {}
-    for what in ("nothing", "order of rows", "weights", "checkpoint"):
+    for what in ("nothing", "order of rows", "weights", "one weight", "cache", "checkpoint"):
         arguments = DistillationArguments(
             output_dir=str(folder / what), use_cpu=True, autocast=False, max_steps=1, batch=3
         )
@@ -308,10 +308,18 @@ def _disagreements(folder: Path) -> dict[str, dict[str, Any]]:
         if is_second and what == "weights":
             with torch.no_grad():
                 student.model.get_input_embeddings().weight.mul_(1.001)
+        if is_second and what == "one weight":
+            with torch.no_grad():
+                student.model.get_input_embeddings().weight[5, 3] += 1.0
+        cache = folder / "ddp" / ("other" if is_second else "topk")
+        teacher = CachedTeacher([LogitCache.open(cache)], 1.0) if what == "cache" else None
         failure = None
         try:
-            DistillationTrainer(student, arguments, TrainingData(_rows(numbers), _rows([7])))
-            check_agreement({"newest checkpoint": what + " of 1" * (is_second and what == "checkpoint")})
+            data = TrainingData(_rows(numbers), _rows([7]))
+            DistillationTrainer(student, arguments, data, teacher=teacher)
+            check_agreement(
+                {"checkpoints to go on from": what + " of 1" * (is_second and what == "checkpoint")}
+            )
         except TrainingError as error:
             failure = str(error)
         found[what] = {"failure": failure}

@@ -44,10 +44,10 @@ ROOT = Path(__file__).parents[2]
 BY_STRATEGY = [(strategy, name) for strategy in STRATEGIES for name in cases_of(strategy)]
 
 
-def write_cache(folder: Path, codec: Codec) -> None:
+def write_cache(folder: Path, codec: Codec, seed: int = 1) -> None:
     folder.mkdir()
-    teacher = _build(seed=1)
-    writer = ShardWriter(folder, codec, tokenizer="t", model="m")
+    teacher = _build(seed=seed)
+    writer = ShardWriter(folder, codec, tokenizer="t", model=f"m{seed}")
     rows = [CachedRow(row.ids, row.mask, held_out=False, record_id=f"r{n}") for n, row in enumerate(ROWS)]
     for row, rendered in zip(rows, ROWS, strict=True):
         logits_NV = teacher_signal(teacher, [rendered]).logits_NV
@@ -93,6 +93,7 @@ def prepare(folder: Path, base: Path) -> None:
     folder.mkdir(parents=True)
     shutil.copytree(base, folder / "base")
     write_cache(folder / "topk", TopK(8, VOCABULARY, (1.0, TEMPERATURE)))
+    write_cache(folder / "other", TopK(8, VOCABULARY, (1.0, TEMPERATURE)), seed=2)
     write_cache(folder / "sampled", Draws(20, VOCABULARY))
 
 
@@ -267,7 +268,9 @@ def test_ranks_that_hold_something_else_refuse_to_train(trainings: Trainings) ->
     for what, named in {
         "order of rows": "rows",
         "weights": "weights",
-        "checkpoint": "newest checkpoint",
+        "one weight": "weights",
+        "cache": "cached logits",
+        "checkpoint": "checkpoints to go on from",
     }.items():
         message = first.pop(what)
         assert f"different {named}, by rank: " in message

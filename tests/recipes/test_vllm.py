@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow.parquet import read_table
 
 from potstill.core.records import RECORDS_FILE, Record, read_records
 from potstill.logits.logit_cache import LogitCache
@@ -27,7 +28,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def recipe(tmp_path: Path, build_tiny_model: Any, tiny_tokenizer: Any) -> Path:
-    """Greedy traces, those on which a student differs most, the teacher's logits of them, a training."""
+    """Greedy traces, those on which a student differs most, the teacher's logits of them, training, exam."""
     for number, name in enumerate(("teacher", "student")):
         model = build_tiny_model("llama", seed=number, **SHAPE)
         model.save_pretrained(tmp_path / name)
@@ -62,6 +63,12 @@ def recipe(tmp_path: Path, build_tiny_model: Any, tiny_tokenizer: Any) -> Path:
             "epochs": 1,
             "batch": 4,
             "lr": 1e-3,
+        },
+        "exam": {
+            "do": "evaluate",
+            "models": {"base": "student", "teacher": "teacher"},
+            "tasks": {"sums": {"task": "chain_sum", "size": 4}},
+            "max_new_tokens": 16,
         },
     }
     variants = {
@@ -103,3 +110,7 @@ def test_a_recipe_by_vllm_makes_what_it_makes_by_transformers(
             other.log_probs_NK[:, 0].tolist(), abs=NEAR_NATS
         )
     assert (found / "trained" / "model.safetensors").is_file()
+    exams = [read_table(place / "exam" / "scores.parquet").to_pylist() for place in (found, expected)]
+    by_vllm, by_transformers = ([row["response"] for row in exam] for exam in exams)
+    assert len(by_vllm) == 2 * 4
+    assert by_vllm == by_transformers

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from potstill.core.errors import DataError
+from potstill.core.hashing import hash_file, hash_json
 from potstill.core.keys import KeyNumbers
 from potstill.logits.checked_files import ColumnFile, read_arrays
 from potstill.logits.codecs import Codec, codec_of, describe
@@ -91,6 +92,11 @@ class LogitCache:
     def description(self) -> dict[str, Any]:
         """The codec's settings, and whose logits these are, as JSON."""
         return {**describe(self.codec), "tokenizer": self.tokenizer, "model": self.model}
+
+    @property
+    def digest(self) -> str:
+        """What tells this cache from others: whose logits it holds, as what, and where each row's lie."""
+        return hash_json([self.description, hash_file(self.folder / INDEX_FILE)])
 
     @property
     def lengths(self) -> Array:

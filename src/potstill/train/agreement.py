@@ -16,6 +16,7 @@ from potstill.core.errors import TrainingError
 __all__ = ["check_agreement", "weights_digest"]
 
 _SAMPLED_VALUES = 256
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_agreement(held: Mapping[str, str]) -> None:
@@ -36,18 +37,24 @@ def check_agreement(held: Mapping[str, str]) -> None:
             raise TrainingError(
                 f"the processes of this training have different {what}, by rank: {told}",
                 expected="the same files, by the same paths, and the same libraries on every machine",
-                mend="compare the files that the recipe names on the machines of these ranks, and what is "
-                "installed there; a shared folder may take a minute to show what was written",
+                mend="compare on the machines of these ranks what is installed, the files that the recipe "
+                "names and the store's folder of this step; a shared folder may take a minute to show "
+                "what is new there",
             )
 
 
 def weights_digest(*models: torch.nn.Module | None) -> str:
-    """A digest of names, types, shapes and some evenly spread values of the tensors of models."""
+    """A digest of models: names, types and shapes of tensors, the sum of their bits, some of their values.
+
+    Bits are summed as whole numbers: no order of adding changes the sum, and any one changed weight does.
+    """
     found = hashlib.sha256()
     for number, model in enumerate(models):
         for name, one in () if model is None else model.state_dict(keep_vars=True).items():
             if isinstance(one, torch.Tensor):
-                values = one.detach().flatten()[:: max(1, one.numel() // _SAMPLED_VALUES)].contiguous().cpu()
-                found.update(f"{number} {name} {one.dtype} {tuple(one.shape)}".encode())
+                flat = one.detach().flatten().contiguous()
+                total = flat.view(_WHOLE_NUMBERS[flat.element_size()]).sum(dtype=torch.int64)
+                values = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].contiguous().cpu()
+                found.update(f"{number} {name} {one.dtype} {tuple(one.shape)} {int(total)}".encode())
                 found.update(values.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:12]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from potstill.core.errors import DataError, ModelError, TrainingError
+from potstill.core.hashing import hash_json
 from potstill.core.records import Record
 from potstill.core.settings import DataRef
 from potstill.core.step import StepContext
@@ -253,6 +254,11 @@ class CachedTeacher:
         ]
         signal: Sparse | Sampled = concatenate(signals)
         return signal
+
+    @property
+    def digest(self) -> str:
+        """What tells this teacher from others of the same rows."""
+        return hash_json([cache.digest for cache in self._caches])[:12]
 
     def _cache_of(self, rows: Rows, number: int) -> int:
         return bisect.bisect_right(self._starts, rows.sources[number]) - 1

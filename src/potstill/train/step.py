@@ -83,7 +83,7 @@ def train(settings: TrainSettings, context: StepContext, strategy: Strategy = "d
     arguments = _arguments(settings, context, device, strategy)
     with arguments.main_process_first(local=False):  # which clears away what is half written
         checkpoint = checkpoints.newest(context.scratch)
-    check_agreement({"newest checkpoint": "none" if checkpoint is None else checkpoint.name})
+    check_agreement({"checkpoints to go on from": "none" if checkpoint is None else checkpoint.name})
     arguments.eval_on_start = len(data.held_out) > 0 and checkpoint is None
     watcher = Watcher(settings, context)
     callbacks = [watcher, *_tensorboard(settings, context)]

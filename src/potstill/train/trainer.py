@@ -55,7 +55,7 @@ from potstill.train.inputs import (
 from potstill.train.loader import EpochPlan, MicroBatches, OptimiserStep, StepLoader
 from potstill.train.online import OnlineTeacher
 from potstill.train.routing import Routing
-from potstill.train.rows import Rows
+from potstill.train.rows import CachedTeacher, Rows
 from potstill.train.saving import save_student
 from potstill.train.settings import EarlyStoppingSettings, FeatureSettings, Schedule
 from potstill.train.student import StudentWithLoss
@@ -240,6 +240,7 @@ class DistillationTrainer(Trainer):
             "rows": f"{len(self.rows):,} ({self.rows.digest}), {len(self.held_out):,} held out "
             f"({self.held_out.digest})",
             "weights": weights_digest(self.loaded.model, teacher, reference),
+            "cached logits": self.teacher.digest if isinstance(self.teacher, CachedTeacher) else "none",
         }
 
     def _packs(self, wanted: bool | None, *, bf16: bool) -> bool:

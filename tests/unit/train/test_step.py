@@ -120,6 +120,17 @@ def test_extra_evaluations_come_every_so_many_steps(train: Training) -> None:
     assert [point["step"] for point in result.metrics["history"] if "eval_loss" in point] == [0, 2, 3]
 
 
+def test_processes_compare_the_checkpoint_that_they_go_on_from(
+    train: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[dict[str, str]] = []
+    monkeypatch.setattr("potstill.train.step.check_agreement", compared.append)
+    with pytest.raises(Interrupted):
+        train(stop_at=3, max_steps=6)
+    train(max_steps=6)
+    assert compared == [{"checkpoints to go on from": name} for name in ("none", "checkpoint-3")]
+
+
 def test_max_steps_decides_the_length_and_progress_knows_its_tokens(train: Training) -> None:
     result, _, context = train(epochs=1, max_steps=5)
     assert result.counts["steps"] == 5
