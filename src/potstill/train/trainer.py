@@ -209,7 +209,7 @@ class DistillationTrainer(Trainer):
             teacher=self.teacher if isinstance(self.teacher, OnlineTeacher) else None,
             bf16=bf16,
         )
-        check_agreement(self._held_alike(reference))
+        self._check_agreement(arguments.world_size, reference)
         if arguments.divides:
             self.student.hold_frozen()
         self.plan = EpochPlan(
@@ -231,17 +231,20 @@ class DistillationTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.early_stopping = self._early_stopping(settings.early_stopping)
 
-    def _held_alike(self, reference: nn.Module | None) -> dict[str, str]:
+    def _check_agreement(self, processes: int, reference: nn.Module | None) -> None:
+        if processes == 1:  # digests read every weight
+            return
         teacher = self.teacher.model if isinstance(self.teacher, OnlineTeacher) else None
-        return {
-            "libraries": ", ".join(
-                f"{one} {metadata.version(one)}" for one in ("potstill", "torch", "transformers")
-            ),
-            "rows": f"{len(self.rows):,} ({self.rows.digest}), {len(self.held_out):,} held out "
-            f"({self.held_out.digest})",
-            "weights": weights_digest(self.loaded.model, teacher, reference),
-            "cached logits": self.teacher.digest if isinstance(self.teacher, CachedTeacher) else "none",
-        }
+        libraries = [f"{one} {metadata.version(one)}" for one in ("potstill", "torch", "transformers")]
+        rows = f"{len(self.rows):,} ({self.rows.digest}), {len(self.held_out):,} held out "
+        check_agreement(
+            {
+                "libraries": ", ".join(libraries),
+                "rows": f"{rows}({self.held_out.digest})",
+                "weights": weights_digest(self.loaded.model, teacher, reference),
+                "cached logits": self.teacher.digest if isinstance(self.teacher, CachedTeacher) else "none",
+            }
+        )
 
     def _packs(self, wanted: bool | None, *, bf16: bool) -> bool:
         models = [self.loaded.model]
