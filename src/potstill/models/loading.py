@@ -273,10 +273,13 @@ def _check_halves(loaded: LoadedModel, where: str) -> None:
     given = forward_inputs(model, ids_BT)
     row_BT = torch.cat([*given.values()], dim=1)
     with torch.no_grad():
-        expected_BTV = model(**given, use_cache=False).logits[..., :size].float()
+        logits_BTV = model(**given, use_cache=False).logits[..., :size]
         found_BTV = output_head(model, size)(hidden_states(model, row_BT)[:, -2:]).float()
+    expected_BTV = logits_BTV.float()
     apart, spread = (found_BTV - expected_BTV).abs().max(), expected_BTV.std()
-    if not apart <= 0.05 * spread + 1e-6:
+    # Logits of a model trained from nothing lie far from zero and close together: coarse where they are stored.
+    rounding = 2 * torch.finfo(logits_BTV.dtype).eps * expected_BTV.abs().max()
+    if not apart <= 0.05 * spread + rounding + 1e-6:
         raise ModelError(
             f"a {model.config.model_type} model does something between its hidden states and its logits that "
             f"potstill does not know (logits differ by up to {apart:.3g})",

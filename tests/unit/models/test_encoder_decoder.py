@@ -187,6 +187,42 @@ def test_plain_text_is_refused_by_name(settings):
         renderer.render(Record("p", [], id="r1", response="19."))
 
 
+@pytest.fixture
+def far_from_zero(build_tiny_t5, t5_tokenizer, tmp_path):
+    """In bf16 a T5 whose logits lie about 50, closer together than bf16 tells apart there."""
+    model = build_tiny_t5("t5")
+    with torch.no_grad():
+        model.shared.weight[:, 0] = 50.0
+        model.decoder.final_layer_norm.weight.fill_(1.0)
+    model.save_pretrained(tmp_path / "far")
+    t5_tokenizer.save_pretrained(tmp_path / "far")
+    return TransformersModel(path=str(tmp_path / "far"), device="cpu", dtype="bfloat16")
+
+
+def test_the_halves_are_compared_as_finely_as_logits_are_stored(far_from_zero):
+    """Pitfall: a model trained from nothing is refused because its logits in bf16 are a step apart."""
+    loaded = load(far_from_zero)
+    logits = whole(loaded.model, SOURCES[0], TARGETS[0]).float()
+    apart = (halves(loaded.model, ROWS[0]).float() - logits).abs().max()
+    assert logits.abs().min() > 30
+    assert apart > 0.05 * logits.std(), "the two ways are told apart here"
+
+
+def test_logits_that_are_more_than_the_heads_are_refused(far_from_zero, monkeypatch):
+    from transformers import T5ForConditionalGeneration
+
+    forward = T5ForConditionalGeneration.forward
+
+    def scaled(self, *args, **given):
+        output = forward(self, *args, **given)
+        output.logits = output.logits * 1.1
+        return output
+
+    monkeypatch.setattr(T5ForConditionalGeneration, "forward", scaled)
+    with pytest.raises(ModelError, match="does something between its hidden states and its logits"):
+        load(far_from_zero)
+
+
 def test_a_start_token_that_the_tokenizer_does_not_know_is_refused(build_t5_folder, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(build_t5_folder("t5"), folder)
