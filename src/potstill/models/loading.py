@@ -277,7 +277,7 @@ def _check_halves(loaded: LoadedModel, where: str) -> None:
         found_BTV = output_head(model, size)(hidden_states(model, row_BT)[:, -2:]).float()
     expected_BTV = logits_BTV.float()
     apart, spread = (found_BTV - expected_BTV).abs().max(), expected_BTV.std()
-    # Logits of a model trained from nothing lie far from zero and close together: coarse where they are stored.
+    # A model trained from nothing has logits far from zero and close together: coarse where they are stored.
     rounding = 2 * torch.finfo(logits_BTV.dtype).eps * expected_BTV.abs().max()
     if not apart <= 0.05 * spread + rounding + 1e-6:
         raise ModelError(
