@@ -1,7 +1,9 @@
 """What LLaMA-Factory is given: rows by its documented rules, and settings by its names."""
 
 import json
+import os
 import re
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from potstill.export import Exported, export_llamafactory, sharegpt_row
 from ...rows import write_rows
 from .runs import run_in
 
+LLAMAFACTORY_PYTHON = os.environ.get("POTSTILL_LLAMAFACTORY_PYTHON")
 ASKED = {"role": "user", "content": "What is 12 + 7?"}
 THOUGHT = "<think>\ntwelve and seven\n</think>\n\n19"
 
@@ -337,15 +340,28 @@ def test_two_steps_are_never_one_file(
     assert not (tmp_path / "out").exists()
 
 
-def test_llamafactorys_own_parser_reads_it(recipe: dict[str, Any], run: Runner, tmp_path: Path) -> None:
-    parser = pytest.importorskip("llamafactory.data.parser")
-    converter = pytest.importorskip("llamafactory.data.converter")
-    hparams = pytest.importorskip("llamafactory.hparams")
-    export_llamafactory(run(recipe), tmp_path / "out")
-    (attributes,) = parser.get_dataset_list(["stage1"], str(tmp_path / "out"))
-    convert = converter.get_dataset_converter("sharegpt", attributes, hparams.DataArguments())
-    for row in check_rows(tmp_path / "out", "stage1"):
-        read = convert(row)
-        assert read["_prompt"][0]["role"] == "user"
-        assert read["_response"][0]["content"].startswith("naïve answer")
-    hparams.get_train_args({**config_of(tmp_path / "out", "stage1"), "bf16": False})
+_TRAIN_THERE = """
+import sys, yaml
+from llamafactory.train.tuner import run_exp
+
+with open(sys.argv[1], encoding="utf-8") as file:
+    run_exp({**yaml.safe_load(file), "bf16": False, "use_cpu": True})
+"""
+
+
+def test_llamafactory_itself_trains_the_stages(recipe: dict[str, Any], run: Runner, tmp_path: Path) -> None:
+    if LLAMAFACTORY_PYTHON is None:
+        pytest.skip("POTSTILL_LLAMAFACTORY_PYTHON names no interpreter with LLaMA-Factory")
+    made, out = run(recipe), tmp_path / "out"
+    export_llamafactory(made, out)
+    for stage, rate in (("stage1", 1e-4), ("stage2", 5e-5)):
+        command = [LLAMAFACTORY_PYTHON, "-c", _TRAIN_THERE, f"{stage}.yaml"]
+        done = subprocess.run(command, check=False, cwd=out, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        counts = json.loads((made / stage / "manifest.json").read_text(encoding="utf-8"))["counts"]
+        state = json.loads((out / "saves" / stage / "trainer_state.json").read_text(encoding="utf-8"))
+        assert state["global_step"] == counts["steps"]
+        assert max(entry.get("learning_rate", 0) for entry in state["log_history"]) == rate
+        evaluated = [entry for entry in state["log_history"] if "eval_loss" in entry]
+        assert len(evaluated) == (3 if stage == "stage1" else 0)
+    assert "Loaded adapter(s): saves/stage1" in done.stdout + done.stderr
