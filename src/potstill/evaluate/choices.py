@@ -87,8 +87,8 @@ def _option(
     announcement = answer_announcement(russian=russian)
     text = string.ascii_uppercase[place]
     if by == "text":
-        asked = messages[-1]["content"].removesuffix(choice_listing(texts, russian=russian))
-        messages = [*messages[:-1], {**messages[-1], "content": asked}]
+        before, _, behind = messages[-1]["content"].rpartition(choice_listing(texts, russian=russian))
+        messages = [*messages[:-1], {**messages[-1], "content": before + behind}]
         text, announcement = texts[place], ""
     if renderer.opens_reasoning(messages):
         announcement = f"\n{THINK_CLOSE}\n\n{announcement}"

@@ -132,6 +132,22 @@ def test_a_prompt_made_by_a_template_is_asked_as_it_is(model: LoadedModel, recor
     assert _score(model, records[:1])[0].choice_logprobs == pytest.approx(expected, abs=1e-4)
 
 
+def test_options_that_stand_within_a_prompt_are_left_out_of_it(
+    model: LoadedModel, records: list[Record]
+) -> None:
+    around = [
+        dataclasses.replace(
+            one,
+            messages=[{"role": "user", "content": f"the is 1\n\n{one.messages[-1]['content']}\n\nthe end"}],
+        )
+        for one in records
+    ]
+    for row, given in zip(_score(model, around), ROWS, strict=True):
+        asked = f"the is 1\n\n{given['question']}\n\nthe end"
+        expected = [_naive(model, asked, "", text)[0] for text in given["choices"]]
+        assert row.choice_logprobs == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_think_block_that_the_template_opens_is_closed_before_an_option(
     model: LoadedModel, records: list[Record]
 ) -> None:
