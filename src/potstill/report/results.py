@@ -276,7 +276,11 @@ _SPEED = _Row(
 _VERDICTS: dict[str, tuple[str, Aspect, str]] = {
     "correct": ("right answers", "task", ""),
     "handed_in": ("handed in", "other", "answers that came to their end before the limit of new tokens"),
-    "reasons": ("with reasoning", "reasoning", "a think block, or two steps or more before the answer"),
+    "reasons": (
+        "with reasoning",
+        "reasoning",
+        "a think block with a step in it, or two steps or more before the answer",
+    ),
     "well_formed": ("well-formed", "reasoning", "one think block, then an answer"),
     "judged": ("judged at all", "other", "the verifier neither failed nor took too long"),
     "has_object": ("with a JSON object", "other", ""),

@@ -16,6 +16,15 @@ def test_the_think_block_is_the_reasoning() -> None:
     assert found.quality == pytest.approx(0.4 + 0.3 * 3 / 5 + 0.3 * 18 / 100)
 
 
+@pytest.mark.parametrize(
+    ("block", "steps"), [("6 0\n3 1\n1 1", 3), ("strawberry 3", 1), ("Hm.\n3\nWell.", 0)]
+)
+def test_a_line_of_two_words_in_a_think_block_is_a_step(block: str, steps: int) -> None:
+    found = read_reasoning(f"<think>\n{block}\n</think>\n2")
+    assert (found.present, found.steps, found.words) == (steps > 0, steps, 2 * steps)
+    assert not read_reasoning(f"{block}\n2").present
+
+
 def test_enough_steps_and_words_in_good_form_are_worth_one() -> None:
     steps = [
         f"Step {n} moves the {n} apples from basket {n} to shelf {n * n} and counts them." for n in range(9)
