@@ -113,7 +113,12 @@ CASES = {
         teacher="wide",
         arguments={
             **_DISTILLED,
-            "feature": {"kind": "hidden_mse", "embeddings": True, "tokens": "all", "projection_lr": 0.5},
+            "feature": {
+                "kind": "hidden_mse",
+                "embeddings": True,
+                "tokens": "all",
+                "projection_lr_multiplier": 0.5,
+            },
         },
     ),
     "relations": Case(
@@ -123,7 +128,7 @@ CASES = {
     "adapter": Case(student="adapter", arguments={"save_strategy": "steps", "save_steps": SAVED_STEP}),
     "near its base": Case(student="adapter", arguments={"base_kl": 0.5}),
     "near its start": Case(arguments={"base_kl": 0.5}),
-    "untied": Case(student="untied", arguments={"groups": [{"match": "embed_tokens", "lr": 0}]}),
+    "untied": Case(student="untied", arguments={"groups": [{"match": "embed_tokens", "lr_multiplier": 0}]}),
     "recomputed": Case(arguments={"activation_checkpointing": True}),
     "nf4": Case(student="nf4"),
     "mixture": Case(student="mixture", arguments={"router_aux_loss_coef": 0.1}),

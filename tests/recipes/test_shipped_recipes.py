@@ -471,7 +471,7 @@ def test_moe_heal_small_makes_a_mixture_halves_its_experts_and_heals_it(
                 {
                     "name": "experts",
                     "max_steps": 3,
-                    "groups": [{"match": r"\.mlp\.experts\."}, {"match": ".", "lr": 0}],
+                    "groups": [{"match": r"\.mlp\.experts\."}, {"match": ".", "lr_multiplier": 0}],
                 },
                 {"name": "all", "max_steps": 3},
             ]

@@ -165,7 +165,7 @@ def staged(tmp_path: Path, *stages: dict[str, Any], **step: Any) -> str:
     return write(tmp_path / "staged.yaml", {**BASE, "steps": steps})
 
 
-HEAD = {"name": "head", "epochs": 1, "groups": [{"match": "layers", "lr": 0}]}
+HEAD = {"name": "head", "epochs": 1, "groups": [{"match": "layers", "lr_multiplier": 0}]}
 
 
 def test_stages_become_a_chain_whose_last_step_keeps_the_name(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_stages_become_a_chain_whose_last_step_keeps_the_name(tmp_path: Path) ->
     assert graph.needs["student"] == ["student-top", "traces"]
     assert graph.needs["exam"] == ["student", "traces"]
     head, top, last = (settings(recipe, name) for name in ("student-head", "student-top", "student"))
-    assert (head.student, head.epochs, head.lr, head.groups[0].lr) == ("teacher", 1, 1e-3, 0)
+    assert (head.student, head.epochs, head.lr, head.groups[0].lr_multiplier) == ("teacher", 1, 1e-3, 0)
     assert (top.epochs, top.lr, top.groups) == (2, 5e-4, [])
     assert (last.epochs, last.lr) == (2, 1e-3)
     assert [one.lora is not None for one in (head, top, last)] == [True, False, False]
@@ -233,18 +233,20 @@ LAST = {"name": "all", "epochs": 1, "lr": 1e-4}
 def test_an_override_reaches_a_stage_by_name_and_by_number(tmp_path: Path, stage: str) -> None:
     recipe = load_recipe(
         staged(tmp_path, HEAD, LAST),
-        [f"student.stages.{stage}.lr=1e-5", "student.stages.head.groups.0.lr=0.5"],
+        [f"student.stages.{stage}.lr=1e-5", "student.stages.head.groups.0.lr_multiplier=0.5"],
     )
     head, last = settings(recipe, "student-head"), settings(recipe, "student")
-    assert (head.lr, head.groups[0].lr, last.lr, last.epochs) == (1e-3, 0.5, 1e-5, 1)
+    assert (head.lr, head.groups[0].lr_multiplier, last.lr, last.epochs) == (1e-3, 0.5, 1e-5, 1)
 
 
 def test_an_override_reaches_an_item_of_any_list(tmp_path: Path) -> None:
     path = staged(
-        tmp_path, {"name": "all"}, groups=[{"match": "layers", "lr": 0}, {"match": "embed", "lr": 0}]
+        tmp_path,
+        {"name": "all"},
+        groups=[{"match": "layers", "lr_multiplier": 0}, {"match": "embed", "lr_multiplier": 0}],
     )
-    groups = settings(load_recipe(path, ["student.groups.1.lr=0.1"]), "student").groups
-    assert [one.lr for one in groups] == [0, 0.1]
+    groups = settings(load_recipe(path, ["student.groups.1.lr_multiplier=0.1"]), "student").groups
+    assert [one.lr_multiplier for one in groups] == [0, 0.1]
 
 
 def test_a_key_of_the_hub_beside_a_path_is_told_what_it_belongs_to_and_each_known_key_once() -> None:
@@ -272,7 +274,10 @@ def test_an_override_of_what_no_stage_sets_reaches_every_stage(tmp_path: Path) -
             r"reach any stage[^\n]*\n.*student\.stages\.head\.epochs=, student\.stages\.all\.epochs=",
         ),
         ("student.lr=1e-5", r"command line: student\.lr would not reach every stage: lr is set in 'all'\n"),
-        ("student.groups.0.lr=1", r"groups\.0\.lr is set in 'head'\n.*student\.stages\.head\.groups\.0\.lr="),
+        (
+            "student.groups.0.lr_multiplier=1",
+            r"groups\.0\.lr_multiplier is set in 'head'\n.*student\.stages\.head\.groups\.0\.lr_multiplier=",
+        ),
         (
             "steps.student.lr=1e-5",
             r"mend: .* steps\.student\.stages\.head\.lr=, steps\.student\.stages\.all\.lr=",
@@ -389,11 +394,11 @@ def test_a_sweep_over_values_and_over_named_variants(tmp_path: Path) -> None:
 
 def test_a_sweep_over_lists_and_mappings_keeps_all_of_each(base: str) -> None:
     recipes = sweep_variants(
-        base, ["student.groups=[],[{match: 'layers', lr: 0.5}]", "student.betas=[0.8, 0.9]"], []
+        base, ["student.groups=[],[{match: 'layers', lr_multiplier: 0.5}]", "student.betas=[0.8, 0.9]"], []
     )
     plain, grouped = (settings(one, "student") for one in recipes.values())
     assert (plain.groups, list(plain.betas)) == ([], [0.8, 0.9])
-    assert [(one.match, one.lr) for one in grouped.groups] == [("layers", 0.5)]
+    assert [(one.match, one.lr_multiplier) for one in grouped.groups] == [("layers", 0.5)]
 
 
 def test_an_unknown_variant_is_refused(base: str) -> None:

@@ -375,7 +375,7 @@ def _loss_function(run: RunView) -> dict[str, Any] | None:
     if found["alpha"] is None:
         found["alpha"] = 0.5 if caches or given.get("teacher") is not None else 0.0
     if isinstance(found["feature"], dict):
-        found["feature"] = {**_FEATURE_SETTINGS, **found["feature"], "projection_lr": None}
+        found["feature"] = {**_FEATURE_SETTINGS, **found["feature"], "projection_lr_multiplier": None}
     cached = [{name: _settings_of(run, step).get(name) for name in _CACHE_SETTINGS} for step in caches]
     return {**found, "cached": cached}
 

@@ -270,7 +270,7 @@ class FeatureLoss(nn.Module):
     def optimiser_group(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The projections as torch's optimisers take them; none where there are none."""
         some = list(self.projections.parameters())
-        rate = lr * self.settings.projection_lr
+        rate = lr * self.settings.projection_lr_multiplier
         return [{"params": some, "lr": rate, "weight_decay": weight_decay}] if some else []
 
     def as_json(self) -> dict[str, Any]:

@@ -60,17 +60,17 @@ class ParameterGroups:
                 continue
             place = first[name]
             group = ParameterGroup(match=_OTHERS) if place is None else groups[place]
-            if group.lr == 0:
+            if group.lr_multiplier == 0:
                 one.requires_grad = False
                 frozen.setdefault(group.match, []).append(one)
                 continue
             decay = weight_decay if group.weight_decay is None else group.weight_decay
-            self._lines[name] = (group.match, lr * group.lr, 0.0 if one.ndim < 2 else decay)
+            self._lines[name] = (group.match, lr * group.lr_multiplier, 0.0 if one.ndim < 2 else decay)
         if not self._lines:
             raise TrainingError(
                 "every weight is frozen: there is nothing to train",
                 expected="at least one weight with a learning rate above 0",
-                mend="leave a group out, or give one an lr above 0",
+                mend="leave a group out, or give one an lr_multiplier above 0",
             )
         order = [*(group.match for group in groups), _OTHERS]
         rows = [GroupRow(match, len(some), _count(some), 0.0, 0.0) for match, some in frozen.items()]

@@ -147,7 +147,9 @@ class ParameterGroup(Settings):
     """Weights that train at a rate of their own; the first group that matches a weight's name has it."""
 
     match: str = Field(min_length=1, description="regular expression, searched for in the weight's name")
-    lr: float = Field(1.0, ge=0, description="what the learning rate is multiplied with; 0 freezes")
+    lr_multiplier: float = Field(
+        1.0, ge=0, description="what the learning rate is multiplied with; 0 freezes"
+    )
     weight_decay: float | None = Field(
         None, ge=0, description="by default the step's; biases and norms have none in any case"
     )
@@ -191,7 +193,7 @@ class FeatureSettings(Settings):
         description="of relations: equal heads that both models' vectors are split into anew; by default as "
         "many as divide all widths, at most the student's attention heads",
     )
-    projection_lr: float = Field(
+    projection_lr_multiplier: float = Field(
         1.0, gt=0, description="what lr is multiplied with for projections to another width"
     )
 
@@ -216,8 +218,8 @@ class FeatureSettings(Settings):
                 raise ValueError("relations are inside blocks, of which layer 1 is the first")
         elif self.relation_heads is not None:
             raise ValueError(f"relation_heads belongs to relations, and kind is {self.kind}")
-        if self.projection_lr != 1 and not self.kind.startswith("hidden_"):
-            raise ValueError(f"{self.kind} needs no projection that projection_lr could train")
+        if self.projection_lr_multiplier != 1 and not self.kind.startswith("hidden_"):
+            raise ValueError(f"{self.kind} needs no projection that projection_lr_multiplier could train")
         return self
 
 

@@ -120,7 +120,7 @@ class DistillationTrainer(Trainer):
         learning_rate=3e-4,
         alpha=0.5,
         temperature=2.0,
-        groups=[{"match": "embed_tokens", "lr": 0.1}],
+        groups=[{"match": "embed_tokens", "lr_multiplier": 0.1}],
     )
     trainer = DistillationTrainer(
         "smollm2-135m-instruct",
@@ -497,10 +497,10 @@ class DistillationTrainer(Trainer):
             # What "params" holds here is taken in place of Trainer's own groups.
             if not is_optimizer_factory(kind) and not _OWN_GROUPS & options.keys():
                 self.optimizer_cls_and_kwargs = (kind, {**options, "params": self._optimiser_groups()})
-            elif self.args.groups or (self.args.feature or {}).get("projection_lr", 1) != 1:
+            elif self.args.groups or (self.args.feature or {}).get("projection_lr_multiplier", 1) != 1:
                 raise TrainingError(
                     f"the optimiser {self.args.optim} divides the weights by itself, and groups or a "
-                    "projection_lr are given",
+                    "projection_lr_multiplier are given",
                     mend="choose another optimiser, or leave these out",
                 )
         made: torch.optim.Optimizer = super().create_optimizer(model)

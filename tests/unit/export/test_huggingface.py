@@ -171,7 +171,7 @@ def test_shared_experts_are_trained_by_name_and_exported_whole(
     lines = [f'{{"prompt": "What is {n} + {n}?", "response": "The answer is {2 * n}."}}' for n in range(8)]
     rows.write_text("\n".join(lines), encoding="utf-8")
     usual = {"do": "train", "data": {"path": str(rows)}, "epochs": 1, "batch": 4, "lr": 0.01, "device": "cpu"}
-    experts = [{"match": r"shared_core|delta_"}, {"match": ".", "lr": 0}]
+    experts = [{"match": r"shared_core|delta_"}, {"match": ".", "lr_multiplier": 0}]
     recipe = {
         "name": "exported",
         "models": {"base": {"path": str(tmp_path / "moe")}},

@@ -194,7 +194,7 @@ def test_settings_go_along_or_are_said_not_to(recipe: dict[str, Any], run: Runne
     recipe["steps"]["stage1"] |= {
         "min_lr_ratio": 0.2,
         "base_kl": 0.1,
-        "groups": [{"match": "layers.0", "lr": 0.5}],
+        "groups": [{"match": "layers.0", "lr_multiplier": 0.5}],
         "activation_checkpointing": True,
         "trainer": {"optim": "adamw_torch"},
         "weight_decay": 0.1,

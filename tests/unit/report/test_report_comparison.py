@@ -397,10 +397,12 @@ def test_a_setting_that_all_stages_have_is_one_column(sweep: list[RunView]) -> N
 
 
 def test_a_list_among_the_settings_is_shown_without_its_brackets(sweep: list[RunView]) -> None:
-    groups = sweep[1].recipe_text.replace("batch: 8", "batch: 8, groups: [{match: embed, lr: 0.1}]")
+    groups = sweep[1].recipe_text.replace(
+        "batch: 8", "batch: 8, groups: [{match: embed, lr_multiplier: 0.1}]"
+    )
     rows = _columns(comparison_table([sweep[1], replace(sweep[1], recipe_text=groups)]))
     assert rows[0][-1] == "student.groups"
-    assert rows[4][-1] == "match: embed, lr: 0.1"
+    assert rows[4][-1] == "match: embed, lr_multiplier: 0.1"
 
 
 def test_a_step_that_only_some_runs_have_is_one_column(sweep: list[RunView]) -> None:

@@ -138,7 +138,7 @@ def test_projections_train_at_their_own_rate_and_are_saved_apart_from_the_studen
             build_tiny_model(),
             build_tiny_model(seed=1, **WIDE),
             tmp_path,
-            {"kind": "hidden_mse", "projection_lr": rate},
+            {"kind": "hidden_mse", "projection_lr_multiplier": rate},
             max_steps=1,
             schedule="constant",
             learning_rate=1e-3,
@@ -231,7 +231,7 @@ def test_a_student_frozen_up_to_the_compared_layer_is_refused(build_tiny_model: 
         build_tiny_model(seed=1),
         tmp_path,
         {"kind": "cka", "layers": {1: 1}},
-        groups=[{"match": r"embed_tokens|layers\.0\.", "lr": 0}],
+        groups=[{"match": r"embed_tokens|layers\.0\.", "lr_multiplier": 0}],
     )
     with pytest.raises(TrainingError, match="no compared state of the student's has a gradient"):
         made.train()
@@ -266,7 +266,7 @@ def test_an_optimiser_that_divides_the_weights_itself_knows_no_projection_lr(
         build_tiny_model(),
         build_tiny_model(seed=1, **WIDE),
         tmp_path,
-        {"kind": "hidden_mse", "projection_lr": 0.1},
+        {"kind": "hidden_mse", "projection_lr_multiplier": 0.1},
     )
     monkeypatch.setattr(
         Trainer, "get_optimizer_cls_and_kwargs", lambda self, args, model: (torch.optim.SGD, {"params": []})

@@ -31,7 +31,12 @@ def rates(model: Any, groups: ParameterGroups) -> dict[str, tuple[float, float]]
 
 def test_the_first_match_wins_and_what_none_matches_trains_at_the_rate_itself(tiny_llama: Any) -> None:
     found = rates(
-        tiny_llama, of(tiny_llama, group(r"layers\.0\.", lr=0.1), group("mlp", lr=0.5, weight_decay=0.2))
+        tiny_llama,
+        of(
+            tiny_llama,
+            group(r"layers\.0\.", lr_multiplier=0.1),
+            group("mlp", lr_multiplier=0.5, weight_decay=0.2),
+        ),
     )
     assert found["model.layers.0.mlp.up_proj.weight"] == (pytest.approx(1e-4), 0.1)
     assert found["model.layers.1.mlp.up_proj.weight"] == (pytest.approx(5e-4), 0.2)
@@ -49,7 +54,7 @@ def test_biases_and_norms_never_decay_and_matrices_do(build_tiny_model: Any) -> 
 
 
 def test_zero_freezes(tiny_llama: Any) -> None:
-    groups = of(tiny_llama, group("embed_tokens", lr=0.0), group("layers.0", lr=0.0))
+    groups = of(tiny_llama, group("embed_tokens", lr_multiplier=0.0), group("layers.0", lr_multiplier=0.0))
     frozen = {name for name, one in tiny_llama.named_parameters() if not one.requires_grad}
     assert "model.embed_tokens.weight" in frozen
     assert rates(tiny_llama, groups).keys() == {name for name, _ in tiny_llama.named_parameters()} - frozen
@@ -57,7 +62,7 @@ def test_zero_freezes(tiny_llama: Any) -> None:
 
 def test_the_table_counts_every_trained_weight_once_in_the_order_of_the_patterns(tiny_llama: Any) -> None:
     every = sum(one.numel() for one in tiny_llama.parameters())
-    groups = of(tiny_llama, group("mlp", lr=0.5), group("embed", lr=0.0))
+    groups = of(tiny_llama, group("mlp", lr_multiplier=0.5), group("embed", lr_multiplier=0.0))
     assert list(dict.fromkeys(row.match for row in groups.table)) == ["mlp", "embed", "(all others)"]
     assert sum(row.parameters for row in groups.table) == every
     assert sum(row.tensors for row in groups.table) == len(list(tiny_llama.parameters()))
@@ -92,12 +97,15 @@ def test_a_pattern_for_the_frozen_base_of_an_adapter_is_an_error(tiny_llama: Any
     model = add_adapter(tiny_llama, LoraSettings(rank=2), seed=1)
     with pytest.raises(TrainingError, match="only weights that are frozen already"):
         of(model, group("embed_tokens"))
-    assert {row.match for row in of(model, group("lora_B", lr=16.0)).table} == {"lora_B", "(all others)"}
+    assert {row.match for row in of(model, group("lora_B", lr_multiplier=16.0)).table} == {
+        "lora_B",
+        "(all others)",
+    }
 
 
 def test_nothing_left_to_train_is_an_error(tiny_llama: Any) -> None:
     with pytest.raises(TrainingError, match="every weight is frozen"):
-        of(tiny_llama, group(".", lr=0.0))
+        of(tiny_llama, group(".", lr_multiplier=0.0))
 
 
 def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:

@@ -37,7 +37,7 @@ def test_fifteen_lines_distil_a_model(
         learning_rate=3e-3,
         alpha=0.5,
         temperature=2.0,
-        groups=[{"match": "embed_tokens", "lr": 0.1}],
+        groups=[{"match": "embed_tokens", "lr_multiplier": 0.1}],
         use_cpu=True,
         batch=4,
     )

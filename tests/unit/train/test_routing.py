@@ -20,8 +20,8 @@ from .test_trainer import rows, with_vocabulary
 
 Training = Callable[..., Any]
 
-ONLY_EXPERTS = [{"match": r"\.mlp\.experts\."}, {"match": ".", "lr": 0}]
-ONLY_ROUTERS = [{"match": r"\.mlp\.gate\."}, {"match": ".", "lr": 0}]
+ONLY_EXPERTS = [{"match": r"\.mlp\.experts\."}, {"match": ".", "lr_multiplier": 0}]
+ONLY_ROUTERS = [{"match": r"\.mlp\.gate\."}, {"match": ".", "lr_multiplier": 0}]
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_it_is_refused_for_a_dense_model(build_tiny_model: Any, tmp_path: Path) 
 def test_without_a_gradient_it_is_refused_and_not_silently_lost(
     build_tiny_model: Any, tmp_path: Path
 ) -> None:
-    frozen = [{"match": "lm_head"}, {"match": ".", "lr": 0}]
+    frozen = [{"match": "lm_head"}, {"match": ".", "lr_multiplier": 0}]
     made = trainer(build_tiny_model("qwen3_moe"), tmp_path, groups=frozen, router_aux_loss_coef=0.1)
     with pytest.raises(TrainingError, match=r"nothing to train[\s\S]*router_aux_loss_coef: 0"):
         made.train()

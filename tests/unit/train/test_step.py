@@ -104,7 +104,9 @@ def test_it_says_what_is_trained(train: Training) -> None:
 
 
 def test_groups_are_told_and_kept_in_a_table(train: Training) -> None:
-    result, _, context = train(max_steps=1, groups=[{"match": "embed_tokens", "lr": 0}, {"match": "mlp"}])
+    result, _, context = train(
+        max_steps=1, groups=[{"match": "embed_tokens", "lr_multiplier": 0}, {"match": "mlp"}]
+    )
     table = result.metrics["parameter_groups"]
     assert [(row["match"], row["lr"]) for row in table] == [
         ("embed_tokens", 0),
@@ -554,7 +556,10 @@ def test_with_features_interrupted_equals_uninterrupted_and_so_do_the_projection
     [
         {},
         {"lora": {"rank": 4, "dropout": 0.3}},
-        {"groups": [{"match": "embed_tokens", "lr": 0}, {"match": "mlp", "lr": 0.1}], "weight_decay": 0.1},
+        {
+            "groups": [{"match": "embed_tokens", "lr_multiplier": 0}, {"match": "mlp", "lr_multiplier": 0.1}],
+            "weight_decay": 0.1,
+        },
     ],
     ids=["all", "lora", "groups"],
 )

@@ -75,7 +75,7 @@ def test_gradients_that_are_not_needed_are_not_counted(build_tiny_model: Any, ki
         model = add_adapter(model, LoraSettings(rank=4), seed=1)
     else:
         frozen = "embed|layers.0" if kind == "frozen below" else "embed|layers.0|layers.1.self_attn"
-        ParameterGroups(model, [ParameterGroup(match=frozen, lr=0.0)], 1e-3, 0.0)
+        ParameterGroups(model, [ParameterGroup(match=frozen, lr_multiplier=0.0)], 1e-3, 0.0)
     cost = StepCost(model)
     assert cost.flops([40], [30]) + cost.per_squared_length * 1600 == pytest.approx(counted(model), rel=0.12)
 

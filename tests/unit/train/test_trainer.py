@@ -212,7 +212,10 @@ def test_each_group_moves_at_its_own_rate_and_a_frozen_one_not_at_all(
 ) -> None:
     model = build_tiny_model()
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
-    groups = [{"match": r"layers\.0\.mlp", "lr": 0.1}, {"match": "self_attn", "lr": 0.0}]
+    groups = [
+        {"match": r"layers\.0\.mlp", "lr_multiplier": 0.1},
+        {"match": "self_attn", "lr_multiplier": 0.0},
+    ]
     made = trainer(
         model, tmp_path, rows(4), groups=groups, learning_rate=1e-3, max_steps=1, schedule="constant"
     )
@@ -227,7 +230,11 @@ def test_each_group_moves_at_its_own_rate_and_a_frozen_one_not_at_all(
 
 def test_the_schedule_multiplies_each_groups_rate(build_tiny_model: Any, tmp_path: Path) -> None:
     made = trainer(
-        build_tiny_model(), tmp_path, rows(4), groups=[{"match": "mlp", "lr": 0.1}], learning_rate=1e-3
+        build_tiny_model(),
+        tmp_path,
+        rows(4),
+        groups=[{"match": "mlp", "lr_multiplier": 0.1}],
+        learning_rate=1e-3,
     )
     made.create_optimizer_and_scheduler(10)
     rates: list[set[float]] = []
@@ -243,7 +250,7 @@ def test_the_schedule_multiplies_each_groups_rate(build_tiny_model: Any, tmp_pat
 def test_an_optimiser_that_divides_the_weights_itself_is_refused_with_groups(
     build_tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = trainer(build_tiny_model(), tmp_path, rows(4), groups=[{"match": "mlp", "lr": 0.1}])
+    made = trainer(build_tiny_model(), tmp_path, rows(4), groups=[{"match": "mlp", "lr_multiplier": 0.1}])
     monkeypatch.setattr(
         Trainer, "get_optimizer_cls_and_kwargs", lambda self, args, model: (torch.optim.SGD, {"params": []})
     )
